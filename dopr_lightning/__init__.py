@@ -1,0 +1,34 @@
+"""Double Preconditioning (DoPr) for PyTorch Lightning.
+
+Names are imported on first use, so that ``import dopr_lightning`` and ``dopr --help`` stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dopr_lightning.callback import DoPr as DoPr
+    from dopr_lightning.optim import configure_optimizers as configure_optimizers
+    from dopr_lightning.preconditioner import ActivationPreconditioner as ActivationPreconditioner
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ActivationPreconditioner": "dopr_lightning.preconditioner",
+    "DoPr": "dopr_lightning.callback",
+    "configure_optimizers": "dopr_lightning.optim",
+}
+
+__all__ = ["ActivationPreconditioner", "DoPr", "configure_optimizers"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
