@@ -1,0 +1,5 @@
+"""Activation preconditioning in plain PyTorch: gradients times the inverse covariance of what the layer saw."""
+
+from dopr_lightning.preconditioner.preconditioner import ActivationPreconditioner
+
+__all__ = ["ActivationPreconditioner"]

@@ -1,0 +1,36 @@
+"""Damped inverses in one batched call, and what to keep when one fails."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def damped_inverse(covariance: Tensor, damping: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    r"""Inverses of :math:`\Sigma + \lambda I` without a host synchronisation.
+
+    Args:
+        covariance: (blocks, d, d), or (blocks, d) if diagonal.
+        damping: (blocks,).
+        diagonal: Whether the covariances are diagonal.
+
+    Returns:
+        The inverses, shaped like ``covariance``, and a mask (blocks,) of those that can be trusted: Cholesky found
+        the matrix positive definite and every entry is finite.
+    """
+    if diagonal:
+        inverse = 1 / (covariance + damping[:, None])
+        return inverse, inverse.isfinite().all(-1)
+    damped = covariance.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    factor, info = torch.linalg.cholesky_ex(damped)
+    good = (info == 0) & factor.isfinite().flatten(1).all(-1)
+    # One singular factor would make the whole batched call raise; its inverse is not used.
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, identity))
+    return inverse, good & inverse.isfinite().flatten(1).all(-1)
+
+
+def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> Tensor:
+    """``new`` where ``good`` (blocks,), else the ``last`` inverse."""
+    return torch.where(good.view(-1, *[1] * (new.dim() - 1)), new, last)

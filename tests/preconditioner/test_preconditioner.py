@@ -1,0 +1,299 @@
+"""When rows are counted, when inverses are renewed, what is kept when something fails."""
+
+import copy
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dopr_lightning import ActivationPreconditioner
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def backward(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad()
+    model(x).square().sum().backward()
+
+
+def weight_gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def batch(seed: int, n: int = 16, d: int = 5) -> Tensor:
+    return torch.randn(n, d, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+
+
+def preconditioned(gradient: Tensor, covariance: Tensor, gamma: float, scale: str = "trace") -> Tensor:
+    d = len(covariance)
+    damping = gamma * covariance.trace() / (1 if scale == "trace" else d)
+    return gradient @ torch.linalg.inv(covariance + damping * torch.eye(d, dtype=covariance.dtype))
+
+
+def covariance(x: Tensor) -> Tensor:
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("scale", ["trace", "mean"])
+def test_damping_scale(scale: str) -> None:
+    model, x = mlp(5, 3), batch(0)
+    ap = ActivationPreconditioner(model, damping=0.2, damping_scale=scale)
+    backward(model, x)
+    before = weight_gradients(model)[0]
+    ap.step()
+    torch.testing.assert_close(weight_gradients(model)[0], preconditioned(before, covariance(x), 0.2, scale))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Muon, torch.optim.SGD])
+def test_large_damping_gives_the_base_optimizers_step(optimizer: type[torch.optim.Optimizer]) -> None:
+    gamma, x = 1e9, batch(0)
+    steps = []
+    for dopr in (False, True):
+        model = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
+        nn.init.constant_(model[0].weight, 0.3)
+        options = {"eps": 1e-30} if optimizer is torch.optim.AdamW else {}
+        # M -> G / (gamma tr Sigma): SGD, which is linear in the gradient, needs that factor in its rate.
+        scale = gamma * float(covariance(x).trace()) if dopr and optimizer is torch.optim.SGD else 1.0
+        optim = optimizer(model.parameters(), lr=0.01 * scale, weight_decay=0.0, **options)
+        ap = ActivationPreconditioner(model, damping=gamma) if dopr else None
+        before = model[0].weight.detach().clone()
+        for _ in range(3):
+            backward(model, x)
+            if optimizer is torch.optim.Muon:  # its bf16 normalisation has an absolute eps of 1e-7
+                model[0].weight.grad *= 1e6 * (gamma if dopr else 1)
+            if ap is not None:
+                ap.step()
+            optim.step()
+        steps.append(model[0].weight.detach() - before)
+    tolerance = 2e-2 if optimizer is torch.optim.Muon else 1e-6
+    torch.testing.assert_close(steps[1], steps[0], rtol=tolerance, atol=tolerance * float(steps[0].abs().max()))
+
+
+def test_accumulated_micro_batches_of_unequal_size_count_every_row_once() -> None:
+    model, x = mlp(5, 4, 3), batch(0, 12)
+    ap = ActivationPreconditioner(model)
+    backward(model, x)
+    ap.step()
+    whole = weight_gradients(model)
+    model.zero_grad()
+    for part in x.split([7, 4, 1]):
+        model(part).square().sum().backward()
+    ap.step()
+    for a, b in zip(weight_gradients(model), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_counts_rows_once(reentrant: bool) -> None:
+    model, x = mlp(5, 4, 3), batch(0).requires_grad_()
+    ap = ActivationPreconditioner(model)
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    ap.step()
+    assert {row.rows for row in ap.summary() if row.covered} == {16}
+
+
+def test_forwards_without_a_backward_do_not_count() -> None:
+    model, x = mlp(5, 4, 3), batch(0)
+    ap = ActivationPreconditioner(model)
+    backward(model, x)
+    ap.step()
+    expected = weight_gradients(model)
+    with torch.no_grad():
+        model(batch(1))
+    model.eval()
+    model(batch(2))
+    model.train()
+    model(batch(3))  # a graph that is never walked back
+    backward(model, x)
+    ap.step()
+    for a, b in zip(weight_gradients(model), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_autocast_does_not_reach_the_statistics() -> None:
+    model = nn.Linear(4, 2)
+    x = torch.full((100_000, 4), 300.0) + torch.randn(100_000, 4)  # z^2 summed overflows fp16, drowns in bf16
+    ap = ActivationPreconditioner(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).sum().backward()
+    ap.step()
+    ((_, actual, _),) = ap._stacks[0].statistics()
+    assert actual is not None
+    torch.testing.assert_close(actual[0].double(), covariance(x.double()), rtol=1e-4, atol=0)
+
+
+def test_update_every_keeps_the_inverse_between_refreshes() -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model, damping=0.1, update_every=3)
+    for step in range(7):
+        backward(model, batch(step))
+        before = weight_gradients(model)[0]
+        ap.step()
+        expected = preconditioned(before, covariance(batch(step - step % 3)), 0.1)
+        torch.testing.assert_close(weight_gradients(model)[0], expected)
+
+
+def test_ema_is_a_bias_corrected_mean() -> None:
+    model, ema = mlp(5, 3), 0.8
+    ap = ActivationPreconditioner(model, damping=0.1, ema=ema)
+    for step in range(4):
+        backward(model, batch(step))
+        before = weight_gradients(model)[0]
+        ap.step()
+        weights = [ema ** (step - s) for s in range(step + 1)]
+        mean = sum(w * covariance(batch(s)) for s, w in enumerate(weights)) / sum(weights)
+        torch.testing.assert_close(weight_gradients(model)[0], preconditioned(before, mean, 0.1))
+
+
+def test_a_nan_batch_keeps_the_last_good_inverse_and_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, poisoned = mlp(5, 3), batch(1)
+    poisoned[3, 2] = torch.nan
+    ap = ActivationPreconditioner(model, damping=0.1, ema=0.5)
+    backward(model, batch(0))
+    ap.step()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            backward(model, poisoned)
+            model[0].weight.grad = torch.ones(3, 5, dtype=torch.double)
+            ap.step()
+    torch.testing.assert_close(
+        weight_gradients(model)[0], preconditioned(torch.ones(3, 5).double(), covariance(batch(0)), 0.1)
+    )
+    assert [r.getMessage() for r in caplog.records] == [
+        "0.weight: covariance has NaN or infinity (rows 16); kept the inverse of step 0"
+    ]
+
+
+def test_a_gradient_without_captured_rows_is_an_error_that_names_the_layer() -> None:
+    model = mlp(5, 4, 3)
+    ap = ActivationPreconditioner(model)
+    torch.nn.functional.linear(batch(0), model[0].weight).sum().backward()
+    with pytest.raises(RuntimeError, match=r"^0\.weight: has a gradient, but"):
+        ap.step()
+
+
+def test_an_unused_layer_is_left_alone() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)}).double()
+    ap = ActivationPreconditioner(model)
+    model["used"](batch(0)).square().sum().backward()
+    ap.step()
+    assert model["unused"].weight.grad is None
+
+
+def test_a_shared_module_and_a_shared_weight_pool_their_rows() -> None:
+    model = nn.ModuleList([nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)]).double()
+    model[1].weight = model[0].weight
+    ap = ActivationPreconditioner(model, damping=0.1)
+    first = batch(0)
+    second = model[0](first)
+    model[0](model[1](second)).sum().backward()
+    before = weight_gradients(model)[0]
+    ap.step()
+    rows = torch.cat([first, second, model[1](second)]).detach()
+    torch.testing.assert_close(weight_gradients(model)[0], preconditioned(before, covariance(rows), 0.1))
+
+
+def test_keyword_calls_are_captured() -> None:
+    model = nn.Linear(5, 3).double()
+    ap = ActivationPreconditioner(model)
+    model(input=batch(0)).sum().backward()
+    ap.step()
+    assert ap.summary()[0].rows == 16
+
+
+def test_exclude_matches_whole_names_and_frozen_layers_are_reported() -> None:
+    model = nn.ModuleDict({f"m{i}": nn.Linear(2, 2) for i in (1, 10, 2)})
+    model["m2"].requires_grad_(False)
+    summary = ActivationPreconditioner(model, exclude=["m1"]).summary()
+    reasons = {row.parameter: row.reason for row in summary if row.parameter.endswith("weight")}
+    assert reasons == {
+        "m1.weight": "m1 matches an exclude pattern",
+        "m10.weight": "",
+        "m2.weight": "frozen (requires_grad=False)",
+    }
+    assert {row.parameter for row in summary} == {name for name, _ in model.named_parameters()}
+
+
+def test_summary_reports_the_spectrum() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
+    ap = ActivationPreconditioner(model)
+    backward(model, torch.diag(torch.tensor([3.0, 3.0, 1.0], dtype=torch.double)).repeat(4, 1))
+    ap.step()
+    (row,) = ap.summary()
+    assert row.condition_number == pytest.approx(9)
+    share = torch.tensor([9, 9, 1]) / 19
+    assert row.effective_rank == pytest.approx(float((-share * share.log()).sum().exp()))
+    assert "0.weight" in str(ap.summary())
+
+
+@pytest.mark.parametrize("options", [{}, {"update_every": 3}, {"ema": 0.9}])
+def test_resume_is_bit_identical(options: dict[str, float]) -> None:
+    def run(steps: range, state: dict | None) -> tuple[list[Tensor], dict]:
+        model = mlp(5, 4, 4, 3)
+        ap = ActivationPreconditioner(model, **options)
+        if state is not None:
+            ap.load_state_dict(copy.deepcopy(state))
+        for step in steps:
+            backward(model, batch(step))
+            ap.step()
+        return weight_gradients(model), ap.state_dict()
+
+    _, half = run(range(4), None)
+    whole, _ = run(range(9), None)
+    resumed, _ = run(range(4, 9), half)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_state_of_another_model_is_refused() -> None:
+    small, wide = (ActivationPreconditioner(m, update_every=2) for m in (mlp(5, 3), mlp(5, 4, 3)))
+    other = mlp(6, 3)
+    wider = ActivationPreconditioner(other)
+    backward(other, batch(0, d=6))
+    wider.step()
+    with pytest.raises(ValueError, match=r"differ in: 2\.weight"):
+        wide.load_state_dict(wider.state_dict())
+    with pytest.raises(ValueError, match=r"0\.weight: the saved covariance has shape \(1, 6, 6\)"):
+        small.load_state_dict(wider.state_dict())
+
+
+def test_copies_of_the_model_carry_no_live_hook() -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model)
+    twin = copy.deepcopy(model)
+    backward(model, batch(0))
+    backward(twin, batch(1, n=7))
+    ap.step()
+    assert ap.summary()[0].rows == 16
+
+
+def test_remove_takes_the_hooks_off() -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model)
+    ap.remove()
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"damping": float("nan")}, "damping must be positive"),
+        ({"damping_scale": "max"}, "damping_scale must be one of"),
+        ({"update_every": 0}, "update_every must be at least 1"),
+        ({"ema": 1.0}, "ema must lie in"),
+        ({"conv": "pixel"}, "conv must be one of"),
+        ({"include": ["nowhere"]}, "nothing to precondition in Sequential"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActivationPreconditioner(mlp(5, 3), **options)
