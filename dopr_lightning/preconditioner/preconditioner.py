@@ -81,7 +81,7 @@ class ActivationPreconditioner:
         exclude: Sequence[str] = (),
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check_options(damping=damping, damping_scale=damping_scale, update_every=update_every, ema=ema, conv=conv)
+        check_options(damping=damping, damping_scale=damping_scale, update_every=update_every, ema=ema, conv=conv)
         self.update_every = update_every
         self.process_group = process_group
         self._steps = 0
@@ -270,6 +270,8 @@ def _why_not(name: str, module: nn.Module, include: Sequence[str] | None, exclud
     """Why a module's parameters are not covered, or None if they are."""
     if layer_type(module) is None:
         return f"{type(module).__name__} is not a layer type with an activation covariance"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention computes with its weight, not through its forward"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not a parameter (weight_norm or another parametrization)"
     if not module.weight.requires_grad:
@@ -283,7 +285,8 @@ def _why_not(name: str, module: nn.Module, include: Sequence[str] | None, exclud
     return None
 
 
-def _check_options(*, damping: float, damping_scale: str, update_every: int, ema: float, conv: str) -> None:
+def check_options(*, damping: float, damping_scale: str, update_every: int, ema: float, conv: str) -> None:
+    """Raise ValueError for an option out of range, before anything is built."""
     if not (0 < damping < math.inf):
         raise ValueError(f"damping must be positive, got {damping}; 0.01 is a good start")
     if damping_scale not in get_args(DampingScale):

@@ -1,0 +1,15 @@
+"""Base optimizers: one composite Optimizer for a whole model, parameter roles, schedules."""
+
+from dopr_lightning.optim.bases import BASES, Base
+from dopr_lightning.optim.composite import CompositeOptimizer
+from dopr_lightning.optim.configure import configure_optimizers, make_optimizer
+from dopr_lightning.optim.roles import parameter_roles
+
+__all__ = [
+    "BASES",
+    "Base",
+    "CompositeOptimizer",
+    "configure_optimizers",
+    "make_optimizer",
+    "parameter_roles",
+]

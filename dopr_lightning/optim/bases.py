@@ -1,0 +1,61 @@
+"""The base optimizers by name: which algorithm takes which role, with what defaults. A new one is an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from dopr_lightning.optim.muon import Muon
+from dopr_lightning.optim.roles import Role
+
+MATRICES: frozenset[Role] = frozenset({"hidden", "input", "readout", "embedding"})
+_FUSABLE = {"foreach": True}  # one kernel for many parameters, also on CPU, where it is not the default
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer.
+
+    Attributes:
+        algorithm: Takes the parameters whose role is in ``roles``.
+        roles: None: all.
+        options: Defaults of ``algorithm``; the user's keywords win.
+        rest: Takes the other parameters.
+        rest_options: Its defaults.
+    """
+
+    algorithm: type[Optimizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    roles: frozenset[Role] | None = None
+    rest: type[Optimizer] = torch.optim.AdamW
+    rest_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+BASES: dict[str, Base] = {
+    "adamw": Base(torch.optim.AdamW, _FUSABLE),
+    "muon": Base(
+        Muon,
+        # RMS matched to AdamW's ("Muon is Scalable for LLM Training", arXiv 2502.16982): one rate serves both parts.
+        {"adjust_lr_fn": "match_rms_adamw"},
+        roles=frozenset({"hidden"}),
+        rest_options=_FUSABLE,
+    ),
+    "sgd": Base(torch.optim.SGD, {"momentum": 0.9, **_FUSABLE}),
+}
+
+
+def resolve(base: str | type[Optimizer]) -> Base:
+    """A base by name, or any Optimizer class for all parameters.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if isinstance(base, type) and issubclass(base, Optimizer):
+        return Base(base)
+    if base in BASES:
+        return BASES[base]
+    raise ValueError(f"unknown base optimizer {base!r}; choose from {', '.join(sorted(BASES))}, or an Optimizer class")

@@ -1,0 +1,61 @@
+"""Which part does a parameter play? Muon takes hidden matrices only; weight decay leaves vectors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from torch import nn
+
+Role = Literal["hidden", "input", "readout", "vector", "embedding"]
+
+
+def parameter_roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, Role]:
+    """The role of every trainable parameter.
+
+    ``embedding``: the weight of an :class:`torch.nn.Embedding`. ``vector``: anything with fewer than two dimensions
+    (biases, norms). ``input`` and ``readout``: matrices that touch a dimension which does not grow with the model. A
+    submodule that knows its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this
+    package do; if none does, the first and the last matrix in order of registration are taken. ``hidden``: the rest.
+
+    Args:
+        model: Any module.
+        overrides: Globs on whole parameter names to roles, ``{"decoder.*": "readout"}``; they win, the last one most.
+
+    Returns:
+        Parameter name to role, in the model's order.
+
+    Raises:
+        ValueError: An override names an unknown role or matches no parameter.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    roles: dict[str, Role] = {name: "vector" if p.dim() < 2 else "hidden" for name, p in parameters.items()}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            roles.update((name, "embedding") for name in roles if name == _join(prefix, "weight"))
+
+    declared = {
+        _join(prefix, name): role
+        for prefix, module in model.named_modules()
+        if callable(own := getattr(module, "parameter_roles", None))
+        for name, role in own().items()
+    }
+    matrices = [name for name, role in roles.items() if role == "hidden"]
+    if declared:
+        roles.update((name, role) for name, role in declared.items() if name in roles)
+    elif len(matrices) > 1:
+        roles[matrices[0]], roles[matrices[-1]] = "input", "readout"
+
+    for pattern, role in (overrides or {}).items():
+        matching = [name for name in roles if fnmatchcase(name, pattern)]
+        if role not in get_args(Role):
+            raise ValueError(f"unknown role {role!r} for {pattern!r}; roles are {', '.join(get_args(Role))}")
+        if not matching:
+            raise ValueError(f"the role pattern {pattern!r} matches no trainable parameter")
+        roles.update((name, role) for name in matching)  # type: ignore[misc]
+    return roles
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,58 @@
+"""How the learning rate moves over training, as a factor on each group's own rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclass
+class WarmupFactor:
+    """Linear warm-up from 1/warmup to 1, then constant, or a half cosine to 0 at ``total_steps``.
+
+    A factor, not a rate, so that groups keep the ratio of their rates (muP needs that). An object, not a lambda, so
+    that LambdaLR writes it to the checkpoint.
+    """
+
+    schedule: Schedule
+    warmup_steps: int
+    total_steps: float
+
+    def __call__(self, step: int) -> float:
+        """Factor for the zero-based ``step``."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = (step - self.warmup_steps) / max(1.0, self.total_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, total_steps: float) -> LambdaLR:
+    """A scheduler to be stepped after every optimizer step.
+
+    Args:
+        optimizer: Its groups' present rates are the peak rates.
+        schedule: ``"constant"`` or ``"cosine"``.
+        warmup_steps: Steps of linear warm-up, 0 for none.
+        total_steps: Optimizer steps of the whole training; ``"constant"`` does not look at it.
+
+    Raises:
+        ValueError: Unknown schedule, negative warm-up, or a cosine without a finite end after the warm-up.
+    """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(get_args(Schedule))}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+    if schedule == "cosine" and not warmup_steps < total_steps < math.inf:
+        raise ValueError(
+            f"a cosine schedule needs a finite number of steps beyond its {warmup_steps} warm-up steps, "
+            f"got {total_steps}; set Trainer(max_steps=...) or total_steps"
+        )
+    return LambdaLR(optimizer, WarmupFactor(schedule, warmup_steps, total_steps))

@@ -1,0 +1,189 @@
+"""One composite Optimizer: equal to its parts run separately, whole in checkpoints, at home with schedulers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dopr_lightning.optim import CompositeOptimizer, make_optimizer, parameter_roles
+from dopr_lightning.optim.muon import Muon
+from dopr_lightning.optim.schedules import make_scheduler
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(7, 8)
+        self.input = nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.hidden = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.readout = nn.Linear(8, 2)
+
+    def forward(self, token: Tensor) -> Tensor:
+        h = torch.tanh(self.input(self.embedding(token)))
+        h = torch.tanh(self.conv(h.mT).mT)
+        return self.readout(self.norm(torch.tanh(self.hidden(h))))
+
+
+TOKENS = torch.tensor([[0, 1, 2, 3], [3, 4, 5, 6]])
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, scheduler: object = None) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(TOKENS).square().sum().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def test_roles_are_read_off_the_model() -> None:
+    assert parameter_roles(Net()) == {
+        "embedding.weight": "embedding",
+        "input.weight": "input",
+        "input.bias": "vector",
+        "conv.weight": "hidden",
+        "conv.bias": "vector",
+        "hidden.weight": "hidden",
+        "hidden.bias": "vector",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "readout.weight": "readout",
+        "readout.bias": "vector",
+    }
+
+
+def test_roles_declared_by_a_submodule_and_overrides_win() -> None:
+    net = Net()
+    net.parameter_roles = lambda: {"conv.weight": "input"}
+    roles = parameter_roles(nn.ModuleDict({"policy": net}), {"policy.hidden.*": "readout"})
+    assert (roles["policy.conv.weight"], roles["policy.input.weight"]) == ("input", "hidden")
+    assert (roles["policy.hidden.weight"], roles["policy.readout.weight"]) == ("readout", "hidden")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"hiden.*": "hidden"}, "matches no trainable parameter"), ({"hidden.*": "matrix"}, "unknown role 'matrix'")],
+)
+def test_bad_role_overrides(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parameter_roles(Net(), overrides)
+
+
+def test_composite_equals_its_parts_run_separately() -> None:
+    together, apart = Net(), Net()
+    optimizer = make_optimizer(together, "muon", lr=0.01, weight_decay=0.1)
+    hidden = [apart.conv.weight, apart.hidden.weight]
+    decayed = [apart.embedding.weight, apart.input.weight, apart.readout.weight]
+    vectors = [p for p in apart.parameters() if p.dim() < 2]
+    parts = [
+        Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(decayed, lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.0),
+    ]
+    for _ in range(3):
+        train(together, optimizer, 1)
+        for part in parts:
+            part.zero_grad()
+        apart(TOKENS).square().sum().backward()
+        for part in parts:
+            part.step()
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_muon_on_a_convolution_is_torchs_muon_on_the_flattened_kernel() -> None:
+    torch.manual_seed(0)
+    kernel, gradient = torch.randn(6, 4, 3), torch.randn(6, 4, 3)
+    conv, matrix = nn.Parameter(kernel.clone()), nn.Parameter(kernel.flatten(1).clone())
+    for parameter, optimizer in ((conv, Muon([conv], lr=0.1)), (matrix, torch.optim.Muon([matrix], lr=0.1))):
+        for scale in (1.0, -0.5):
+            parameter.grad = (scale * gradient).reshape(parameter.shape)
+            optimizer.step()
+    assert torch.equal(conv.flatten(1), matrix)
+    assert not torch.equal(conv, kernel)
+
+
+def test_muon_refuses_vectors() -> None:
+    with pytest.raises(ValueError, match=r"Muon takes matrices, not a parameter of shape \(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon", "sgd", torch.optim.NAdam])
+def test_resume_is_bit_identical(base: str | type[torch.optim.Optimizer]) -> None:
+    def start() -> tuple[Net, torch.optim.Optimizer, object]:
+        model = Net()
+        optimizer = make_optimizer(model, base, lr=0.01, weight_decay=0.1)
+        return model, optimizer, make_scheduler(optimizer, "cosine", 2, 8)
+
+    whole, optimizer, scheduler = start()
+    train(whole, optimizer, 3, scheduler)
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+    train(whole, optimizer, 4, scheduler)
+
+    resumed, optimizer, scheduler = start()
+    for target, state in zip((resumed, optimizer, scheduler), saved, strict=True):
+        target.load_state_dict(state)
+    train(resumed, optimizer, 4, scheduler)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group_and_vectors_are_not_decayed() -> None:
+    model = Net()
+    model.hidden.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, "muon", lr=0.01, weight_decay=0.1)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == sum(p.requires_grad for p in model.parameters())
+    assert all((p.dim() >= 2) == (g["weight_decay"] > 0) for g in optimizer.param_groups for p in g["params"])
+
+
+def test_cosine_with_warm_up_keeps_the_ratio_of_the_groups_rates() -> None:
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)])
+    scheduler = make_scheduler(optimizer, "cosine", 4, 12)
+    seen = []
+    for _ in range(13):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    expected = [0.2, 0.4, 0.6, 0.8] + [0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(9)]
+    assert [a for a, _ in seen] == pytest.approx(expected)
+    assert [b for _, b in seen] == pytest.approx([0.1 * e for e in expected])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("linear", 0, 10), "unknown schedule 'linear'; choose from constant, cosine"),
+        (("cosine", 10, 10), "needs a finite number of steps beyond its 10 warm-up steps"),
+        (("cosine", 0, math.inf), r"set Trainer\(max_steps=\.\.\.\)"),
+        (("constant", -1, 10), "must not be negative"),
+    ],
+)
+def test_bad_schedules(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": "adam-w", "lr": 1.0}, "unknown base optimizer 'adam-w'; choose from adamw, muon, sgd"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": 1.0, "beta": 0.9}, "AdamW does not accept these options: .*'beta'"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(Net(), **options)
+
+
+def test_groups_cannot_be_added_later() -> None:
+    optimizer = make_optimizer(Net(), "adamw", lr=1.0)
+    assert isinstance(optimizer, CompositeOptimizer)
+    with pytest.raises(TypeError, match="groups are fixed"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
