@@ -1,0 +1,1 @@
+"""Policies: objectives and samplers as pure functions, networks, normaliser, EMA, and the LightningModule."""

@@ -1,0 +1,87 @@
+"""``dopr``: one command for training, comparing and preparing data. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dopr_lightning.errors import UserError
+
+HELP = """\
+usage: dopr VERB [options]     (dopr VERB --help explains each, with an example)
+
+Train a policy and judge it by rollouts:
+  fit        train:     dopr fit --config hopper.yaml --config dopr.yaml
+  validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
+  test       the same on the seeds that are reported
+
+Find out whether an optimizer helps:
+  compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot
+
+Prepare data:
+  demos      check and register demonstrations, downloading them where needed
+
+A configuration file is looked for here first, then among those that come with the package:
+  {configs}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; a user's mistake becomes one line on stderr and exit status 2.
+
+    Set ``DOPR_TRACEBACK=1`` to see where an error came from.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from dopr_lightning.configs import available
+
+        print(HELP.format(configs=", ".join(available())))
+        return 0
+    verb, *rest = arguments
+    if verb == "--version":
+        from dopr_lightning import __version__
+
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        print(f"dopr: unknown verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        VERBS[verb](verb, rest)
+    except KeyboardInterrupt:
+        print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
+        return 130
+    except (UserError, ValueError) as error:
+        if os.environ.get("DOPR_TRACEBACK"):
+            raise
+        print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(verb: str, arguments: list[str]) -> None:
+    from dopr_lightning.training import run
+
+    run(verb, arguments)
+
+
+def _compare(verb: str, arguments: list[str]) -> None:
+    from dopr_lightning.experiments.compare import main
+
+    main(arguments)
+
+
+def _demos(verb: str, arguments: list[str]) -> None:
+    from dopr_lightning.data.demos import main
+
+    main(arguments)
+
+
+VERBS: dict[str, Callable[[str, list[str]], None]] = {
+    "fit": _train,
+    "validate": _train,
+    "test": _train,
+    "compare": _compare,
+    "demos": _demos,
+}

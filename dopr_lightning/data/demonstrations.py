@@ -1,0 +1,113 @@
+"""What was demonstrated: observations, actions and where each episode ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dopr_lightning.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations:
+    """Episodes laid end to end.
+
+    Args:
+        observations: (N, obs_dim), what the demonstrator saw at each step. Stored as float32.
+        actions: (N, act_dim), what the demonstrator did there. Stored as float32.
+        episode_ends: (E,), one past the last step of each episode, increasing, the last equal to N. Stored as int64.
+        source: Where they come from, in words for records and errors: ``"pusht"``, a Minari id.
+        sha256: Digest of the original data, so that a checkpoint can say what it was trained on.
+
+    Raises:
+        UserError: The arrays do not fit together, or hold a value that is not finite.
+    """
+
+    observations: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.float32]
+    episode_ends: npt.NDArray[np.int64]
+    source: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        name = f"demonstrations {self.source!r}"
+        # A value too large for float32 becomes inf here, and is reported below with its place.
+        with np.errstate(over="ignore"):
+            for field in ("observations", "actions"):
+                array = np.ascontiguousarray(getattr(self, field), dtype=np.float32)
+                object.__setattr__(self, field, array)
+                if array.ndim != 2 or array.shape[1] == 0:
+                    raise UserError(
+                        f"{name}: {field} have shape {array.shape}; expected (steps, dimensions), one row per step"
+                    )
+        ends = np.ascontiguousarray(self.episode_ends, dtype=np.int64)
+        object.__setattr__(self, "episode_ends", ends)
+
+        steps = len(self.observations)
+        if len(self.actions) != steps:
+            raise UserError(
+                f"{name}: {steps} observations but {len(self.actions)} actions; give one action per observation "
+                "(drop an episode's final observation)"
+            )
+        if ends.ndim != 1 or len(ends) == 0 or ends[0] <= 0 or np.any(np.diff(ends) <= 0) or ends[-1] != steps:
+            raise UserError(
+                f"{name}: episode ends do not divide the {steps} steps into episodes; they must increase from above "
+                f"0 to {steps}"
+            )
+        for field in ("observations", "actions"):
+            finite = np.isfinite(getattr(self, field)).all(axis=1)
+            if not finite.all():
+                row = int(np.argmin(finite))
+                episode = int(np.searchsorted(ends, row, side="right"))
+                step = row - (int(ends[episode - 1]) if episode else 0)
+                what = "NaN" if np.isnan(getattr(self, field)[row]).any() else "an infinite value"
+                raise UserError(
+                    f"{name}: {field} hold {what} in episode {episode}, step {step}; mend or remove that episode"
+                )
+
+    @property
+    def num_episodes(self) -> int:
+        """How many episodes there are."""
+        return len(self.episode_ends)
+
+    def take(self, episodes: int) -> Demonstrations:
+        """The first ``episodes`` episodes.
+
+        Raises:
+            UserError: There are fewer, or fewer than one is asked for.
+        """
+        if not 1 <= episodes <= self.num_episodes:
+            raise UserError(
+                f"demonstrations {self.source!r}: {episodes} episodes asked for, {self.num_episodes} there; "
+                f"ask for 1 to {self.num_episodes}"
+            )
+        return self._select(np.arange(episodes))
+
+    def split(self, validation_episodes: int, seed: int) -> tuple[Demonstrations, Demonstrations]:
+        """Hold out whole episodes, so that no validation step has a near copy among the training steps.
+
+        Args:
+            validation_episodes: How many to hold out.
+            seed: Chooses which. The same numbers give the same split everywhere.
+
+        Returns:
+            Training and validation demonstrations, each in the original order.
+
+        Raises:
+            UserError: No episode would be left to train on, or none is held out.
+        """
+        if not 1 <= validation_episodes < self.num_episodes:
+            raise UserError(
+                f"demonstrations {self.source!r}: cannot hold out {validation_episodes} of {self.num_episodes} "
+                f"episodes for validation; hold out 1 to {self.num_episodes - 1}"
+            )
+        order = np.random.default_rng(seed).permutation(self.num_episodes)
+        return self._select(np.sort(order[validation_episodes:])), self._select(np.sort(order[:validation_episodes]))
+
+    def _select(self, episodes: npt.NDArray[np.int64]) -> Demonstrations:
+        starts = np.concatenate([[0], self.episode_ends[:-1]])
+        rows = np.concatenate([np.arange(starts[e], self.episode_ends[e]) for e in episodes])
+        lengths = (self.episode_ends - starts)[episodes]
+        return Demonstrations(self.observations[rows], self.actions[rows], np.cumsum(lengths), self.source, self.sha256)

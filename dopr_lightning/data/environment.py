@@ -1,0 +1,31 @@
+"""Which environment a policy is judged in, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """An environment and its evaluation protocol, without importing any simulator.
+
+    Args:
+        id: Gymnasium id, ``"Hopper-v5"``.
+        max_steps: Longest episode, in environment steps.
+        metric: What an episode is worth: ``"return"``, the sum of its rewards, or ``"max_reward"``, the best of them
+            (PushT's score: how much of the goal was ever covered).
+        first_seed: Reported episodes reset with this seed and those after it. 100000 is Diffusion Policy's choice;
+            demonstrations are recorded with small seeds, so the two never meet.
+        kwargs: Passed to the environment's constructor.
+        extra: The extra of ``dopr-lightning`` that installs it; ``None`` for what the base install has.
+        module: The module that registers the id with Gymnasium on import; ``None`` for Gymnasium's own.
+    """
+
+    id: str
+    max_steps: int
+    metric: Literal["return", "max_reward"]
+    first_seed: int = 100_000
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    extra: str | None = None
+    module: str | None = None

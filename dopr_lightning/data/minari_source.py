@@ -1,0 +1,103 @@
+"""Demonstrations from a Minari dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.data.source import Source
+from dopr_lightning.errors import UserError, import_extra
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+
+class Minari(Source):
+    """Episodes of a local Minari dataset with flat observations and actions.
+
+    Datasets lie where Minari keeps them: ``$MINARI_DATASETS_PATH``, or ``~/.minari/datasets``. Nothing is downloaded
+    behind your back; ``minari download ID`` does that.
+
+    Args:
+        dataset_id: Minari's id of the dataset.
+        episodes: Read only the first so many. Minari's expert sets hold about a thousand episodes, gigabytes of them,
+            where imitation wants tens; ``None`` reads all.
+    """
+
+    def __init__(self, dataset_id: str = "mujoco/humanoid/expert-v0", episodes: int | None = 100) -> None:
+        self.dataset_id = dataset_id
+        self.episodes = episodes
+
+    @property
+    def environment(self) -> EnvironmentSpec:
+        """The environment the dataset says it was recorded in.
+
+        Raises:
+            UserError: The dataset is missing, or does not say which, or for how long an episode lasts.
+        """
+        spec = self._open().spec.env_spec
+        if spec is None or spec.max_episode_steps is None:
+            raise UserError(
+                f"Minari dataset {self.dataset_id!r} does not say in which environment, or for how many steps, it was "
+                "recorded; choose a dataset with an env_spec that has max_episode_steps"
+            )
+        return EnvironmentSpec(id=spec.id, max_steps=spec.max_episode_steps, metric="return", kwargs=dict(spec.kwargs))
+
+    def load(self) -> Demonstrations:
+        """Read the episodes, each without its final observation, at which nobody acted.
+
+        Raises:
+            UserError: The dataset is missing, damaged, or not made of flat vectors.
+        """
+        from gymnasium.spaces import Box
+
+        dataset = self._open()
+        for name, space in (("observations", dataset.observation_space), ("actions", dataset.action_space)):
+            if not isinstance(space, Box) or len(space.shape) != 1:
+                raise UserError(
+                    f"Minari dataset {self.dataset_id!r}: {name} are {space}, not a flat Box; choose one of vectors"
+                )
+        data_file = Path(dataset.spec.data_path) / "main_data.hdf5"
+        count = dataset.total_episodes
+        if self.episodes is not None:
+            count = min(count, self.episodes)
+        observations, actions = [], []
+        try:
+            with data_file.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            for episode in dataset.iterate_episodes(dataset.episode_indices[:count]):
+                actions.append(np.asarray(episode.actions, dtype=np.float32))
+                observations.append(np.asarray(episode.observations[: len(episode.actions)], dtype=np.float32))
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise self._damaged(error) from error
+        return Demonstrations(
+            np.concatenate(observations),
+            np.concatenate(actions),
+            np.cumsum([len(a) for a in actions]),
+            source=f"minari:{self.dataset_id}",
+            sha256=sha256,
+        )
+
+    def _open(self) -> MinariDataset:
+        minari = import_extra("minari", "minari")
+        try:
+            return minari.load_dataset(self.dataset_id)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"Minari dataset {self.dataset_id!r} is not on this machine; run: minari download {self.dataset_id} "
+                "(or point MINARI_DATASETS_PATH to where it lies)"
+            ) from error
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())
+        return UserError(
+            f"Minari dataset {self.dataset_id!r} cannot be read ({reason}); "
+            f"fetch it again: minari download --force {self.dataset_id}"
+        )

@@ -1,0 +1,166 @@
+"""Batches for Lightning: demonstrations split, cut into windows, shuffled by seed and epoch alone."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.data.source import Source
+from dopr_lightning.data.windows import WindowDataset, already_batched
+from dopr_lightning.errors import UserError
+
+# Which episodes are held out is part of the task, not of a run: the same for every seed, so that validation losses of
+# different seeds, and of different numbers of training episodes, are about the same data.
+_SPLIT_SEED = 0
+
+
+class DemonstrationData(L.LightningDataModule):
+    """Windows of demonstrations for training; whole held-out episodes for validation.
+
+    A batch is ``{"observation": (n, observe, obs_dim), "action": (n, horizon, act_dim)}``, float32, in the source's
+    own units.
+
+    The order of batches is a function of ``seed`` and the epoch's number: nothing is drawn from the global generator,
+    so a run resumed at the end of an epoch sees what the uninterrupted run saw. Under DDP each rank gets its share of
+    that order.
+
+    Args:
+        source: Where the demonstrations come from.
+        batch_size: Windows per batch, on each rank. 256 is the paper's choice for behaviour cloning.
+        observe: Observations seen at once.
+        horizon: Actions predicted at once.
+        act: Actions executed before observing again.
+        episodes: Train on the first so many episodes left after holding out; ``None`` for all. The held-out ones are
+            the same whatever the number.
+        validation_episodes: Episodes held out.
+        num_workers: Loader processes. 0 is quickest here: a batch is one gather from memory.
+        seed: Orders the batches.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int = 256,
+        observe: int = 1,
+        horizon: int = 1,
+        act: int = 1,
+        episodes: int | None = None,
+        validation_episodes: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: must be at least 1")
+        self.source = source
+        self.batch_size = batch_size
+        self.observe = observe
+        self.horizon = horizon
+        self.act = act
+        self.episodes = episodes
+        self.validation_episodes = validation_episodes
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @cached_property
+    def _split(self) -> tuple[Demonstrations, Demonstrations]:
+        train, validation = self.source.load().split(self.validation_episodes, _SPLIT_SEED)
+        return (train if self.episodes is None else train.take(self.episodes)), validation
+
+    @property
+    def environment(self) -> EnvironmentSpec:
+        """The environment to roll policies out in."""
+        return self.source.environment
+
+    @property
+    def observation_dim(self) -> int:
+        """Numbers in an observation."""
+        return int(self._split[0].observations.shape[1])
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in an action."""
+        return int(self._split[0].actions.shape[1])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a run was trained on, for its checkpoint and records."""
+        train, validation = self._split
+        return {
+            "source": train.source,
+            "sha256": train.sha256,
+            "train_episodes": train.num_episodes,
+            "train_steps": len(train.actions),
+            "validation_episodes": validation.num_episodes,
+            "validation_steps": len(validation.actions),
+        }
+
+    def statistics(self) -> dict[str, dict[str, Tensor]]:
+        """What a normaliser needs, of the training demonstrations.
+
+        Returns:
+            ``{"observation": s, "action": s}`` with s holding ``min``, ``max``, ``mean`` and ``std`` (of the
+            population; 0 where a dimension never changes), each (dim,) float32.
+        """
+        train, _ = self._split
+        return {"observation": _moments(train.observations), "action": _moments(train.actions)}
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Shuffled batches of equal size; what does not fill the last one is left for other epochs.
+
+        Raises:
+            UserError: There are fewer windows than a batch holds.
+        """
+        dataset = WindowDataset(self._split[0], self.observe, self.horizon, self.act)
+        world = self.trainer.world_size if self.trainer else 1
+        if len(dataset) // world < self.batch_size:
+            raise UserError(
+                f"batch_size={self.batch_size} is more than the {len(dataset)} training windows"
+                f"{f' shared by {world} processes' if world > 1 else ''}; use {len(dataset) // world} or less"
+            )
+        # Also on one process: this sampler orders by (seed, epoch), and Lightning tells it the epoch and leaves it as
+        # it is under DDP. RandomSampler would draw from the global generator.
+        sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
+            dataset,
+            num_replicas=world,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            shuffle=True,
+            seed=self.seed,
+            drop_last=True,
+        )
+        return self._loader(dataset, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Every held-out window in order. Under DDP Lightning shards it, and may repeat a window to even the shards."""
+        return self._loader(WindowDataset(self._split[1], self.observe, self.horizon, self.act))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The held-out windows again: what is new in a test are the rollouts, with seeds of their own."""
+        return self.val_dataloader()
+
+    def _loader(self, dataset: WindowDataset, **kwargs: Any) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            collate_fn=already_batched,  # type: ignore[arg-type]  # batches, not lists of items
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # The loader draws a seed for its workers at each epoch; without a generator, from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+            **kwargs,
+        )
+
+
+def _moments(rows: npt.NDArray[np.float32]) -> dict[str, Tensor]:
+    wide = rows.astype(np.float64)
+    values = {"min": wide.min(0), "max": wide.max(0), "mean": wide.mean(0), "std": wide.std(0)}
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}

@@ -1,0 +1,25 @@
+"""What a task is: demonstrations, and the environment they were given in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.environment import EnvironmentSpec
+
+
+class Source(ABC):
+    """Subclass this to bring your own task; ``__init__`` takes plain values and reads nothing."""
+
+    @property
+    @abstractmethod
+    def environment(self) -> EnvironmentSpec:
+        """The environment to roll policies out in."""
+
+    @abstractmethod
+    def load(self) -> Demonstrations:
+        """Read, or make, the demonstrations.
+
+        Raises:
+            UserError: They are missing or damaged.
+        """

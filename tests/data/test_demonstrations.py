@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.errors import UserError
+
+ENDS = [3, 7, 8, 14]
+
+
+def numbered(ends: list[int] = ENDS) -> Demonstrations:
+    """Row i observes (i, i) and acts (i,)."""
+    rows = np.arange(ends[-1], dtype=np.float32)
+    return Demonstrations(np.stack([rows, rows], 1), rows[:, None], np.array(ends), "toy", "0" * 64)
+
+
+def episodes_of(demonstrations: Demonstrations) -> list[list[float]]:
+    return [part[:, 0].tolist() for part in np.split(demonstrations.actions, demonstrations.episode_ends[:-1])]
+
+
+ALL = [[0, 1, 2], [3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13]]
+
+
+def test_take_is_the_first_episodes() -> None:
+    taken = numbered().take(2)
+    assert episodes_of(taken) == ALL[:2]
+    np.testing.assert_array_equal(taken.observations[:, 1], np.arange(7))
+    assert taken.sha256 == "0" * 64
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_parts_whole_episodes(seed: int) -> None:
+    train, validation = numbered().split(2, seed)
+    assert sorted(episodes_of(train) + episodes_of(validation)) == ALL
+    assert episodes_of(train) == sorted(episodes_of(train))  # the original order
+    again = numbered().split(2, seed)[1]
+    assert episodes_of(again) == episodes_of(validation)
+
+
+def test_split_depends_on_the_seed() -> None:
+    assert len({str(episodes_of(numbered().split(1, seed)[1])) for seed in range(20)}) == 4
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_too_many_or_no_episodes(count: int) -> None:
+    with pytest.raises(UserError, match=r"'toy'.* 4"):
+        numbered().take(count)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_split_leaves_something_on_both_sides(count: int) -> None:
+    with pytest.raises(UserError, match="hold out 1 to 3"):
+        numbered().split(count, 0)
+
+
+@pytest.mark.parametrize("field", ["observations", "actions"])
+@pytest.mark.parametrize(
+    ("row", "place"), [(0, "episode 0, step 0"), (3, "episode 1, step 0"), (13, "episode 3, step 5")]
+)
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (1e300, "an infinite value")])
+def test_bad_values_are_placed(field: str, row: int, place: str, value: float, said: str) -> None:
+    good = numbered()
+    arrays = {"observations": good.observations.astype(np.float64), "actions": good.actions.astype(np.float64)}
+    arrays[field][row, 0] = value
+    with pytest.raises(UserError, match=f"'toy': {field} hold {said} in {place}"):
+        Demonstrations(**arrays, episode_ends=good.episode_ends, source="toy", sha256="")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ends", [[], [0, 14], [7, 7, 14], [9, 3, 14], [7, 13], [7, 15], [[14]]])
+def test_ends_must_divide_the_steps(ends: list[int]) -> None:
+    good = numbered()
+    with pytest.raises(UserError, match="episode ends"):
+        Demonstrations(good.observations, good.actions, np.array(ends), "toy", "")
+
+
+def test_shapes_must_fit() -> None:
+    good = numbered()
+    with pytest.raises(UserError, match="14 observations but 13 actions"):
+        Demonstrations(good.observations, good.actions[:-1], good.episode_ends, "toy", "")
+    with pytest.raises(UserError, match=r"actions have shape \(14,\)"):
+        Demonstrations(good.observations, good.actions[:, 0], good.episode_ends, "toy", "")
