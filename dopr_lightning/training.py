@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.callback import RolloutEvaluation
 
-__all__ = ["CLI", "run"]
+__all__ = ["CLI", "quiet", "resolve", "run"]
 
 
 class CLI(LightningCLI):
@@ -60,6 +61,17 @@ class CLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.{name}")
         for room in ("data", "model"):
             parser.link_arguments("seed_everything", f"{room}.seed", compute_fn=int)
+
+
+class _ParseOnly(CLI):
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def resolve(arguments: Sequence[str]) -> dict[str, Any]:
+    """The whole configuration that ``arguments`` (of a verb) amount to, as plain values, without building anything."""
+    cli = _ParseOnly(arguments, run=False)
+    return json.loads(cli.parser.dump(cli.config, format="json", skip_validation=True, skip_link_targets=False))
 
 
 class _SaveConfig(SaveConfigCallback):

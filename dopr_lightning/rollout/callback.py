@@ -42,6 +42,9 @@ class RolloutEvaluation(Callback):
         every_n_epochs: While fitting, roll out in every n-th epoch's validation only: for tasks where rollouts cost
             more than training.
         num_envs: Episodes at once, on each rank.
+
+    Attributes:
+        latest: The episodes of the last evaluation, all ranks', in the order of their seeds.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class RolloutEvaluation(Callback):
         self.first_seed = first_seed
         self.every_n_epochs = every_n_epochs
         self.num_envs = num_envs
+        self.latest: list[Episode] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a run whose rollouts would be of the wrong weights, or nowhere.
@@ -114,6 +118,7 @@ class RolloutEvaluation(Callback):
         if failures:
             raise error or UserError(failures[0])
         episodes = sorted((e for share in _gather(episodes) for e in share), key=lambda e: e.seed)
+        self.latest = episodes
 
         values = [episode.value for episode in episodes]
         low, high = bootstrap_interval(values)

@@ -1,0 +1,166 @@
+"""``dopr compare``: does an optimizer help in closed loop? One task, equal budget, seeds and tuning for every arm."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dopr_lightning.errors import UserError
+from dopr_lightning.experiments.arms import Arm, parse_arms
+from dopr_lightning.experiments.report import arm_results, plot, print_table, versions, write_json
+from dopr_lightning.experiments.runner import run_all
+from dopr_lightning.experiments.trial import Record, Trial
+
+T = TypeVar("T", int, float)
+
+TUNING_SEED = 1000
+"""Training seed of the tuning runs, so that no reported run was chosen by its own luck."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the comparison and write its results.
+
+    Raises:
+        UserError: A mistake in the arguments, found before anything is trained; or runs that failed.
+    """
+    options, overrides = _parser().parse_known_args(arguments)
+    arms = parse_arms(options.optimizers)
+    seeds = _numbers("--seeds", options.seeds, int)
+    rates = _numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
+    for name in ("episodes", "workers"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    base = [*(f"--config={_located(name)}" for name in options.config), *overrides]
+    task = _check(base, arms, options.damping)
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+
+    def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
+        from dopr_lightning.training import resolve
+
+        chosen = (*base, *arm.arguments(lr, options.damping))
+        name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
+        return Trial(name, output / folder, chosen, resolve(chosen), seed, first_seed, options.episodes)
+
+    tuning: dict[Arm, list[tuple[float, Record]]] = {arm: [] for arm in arms}
+    best: dict[Arm, float | None] = dict.fromkeys(arms)
+    if rates:
+        grid = [(arm, rate) for arm in arms for rate in rates]
+        trials = [
+            trial(arm, rate, TUNING_SEED, f"tuning/{arm.name}/lr-{rate:g}", task["selection_seed"])
+            for arm, rate in grid
+        ]
+        for (arm, rate), record in zip(grid, run_all(trials, options.workers), strict=True):
+            tuning[arm].append((rate, record))
+        best = {arm: max(tuning[arm], key=lambda entry: entry[1].mean)[0] for arm in arms}
+
+    runs = [(arm, seed) for arm in arms for seed in seeds]
+    trials = [trial(arm, best[arm], seed, f"runs/{arm.name}/seed-{seed}", task["first_seed"]) for arm, seed in runs]
+    records = dict(zip(runs, run_all(trials, options.workers), strict=True))
+
+    results = {
+        "task": task["id"],
+        "metric": task["metric"],
+        "budget": {
+            "steps": task["steps"],
+            "batch_size": task["batch_size"],
+            "train_episodes": task["train_episodes"],
+            "parameters": task["parameters"],
+            "episodes_per_seed": options.episodes,
+            "tuning_runs_per_arm": len(rates),
+        },
+        "versions": versions(),
+        "data": task["data"],
+        "arms": [
+            arm_results(arm, seeds, [records[arm, seed] for seed in seeds])
+            | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
+            | {"tuning": [{"lr": lr, "mean": r.mean, "val_loss": r.val_loss} for lr, r in tuning[arm]]}
+            for arm in arms
+        ],
+    }
+    write_json(results, output / "results.json")
+    plot(results, output / "compare.png")
+    print_table(results)
+    print(
+        f"plot: {output / 'compare.png'}   numbers: {output / 'results.json'}   curves: tensorboard --logdir {output}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dopr compare",
+        allow_abbrev=False,
+        description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
+        "of its EMA weights on the same fixed seeds. Any option of 'dopr fit' may follow (--trainer.max_steps 500). "
+        "Finished runs are reused and interrupted ones resumed.",
+        epilog="example: dopr compare --config hopper.yaml --optimizers adamw,dopr-adamw --output runs/hopper",
+    )
+    parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    parser.add_argument("--optimizers", default="adamw,dopr-adamw,muon,dopr-muon", help="default: %(default)s")
+    parser.add_argument("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
+    parser.add_argument("--episodes", type=int, default=20, help="rollouts per run; default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the runs, results.json and compare.png")
+    parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
+    parser.add_argument(
+        "--learning-rates",
+        help="tune every arm on this grid first (comma-separated): one run each with a training seed of its own, judged "
+        "on rollout seeds that are not reported; default: the configuration's rate for all",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=_default_workers(), help="runs at once, sharing the cores; default: %(default)s"
+    )
+    return parser
+
+
+def _default_workers() -> int:
+    return os.cpu_count() or 1
+
+
+def _numbers(flag: str, text: str, kind: type[T]) -> list[T]:
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text}: give numbers separated by commas, 0,1,2") from None
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{flag} {text}: a number is given twice")
+    return numbers
+
+
+def _located(name: str) -> str:
+    from dopr_lightning.configs import locate
+
+    return locate(name)
+
+
+def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:
+    """Build everything once, so that mistakes show before hours of training, and say what the task is."""
+    from dopr_lightning.rollout.callback import SELECTION_OFFSET
+    from dopr_lightning.rollout.environments import make
+    from dopr_lightning.training import CLI, quiet
+
+    quiet()
+    # What Lightning says of seeds and devices while everything is built once is about no run.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    cli: Any = None
+    for arm in arms:
+        cli = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False)
+    environment = cli.datamodule.environment
+    make(environment).close()
+    provenance = cli.datamodule.provenance
+    return {
+        "id": environment.id,
+        "metric": environment.metric,
+        "first_seed": environment.first_seed,
+        "selection_seed": environment.first_seed + SELECTION_OFFSET,
+        "steps": cli.trainer.max_steps,
+        "batch_size": cli.datamodule.batch_size,
+        "train_episodes": provenance["train_episodes"],
+        "parameters": sum(p.numel() for p in cli.model.parameters()),
+        "lr": cli.model.optimizer_config.lr,
+        "data": provenance,
+    }

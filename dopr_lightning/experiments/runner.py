@@ -1,0 +1,126 @@
+"""Many trials on one machine: finished ones are reused, the others share the cores, and progress is shown."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from queue import Empty
+from typing import Any
+
+from dopr_lightning.errors import UserError
+from dopr_lightning.experiments.trial import Record, Trial, load_record, run_trial
+
+
+def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
+    """Records of all trials, in their order.
+
+    A trial that fails leaves its reason in its log.txt and does not stop the others.
+
+    Raises:
+        UserError: Some trials failed, or a folder holds a record of other settings.
+    """
+    records = {trial.name: load_record(trial) for trial in trials}
+    missing = [trial for trial in trials if records[trial.name] is None]
+    failures: dict[str, str] = {}
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with context.Manager() as manager, _Display(trials, missing) as display:
+            queue: Any = manager.Queue()
+            with ProcessPoolExecutor(
+                min(workers, len(missing)), context, initializer=_prepare, initargs=(workers,)
+            ) as pool:
+                futures = {pool.submit(_attempt, trial, queue): trial for trial in missing}
+                pending = set(futures)
+                while pending:
+                    display.drain(queue)
+                    done = {future for future in pending if future.done()}
+                    for future in done:
+                        outcome = future.result()
+                        name = futures[future].name
+                        if isinstance(outcome, Record):
+                            records[name] = outcome
+                        else:
+                            failures[name] = outcome
+                        display.finished(name, outcome)
+                    pending -= done
+    if failures:
+        name, reason = next(iter(failures.items()))
+        more = f" and {len(failures) - 1} more failed" if len(failures) > 1 else " failed"
+        raise UserError(f"{name}{more}: {reason}; see log.txt in its folder, mend it and run the same command again")
+    return [record for trial in trials if (record := records[trial.name]) is not None]
+
+
+def _prepare(workers: int) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _attempt(trial: Trial, queue: Any) -> Record | str:
+    """The record, or why there is none. Exceptions stay in the worker: not all of them can be sent."""
+    try:
+        return run_trial(trial, lambda *progress: queue.put(progress))
+    except Exception as error:
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        with (trial.folder / "log.txt").open("a") as log:
+            traceback.print_exc(file=log)
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class _Display:
+    """A bar for all trials and one for each under way; plain lines where there is no terminal."""
+
+    def __init__(self, trials: Sequence[Trial], missing: Sequence[Trial]) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._terminal = sys.stdout.isatty()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            transient=True,
+            disable=not self._terminal,
+        )
+        self._all = self._progress.add_task("runs", total=len(trials), completed=len(trials) - len(missing))
+        self._bars: dict[str, Any] = {}
+        self._done, self._total = len(trials) - len(missing), len(trials)
+        if self._done:
+            self._progress.console.print(f"{self._done} of {self._total} runs were finished before; they are reused")
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def drain(self, queue: Any) -> None:
+        """Show what the workers report; waits up to half a second for it."""
+        try:
+            while True:
+                name, step, steps = queue.get(timeout=0.5)
+                bar = self._bars.get(name)
+                if bar is None:
+                    bar = self._bars[name] = self._progress.add_task(name, total=steps)
+                self._progress.update(bar, completed=step)
+        except Empty:
+            return
+
+    def finished(self, name: str, outcome: Record | str) -> None:
+        """Replace a trial's bar by a line."""
+        self._done += 1
+        if name in self._bars:
+            self._progress.remove_task(self._bars.pop(name))
+        self._progress.update(self._all, completed=self._done)
+        if isinstance(outcome, Record):
+            said = f"val loss {outcome.val_loss:.4g}, closed loop {outcome.mean:.4g}, {outcome.train_seconds:.0f} s"
+        else:
+            said = outcome
+        print_line = self._progress.console.print if self._terminal else print
+        print_line(f"[{self._done}/{self._total}] {name}: {said}".replace("[", "\\[" if self._terminal else "["))
+        sys.stdout.flush()

@@ -1,0 +1,163 @@
+"""One training run and its rollouts, as a record on disk that is never computed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dopr_lightning.errors import UserError
+
+Report = Callable[[str, int, int], None]
+"""Called with (trial, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What to train and how to judge it.
+
+    Args:
+        name: For people, ``"dopr-muon seed 1"``.
+        folder: Holds record.json, log.txt, TensorBoard events, rollouts.jsonl and checkpoints.
+        arguments: Of ``dopr fit``, without the verb.
+        config: What these arguments amount to: a file among them may change.
+        seed: Of weights, batches and noise.
+        first_seed: Of the judged rollouts.
+        episodes: Judged rollouts.
+    """
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]
+    config: dict[str, Any]
+    seed: int
+    first_seed: int
+    episodes: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the record, and so must not have changed when a finished record is reused."""
+        return {
+            "config": self.config,
+            "seed": self.seed,
+            "first_seed": self.first_seed,
+            "episodes": self.episodes,
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished trial tells.
+
+    Args:
+        val_loss: One-step loss of the final EMA weights on held-out episodes.
+        episodes: The metric of each judged rollout of these weights, in the order of the seeds.
+        train_seconds: Wall-clock seconds of training, without validation and rollouts.
+        settings: Of the trial.
+    """
+
+    val_loss: float
+    episodes: list[float]
+    train_seconds: float
+    settings: dict[str, Any]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the metric over episodes."""
+        return sum(self.episodes) / len(self.episodes)
+
+
+def load_record(trial: Trial) -> Record | None:
+    """The record of a trial that has finished, else None.
+
+    Raises:
+        UserError: The folder holds a record of other settings.
+    """
+    path = trial.folder / "record.json"
+    if not path.exists():
+        return None
+    record = Record(**json.loads(path.read_text()))
+    if record.settings != trial.settings:
+        raise UserError(
+            f"{trial.folder} holds a run with other settings ({_difference(record.settings, trial.settings)}); "
+            "choose another --output"
+        )
+    return record
+
+
+def run_trial(trial: Trial, report: Report) -> Record:
+    """Train, from the last checkpoint if there is one, then judge the EMA weights by rollouts on fixed seeds.
+
+    Everything that would be printed goes to ``log.txt`` in the trial's folder.
+    """
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    with (trial.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        record = _train_and_judge(trial, report)
+    unfinished = trial.folder / "record.json.part"
+    unfinished.write_text(json.dumps(asdict(record), indent=1))
+    os.replace(unfinished, trial.folder / "record.json")
+    return record
+
+
+def _train_and_judge(trial: Trial, report: Report) -> Record:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Timer
+
+    from dopr_lightning.rollout.callback import RolloutEvaluation
+    from dopr_lightning.training import CLI, quiet
+
+    class Progress(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step % max(1, trainer.max_steps // 100) == 0:
+                report(trial.name, trainer.global_step, trainer.max_steps)
+
+    quiet()
+    cli = CLI(
+        [
+            *trial.arguments,
+            f"--seed_everything={trial.seed}",
+            f"--rollout.first_seed={trial.first_seed}",
+            f"--rollout.report_episodes={trial.episodes}",
+            f"--checkpoint.dirpath={trial.folder / 'checkpoints'}",
+            f"--trainer.default_root_dir={trial.folder}",
+            "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+            f"--trainer.logger.save_dir={trial.folder}",
+            "--trainer.logger.name=",
+            "--trainer.logger.version=",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ],
+        run=False,
+    )
+    cli.parser.save(cli.config, str(trial.folder / "config.yaml"), skip_check=True, overwrite=True)
+    trainer, timer = cli.trainer, Timer()
+    trainer.callbacks += [timer, Progress()]  # type: ignore[attr-defined]
+    last = trial.folder / "checkpoints" / "last.ckpt"
+    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
+    (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    rollout = next(c for c in trainer.callbacks if isinstance(c, RolloutEvaluation))  # type: ignore[attr-defined]
+    return Record(
+        val_loss=metrics["test/loss"],
+        episodes=[episode.value for episode in rollout.latest],
+        train_seconds=timer.time_elapsed("train") - timer.time_elapsed("validate"),
+        settings=trial.settings,
+    )
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    before, after = dict(_flat(old)), dict(_flat(new))
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    shown = [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in changed[:3]]
+    return ", ".join(shown + [f"{len(changed) - 3} more"] * (len(changed) > 3))
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix(".").removeprefix("config."), value
