@@ -8,7 +8,7 @@ DIRECTORY = Path(__file__).parent
 
 
 def available() -> list[str]:
-    """Names of the files, with folders: ``"hopper.yaml"``."""
+    """Names of the files, with folders: ``"walker2d.yaml"``."""
     return sorted(str(path.relative_to(DIRECTORY)) for path in DIRECTORY.rglob("*.yaml"))
 
 

@@ -12,7 +12,7 @@ HELP = """\
 usage: dopr VERB [options]     (dopr VERB --help explains each, with an example)
 
 Train a policy and judge it by rollouts:
-  fit        train:     dopr fit --config hopper.yaml --config dopr.yaml
+  fit        train:     dopr fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
   test       the same on the seeds that are reported
 

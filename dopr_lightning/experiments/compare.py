@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
         "of its EMA weights on the same fixed seeds. Any option of 'dopr fit' may follow (--trainer.max_steps 500). "
         "Finished runs are reused and interrupted ones resumed.",
-        epilog="example: dopr compare --config hopper.yaml --optimizers adamw,dopr-adamw --output runs/hopper",
+        epilog="example: dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --output runs/walker2d",
     )
     parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
     parser.add_argument("--optimizers", default="adamw,dopr-adamw,muon,dopr-muon", help="default: %(default)s")
@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
     parser.add_argument(
         "--learning-rates",
-        help="tune every arm on this grid first (comma-separated): one run each with a training seed of its own, judged "
-        "on rollout seeds that are not reported; default: the configuration's rate for all",
+        help="tune every arm on this grid first (comma-separated): a run for each, with a training seed of its own and "
+        "judged on rollout seeds that are not reported; default: the configuration's rate for all",
     )
     parser.add_argument(
         "--workers", type=int, default=_default_workers(), help="runs at once, sharing the cores; default: %(default)s"

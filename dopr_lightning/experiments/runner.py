@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,8 +56,14 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
 
 
 def _prepare(workers: int) -> None:
+    """Set a worker up: its share of the cores, and an end when the command ends, however it was killed."""
     import torch
 
+    def follow(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, args=[multiprocessing.parent_process()], daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 

@@ -24,11 +24,12 @@ def damped_inverse(covariance: Tensor, damping: Tensor, diagonal: bool) -> tuple
     damped = covariance.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
     factor, info = torch.linalg.cholesky_ex(damped)
-    good = (info == 0) & factor.isfinite().flatten(1).all(-1)
+    good = info == 0  # NaN and infinity are not positive definite either
     # One singular factor would make the whole batched call raise; its inverse is not used.
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, identity))
-    return inverse, good & inverse.isfinite().flatten(1).all(-1)
+    # A sum is finite only if all its terms are, and reads the inverses once where isfinite() writes three masks.
+    return inverse, good & inverse.sum((-2, -1)).isfinite()
 
 
 def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> Tensor:

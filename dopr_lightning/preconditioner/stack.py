@@ -95,14 +95,15 @@ class LayerStack:
         assert self.running is not None
         n = rows[self._layer_of_block]
         covariance = self.sums / n.clamp(min=1).to(self.sums).view(-1, *[1] * (self.sums.dim() - 1))
-        valid = (n > 0) & covariance.flatten(1).isfinite().all(-1)
+        traces = trace(covariance, self.diagonal)
+        valid = (n > 0) & traces.isfinite()  # a row with NaN or infinity shows on the diagonal
         self.running.update(covariance, valid)
         good = self._invert(valid)
         self.sums.zero_()
         self.counts = [0] * len(self.layers)
-        traces = torch.zeros_like(rows).index_add_(0, self._layer_of_block, trace(covariance, self.diagonal).double())
+        per_layer = torch.zeros_like(rows).index_add_(0, self._layer_of_block, traces.double())
         renewed = torch.ones_like(rows).scatter_reduce_(0, self._layer_of_block, good.double(), "amin")
-        return torch.stack([rows, traces, renewed])
+        return torch.stack([rows, per_layer, renewed])
 
     def _invert(self, valid: Tensor) -> Tensor:
         """Renew the inverses of the ``valid`` blocks where that succeeds; returns the mask of renewed blocks."""

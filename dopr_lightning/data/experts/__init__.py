@@ -30,7 +30,7 @@ class BuiltinExpert(Source):
         seed: Episode i resets with ``seed + i``.
     """
 
-    def __init__(self, env_id: str = "Hopper-v5", episodes: int = 10, seed: int = 0) -> None:
+    def __init__(self, env_id: str = "Walker2d-v5", episodes: int = 10, seed: int = 0) -> None:
         self.env_id = env_id
         self.episodes = episodes
         self.seed = seed

@@ -12,13 +12,13 @@ import numpy.typing as npt
 from dopr_lightning.errors import UserError
 
 Array = npt.NDArray[np.float32]
-# The keys of torch.nn.Sequential(Linear, ReLU, Linear, ReLU, Linear).state_dict(), so that torch can load the file too.
+# The keys of torch.nn.Sequential(Linear, Tanh, Linear, Tanh, Linear).state_dict(), so that torch can load the file too.
 LAYERS = ("0", "2", "4")
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A ReLU network with two hidden layers; tanh, scaled to the action bounds, ends it.
+    """A network with two hidden tanh layers, from raw observations to actions; the action bounds clip its output.
 
     In numpy: for one observation at a time it is several times quicker than torch.
 
@@ -59,10 +59,9 @@ class Expert:
         """The action (act_dim,) for one observation (obs_dim,)."""
         hidden = observation.astype(np.float32)
         for weight, bias in self.layers[:-1]:
-            hidden = np.maximum(weight @ hidden + bias, 0)
+            hidden = np.tanh(weight @ hidden + bias)
         weight, bias = self.layers[-1]
-        squashed = np.tanh(weight @ hidden + bias)
-        return (self.low + (squashed + 1) * (self.high - self.low) / 2).astype(np.float32)
+        return np.clip(weight @ hidden + bias, self.low, self.high).astype(np.float32)
 
 
 class Played(NamedTuple):
