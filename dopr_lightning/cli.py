@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
         return 130
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, OSError) as error:
         if os.environ.get("DOPR_TRACEBACK"):
             raise
         print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)

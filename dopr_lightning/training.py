@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
+import zipfile
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dopr_lightning.configs import locate
+from dopr_lightning.configs import available, locate
 from dopr_lightning.data.module import DemonstrationData
+from dopr_lightning.errors import UserError
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.callback import RolloutEvaluation
+from dopr_lightning.rollout.environments import make
 
-__all__ = ["CLI", "quiet", "resolve", "run"]
+__all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
+
+
+HELP = {
+    "fit": {
+        "description": "Train a policy; configurations stack, and any value can be set after them. "
+        "Example: dopr fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
+    },
+    "validate": {
+        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. "
+        "Example: dopr validate --config walker2d.yaml --ckpt_path last.ckpt"
+    },
+    "test": {
+        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. "
+        "Example: dopr test --config walker2d.yaml --ckpt_path last.ckpt"
+    },
+}
 
 
 class CLI(LightningCLI):
@@ -26,20 +48,57 @@ class CLI(LightningCLI):
 
     The policy's sizes and window come from the data, and one ``seed_everything`` seeds weights, batches and noise.
     DoPr is an ordinary callback of the trainer: ``dopr.yaml`` adds it.
+
+    Raises:
+        UserError: A mistake in the arguments or a configuration file, in one line where jsonargparse prints pages.
     """
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, **options: Any) -> None:
-        super().__init__(
-            PolicyModule,
-            DemonstrationData,
-            args=None if args is None else list(_packaged_configs(args)),
-            run=run,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_callback=_SaveConfig if run else None,
-            parser_kwargs={"prog": "dopr"},
-            **options,
-        )
+        try:
+            super().__init__(
+                PolicyModule,
+                DemonstrationData,
+                args=None if args is None else list(_packaged_configs(args)),
+                run=run,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=_SaveConfig if run else None,
+                # An abbreviation would be a misspelling that is guessed at.
+                parser_kwargs={"prog": "dopr", "exit_on_error": False, "allow_abbrev": False} | HELP,
+                **options,
+            )
+        except ArgumentError as error:
+            raise UserError(f"{_reason(error)}; see: dopr fit --help") from error
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
+
+        Raises:
+            UserError: The file is missing, or is not what ``torch.save`` writes.
+        """
+        super().parse_arguments(parser, args)
+        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
+            return
+        if not Path(path).is_file():
+            raise UserError(f"--ckpt_path {path}: no such file")
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"--ckpt_path {path}: damaged, or not a checkpoint")
+
+    def instantiate_classes(self) -> None:
+        """Build everything.
+
+        Raises:
+            UserError: A value is refused by what it is for.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(_reason(error)) from error
+
+    def before_fit(self) -> None:
+        """Find out now, not at the first validation, that the rollouts' environment is not installed."""
+        make(self.datamodule.environment).close()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -62,6 +121,10 @@ class CLI(LightningCLI):
         for room in ("data", "model"):
             parser.link_arguments("seed_everything", f"{room}.seed", compute_fn=int)
 
+    def after_fit(self) -> None:
+        """Judge the final EMA weights by rollouts, on the seeds that are reported."""
+        self.trainer.test(self.model, datamodule=self.datamodule)
+
 
 class _ParseOnly(CLI):
     def instantiate_classes(self) -> None:
@@ -76,6 +139,20 @@ def resolve(arguments: Sequence[str]) -> dict[str, Any]:
 
 class _SaveConfig(SaveConfigCallback):
     """Beside the logs; a second run in the same folder goes into its own ``version_N``, so nothing is overwritten."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file.
+
+        Raises:
+            UserError: Without a logger there is no ``version_N``, and another run's file is there.
+        """
+        try:
+            super().setup(trainer, pl_module, stage)
+        except RuntimeError as error:
+            folder = trainer.log_dir
+            raise UserError(
+                f"{folder} holds another run ({self.config_filename}); choose another --trainer.default_root_dir"
+            ) from error
 
 
 def run(verb: str, arguments: Sequence[str]) -> None:
@@ -93,14 +170,47 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoTips())
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
+
+
+def find_config(name: str) -> str:
+    """The file of that name here, or else among those that come with the package.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = locate(name)
+    if not Path(path).is_file():
+        raise UserError(f"no configuration file {name!r} here, nor in the package, which has {', '.join(available())}")
+    return path
 
 
 def _packaged_configs(args: Sequence[str]) -> Iterator[str]:
-    """Resolve ``--config NAME`` to a file of the package where there is none of that name here."""
-    yield from args[:1]
-    for flag, value in pairwise(args):
-        yield locate(value) if flag in ("--config", "-c") else value
+    """Resolve ``--config NAME`` and ``--config=NAME``."""
+    named = False
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if named:
+            yield find_config(arg)
+        elif equals and flag in ("--config", "-c"):
+            yield f"{flag}={find_config(value)}"
+        else:
+            yield arg
+        named = not named and arg in ("--config", "-c")
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what is wrong, out of the many in which jsonargparse says what it tried."""
+    cause: BaseException = error
+    while "Union subtypes" in str(cause) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    key = re.match(r'Parser key "([^"]+)"', str(error))
+    text = " ".join(str(cause).split())
+    for noise in (r'^Parser key "[^"]+":', r"Type \S.* callable class:", r"\. Got value: Namespace\(.*"):
+        text = re.sub(noise, "", text).strip()
+    return f"{key[1]}: {text}" if key else text

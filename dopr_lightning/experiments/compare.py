@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions, write_json
 from dopr_lightning.experiments.runner import run_all
-from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings
 
 T = TypeVar("T", int, float)
+
+OURS = {
+    "--seed_everything": "--seeds",
+    "--model.optimizer.base": "--optimizers",
+    "--rollout.report_episodes": "--episodes",
+}
+"""Options of ``dopr fit`` that a comparison sets itself, and how it is told."""
 
 TUNING_SEED = 1000
 """Training seed of the tuning runs, so that no reported run was chosen by its own luck."""
@@ -31,17 +39,29 @@ def main(arguments: Sequence[str]) -> None:
     arms = parse_arms(options.optimizers)
     seeds = _numbers("--seeds", options.seeds, int)
     rates = _numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
+    if not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--learning-rates {options.learning_rates}: a rate must be positive")
+    if not 0 < options.damping < math.inf:
+        raise UserError(f"--damping must be positive, got {options.damping}; 0.01 is a good start")
     for name in ("episodes", "workers"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    base = [*(f"--config={_located(name)}" for name in options.config), *overrides]
+    for flag in (override.partition("=")[0] for override in overrides):
+        if flag in OURS:
+            raise UserError(f"{flag} is what a comparison sets itself; use {OURS[flag]}")
+
+    from dopr_lightning.training import find_config, resolve
+
+    base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]
     task = _check(base, arms, options.damping)
     output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
+    settings = {"config": resolve(base), "episodes": options.episodes}
+    check_settings(output, settings)
+    note_settings(output, settings)
 
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
-        from dopr_lightning.training import resolve
-
         chosen = (*base, *arm.arguments(lr, options.damping))
         name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
         return Trial(name, output / folder, chosen, resolve(chosen), seed, first_seed, options.episodes)
@@ -90,8 +110,13 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dopr compare",
         allow_abbrev=False,
         description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
@@ -130,12 +155,6 @@ def _numbers(flag: str, text: str, kind: type[T]) -> list[T]:
     return numbers
 
 
-def _located(name: str) -> str:
-    from dopr_lightning.configs import locate
-
-    return locate(name)
-
-
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:
     """Build everything once, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
@@ -151,6 +170,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str
         cli = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False)
     environment = cli.datamodule.environment
     make(environment).close()
+    cli.datamodule.train_dataloader()
     provenance = cli.datamodule.provenance
     return {
         "id": environment.id,

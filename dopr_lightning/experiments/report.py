@@ -89,7 +89,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     arms = results["arms"]
     names = [arm["name"] for arm in arms]
     colours = ["tab:orange" if name.startswith("dopr-") else "tab:gray" for name in names]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(2.4 + 1.5 * len(arms), 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(5 + len(arms), 3.6), layout="constrained")
     for index, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
         left.bar(index, _mean(arm["val_loss"]), color=colour, alpha=0.5)
         left.plot([index] * len(arm["val_loss"]), arm["val_loss"], "k.", markersize=5)
@@ -99,8 +99,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         if low is not None:
             right.errorbar(index, arm["mean"], [[arm["mean"] - low], [high - arm["mean"]]], color="k", capsize=4)
     metric = METRIC_LABELS[results["metric"]]
-    left.set_title("validation loss (lower is better)")
-    right.set_title(f"closed-loop {metric} (higher is better)")
+    left.set_title("validation loss (lower is better)", fontsize=10)
+    right.set_title(f"closed-loop {metric} (higher is better)", fontsize=10)
     for axes in (left, right):
         axes.set_xticks(range(len(arms)), names, rotation=20)
     budget = results["budget"]

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from queue import Empty
 from typing import Any
 
@@ -38,20 +38,23 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
                 pending = set(futures)
                 while pending:
                     display.drain(queue)
-                    done = {future for future in pending if future.done()}
+                    done = [future for future in futures if future in pending and future.done()]
                     for future in done:
-                        outcome = future.result()
+                        outcome = _outcome(future)
                         name = futures[future].name
                         if isinstance(outcome, Record):
                             records[name] = outcome
                         else:
                             failures[name] = outcome
                         display.finished(name, outcome)
-                    pending -= done
+                    pending.difference_update(done)
     if failures:
-        name, reason = next(iter(failures.items()))
-        more = f" and {len(failures) - 1} more failed" if len(failures) > 1 else " failed"
-        raise UserError(f"{name}{more}: {reason}; see log.txt in its folder, mend it and run the same command again")
+        failed = [trial.name for trial in trials if trial.name in failures]
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise UserError(
+            f"{', '.join(failed[:3])}{more} failed: {failures[failed[0]]}; see log.txt in their folders, mend it and "
+            "run the same command again"
+        )
     return [record for trial in trials if (record := records[trial.name]) is not None]
 
 
@@ -76,6 +79,13 @@ def _attempt(trial: Trial, queue: Any) -> Record | str:
         with (trial.folder / "log.txt").open("a") as log:
             traceback.print_exc(file=log)
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _outcome(future: Future[Record | str]) -> Record | str:
+    try:
+        return future.result()
+    except BrokenExecutor:
+        return "a worker process was killed, perhaps for memory (fewer --workers need less)"
 
 
 class _Display:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dopr_lightning.errors import UserError
+
+SETTINGS = "settings.json"
 
 Report = Callable[[str, int, int], None]
 """Called with (trial, steps done, steps in all)."""
@@ -75,18 +78,40 @@ def load_record(trial: Trial) -> Record | None:
     """The record of a trial that has finished, else None.
 
     Raises:
-        UserError: The folder holds a record of other settings.
+        UserError: The folder holds a run, finished or not, with other settings.
     """
     path = trial.folder / "record.json"
     if not path.exists():
+        check_settings(trial.folder, trial.settings)
         return None
     record = Record(**json.loads(path.read_text()))
     if record.settings != trial.settings:
-        raise UserError(
-            f"{trial.folder} holds a run with other settings ({_difference(record.settings, trial.settings)}); "
-            "choose another --output"
-        )
+        raise _other_settings(trial.folder, record.settings, trial.settings)
     return record
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds work of other settings; what failed before its first checkpoint is no loss.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())
+    if old != settings and (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
+        raise _other_settings(folder, old, settings)
+
+
+def note_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down whose folder this is, for :func:`check_settings`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1))
+
+
+def _other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> UserError:
+    return UserError(f"{folder} holds a run with other settings ({_difference(old, new)}); choose another --output")
 
 
 def run_trial(trial: Trial, report: Report) -> Record:
@@ -94,13 +119,29 @@ def run_trial(trial: Trial, report: Report) -> Record:
 
     Everything that would be printed goes to ``log.txt`` in the trial's folder.
     """
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    with (trial.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    note_settings(trial.folder, trial.settings)
+    with (trial.folder / "log.txt").open("a") as log, _said_to(log):
         record = _train_and_judge(trial, report)
     unfinished = trial.folder / "record.json.part"
     unfinished.write_text(json.dumps(asdict(record), indent=1))
     os.replace(unfinished, trial.folder / "record.json")
     return record
+
+
+@contextlib.contextmanager
+def _said_to(log: TextIO) -> Iterator[None]:
+    """Send what is printed to ``log``, and what Lightning logs: its handlers keep the stream they were made with."""
+    import lightning.pytorch  # noqa: F401  # makes them
+
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    handlers = [h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)]
+    streams = [handler.setStream(log) for handler in handlers]
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
+    finally:
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.setStream(stream)
 
 
 def _train_and_judge(trial: Trial, report: Report) -> Record:
@@ -111,6 +152,11 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
     from dopr_lightning.training import CLI, quiet
 
     class Progress(pl.Callback):
+        trained = False
+
+        def on_train_start(self, *_: Any) -> None:
+            self.trained = True
+
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step % max(1, trainer.max_steps // 100) == 0:
                 report(trial.name, trainer.global_step, trainer.max_steps)
@@ -134,11 +180,13 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         run=False,
     )
     cli.parser.save(cli.config, str(trial.folder / "config.yaml"), skip_check=True, overwrite=True)
-    trainer, timer = cli.trainer, Timer()
-    trainer.callbacks += [timer, Progress()]  # type: ignore[attr-defined]
+    trainer, timer, progress = cli.trainer, Timer(), Progress()
+    trainer.callbacks += [timer, progress]  # type: ignore[attr-defined]
     last = trial.folder / "checkpoints" / "last.ckpt"
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
-    (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    # Stopped between its last step and its record, there was nothing to train, and so nobody put the average in place.
+    finished = None if progress.trained else last
+    (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=finished, verbose=False)
     rollout = next(c for c in trainer.callbacks if isinstance(c, RolloutEvaluation))  # type: ignore[attr-defined]
     return Record(
         val_loss=metrics["test/loss"],
@@ -156,8 +204,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _flat(inner, f"{prefix}{key}.")
     else:
         yield prefix.removesuffix(".").removeprefix("config."), value

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.optim import configure_optimizers
+from dopr_lightning.optim.bases import resolve
 from dopr_lightning.optim.schedules import Schedule
 from dopr_lightning.policies.algorithms import Algorithm
 from dopr_lightning.policies.networks import ActionNetwork
@@ -70,6 +71,7 @@ class PolicyModule(L.LightningModule):
 
     Raises:
         UserError: ``horizon`` is too short for ``observe`` and ``act``.
+        ValueError: The optimizer's base is unknown.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class PolicyModule(L.LightningModule):
                 f"horizon={horizon} is too short: the chunk starts {observe - 1} steps before the present (observe="
                 f"{observe}) and must reach act={act} actions beyond; set horizon to {observe - 1 + act} or more"
             )
+        resolve(optimizer.base)  # a mistake is said now, not when everything else is ready
         self.save_hyperparameters(logger=False)
         # `dopr` records plain values, from which load_from_checkpoint rebuilds the policy. Objects made in Python stay
         # out: a checkpoint holds no pickled code.
@@ -123,6 +126,20 @@ class PolicyModule(L.LightningModule):
             self.observation_normalizer.fit(statistics["observation"])
             self.action_normalizer.fit(statistics["action"])
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another size.
+
+        Raises:
+            UserError: Names an array whose shapes differ.
+        """
+        saved = checkpoint["state_dict"]
+        for name, value in self.state_dict().items():
+            if name in saved and saved[name].shape != value.shape:
+                raise UserError(
+                    f"the checkpoint is not of this policy: {name} has shape {tuple(saved[name].shape)} in it and "
+                    f"{tuple(value.shape)} here; give the data and the configuration that it was trained with"
+                )
+
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse NaN and infinity, while the batch is still on the CPU and the check does not wait for a device.
 
@@ -134,6 +151,16 @@ class PolicyModule(L.LightningModule):
                 row = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])
                 raise UserError(f"a batch holds NaN or infinity: {name!r}, window {row}; clean the demonstrations")
         return batch
+
+    def on_train_epoch_end(self) -> None:
+        """Keep Lightning's count of epochs right, which the order of batches hangs on.
+
+        When a run of ``max_steps`` resumes from a checkpoint saved at the end of an epoch, Lightning 2.6 passes through
+        that epoch once more, without batches, and counts it as processed again.
+        """
+        for progress in (self.trainer.fit_loop.epoch_progress.current, self.trainer.fit_loop.epoch_progress.total):
+            # Completed is counted after this hook.
+            progress.processed = progress.completed + 1  # type: ignore[attr-defined]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The algorithm's loss on normalised windows, logged as ``train/loss``."""
@@ -187,4 +214,6 @@ class PolicyModule(L.LightningModule):
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, str | int | float | bool)

@@ -175,7 +175,7 @@ class ActivationPreconditioner:
                 if twin is layer or (twin.kind == layer.kind and twin.dim == layer.dim):
                     # A shared weight pools the rows of all the modules that use it.
                     self._hook(module, twin)
-                    covered.update(layer.parameter_names)
+                    covered.update(layer.parameter_names if twin is layer else [weight_name])
                     reason = "bias: the base optimizer takes it (bias=False)"
                 else:
                     reason = f"tied to {twin.name}, which is used as {twin.kind}"

@@ -1,0 +1,187 @@
+"""``dopr compare`` from end to end, and which learning rate it picks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_task import CONFIG, FIRST_SEED
+
+from dopr_lightning.cli import main
+from dopr_lightning.experiments import compare
+from dopr_lightning.experiments.compare import TUNING_SEED
+from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.rollout.callback import SELECTION_OFFSET
+from dopr_lightning.rollout.statistics import nested_bootstrap_interval
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+ARMS = ["adamw", "dopr-muon"]
+
+
+def arguments(output: Path, *more: str) -> list[str]:
+    return ["compare", "--config", CONFIG, "--output", str(output), "--workers", "1", "--episodes", "3", *more]
+
+
+def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
+    """The issue's keys, and beside them only those listed here."""
+    assert set(results) == {"task", "metric", "budget", "versions", "data", "arms"}
+    assert (results["task"], results["metric"]) == ("DoprToy-v0", "return")
+    assert results["budget"] == {
+        "steps": 20,
+        "batch_size": 12,
+        "train_episodes": 5,
+        "parameters": results["budget"]["parameters"],
+        "episodes_per_seed": 3,
+        "tuning_runs_per_arm": 0,
+    }
+    assert {"dopr-lightning", "torch", "lightning", "gymnasium"} <= set(results["versions"])
+    assert results["data"]["sha256"] == "abc"
+    assert [arm["name"] for arm in results["arms"]] == ARMS
+    for arm in results["arms"]:
+        required = {"name", "seeds", "val_loss", "episodes", "mean", "ci95", "train_seconds"}
+        assert set(arm) == required | {"lr", "damping", "tuning"}
+        assert arm["seeds"] == seeds
+        for name in ("val_loss", "train_seconds"):
+            assert len(arm[name]) == len(seeds)
+            assert all(isinstance(value, float) and value > 0 for value in arm[name])
+        assert [len(episodes) for episodes in arm["episodes"]] == [3] * len(seeds)
+        assert len({tuple(episodes) for episodes in arm["episodes"]}) == len(seeds)  # runs of their own
+        assert arm["mean"] == pytest.approx(np.mean(arm["episodes"]))
+        assert arm["ci95"] == list(nested_bootstrap_interval(arm["episodes"]))
+        assert arm["ci95"][0] <= arm["mean"] <= arm["ci95"][1]
+    assert results["arms"][0]["damping"] is None
+    assert results["arms"][1]["damping"] == 0.01
+
+
+def stamps(output: Path) -> dict[str, int]:
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("record.json")}
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    command = arguments(output, "--optimizers", ",".join(ARMS))
+    assert main([*command, "--seeds", "0,1"]) == 0
+    said = capsys.readouterr().out
+    assert str(output / "compare.png") in said.replace("\n", "")
+    for name in ARMS:
+        assert f"{name} seed 1: val loss" in said  # progress, where there is no terminal
+        assert f"│ {name} " in said  # the table
+    results = json.loads((output / "results.json").read_text())
+    check_schema(results, [0, 1])
+    with Image.open(output / "compare.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 500
+    first = stamps(output)
+    assert sorted(first) == [f"runs/{arm}/seed-{seed}/record.json" for arm in ARMS for seed in (0, 1)]
+    for name in first:
+        record = json.loads((output / name).read_text())
+        assert record["settings"]["first_seed"] == FIRST_SEED
+        assert list((output / name).parent.glob("events.out.tfevents.*"))
+        log = (output / name).with_name("log.txt").read_text()
+        assert log.count("`max_steps=20` reached") == 1  # of this run, though one process ran them all
+        assert "Error" not in log
+
+    # The same again: nothing is trained, and the files are made anew.
+    (output / "results.json").unlink()
+    (output / "compare.png").unlink()
+    assert main([*command, "--seeds", "0,1"]) == 0
+    assert stamps(output) == first
+    assert json.loads((output / "results.json").read_text()) == results
+    assert (output / "compare.png").exists()
+
+    # One more seed of one arm: one more run.
+    assert main([*arguments(output, "--optimizers", "adamw"), "--seeds", "0,1,2"]) == 0
+    assert "[3/3] adamw seed 2: val loss" in capsys.readouterr().out
+    more = stamps(output)
+    assert {name: more[name] for name in first} == first
+    assert more.keys() - first.keys() == {"runs/adamw/seed-2/record.json"}
+    (arm,) = json.loads((output / "results.json").read_text())["arms"]
+    assert arm["val_loss"][:2] == results["arms"][0]["val_loss"]
+    assert len(arm["episodes"]) == 3
+
+    # Another configuration in the same folder, also for an arm that is not there yet: refused, and nothing changes.
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for names in ("adamw", "sgd"):
+        assert main([*arguments(output, "--optimizers", names), "--seeds=0", "--model.network.width=24"]) == 2
+        error = capsys.readouterr().err
+        assert "(model.network.init_args.width: 16 -> 24); choose another --output" in error
+        assert error.count("\n") == 1
+    assert main([*arguments(output, "--optimizers", "dopr-muon"), "--seeds=0", "--damping=0.1"]) == 2
+    assert "damping: 0.01 -> 0.1" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_failing_arm_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At this rate SGD leaves the numbers, and AdamW, whose steps do not grow with the gradient, does not."""
+    more = ("--optimizers", "sgd,adamw", "--seeds", "0", "--model.optimizer.lr=1e3")
+    assert main(arguments(tmp_path / "out", *more)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("dopr: error: sgd seed 0 failed: ")
+    assert err.count("\n") == 1
+    assert "adamw seed 0: val loss" in out
+    assert list(stamps(tmp_path / "out")) == ["runs/adamw/seed-0/record.json"]
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_tuning_picks_by_rollouts_on_seeds_that_are_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of made-up records: the best rollouts have the worst loss, and each arm has its own best rate."""
+    best = {"adamw": 3e-3, "dopr-muon": 1e-3}
+    trials: list[Trial] = []
+
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record]:
+        trials.extend(wanted)
+        records = []
+        for trial in wanted:
+            arm, rate = trial.name.split()[0], trial.config["model"]["optimizer"]["lr"]
+            good = rate == best[arm]
+            records.append(Record(5.0 if good else rate, [10.0 if good else 1.0, 2.0], 1.0, trial.settings))
+        return records
+
+    monkeypatch.setattr(compare, "run_all", made_up)
+    grid = ("--learning-rates", "1e-3,3e-3,1e-2", "--optimizers", ",".join(ARMS), "--seeds", "0,1")
+    assert main(arguments(tmp_path / "out", *grid)) == 0
+
+    tuning, reported = trials[:6], trials[6:]
+    assert len(reported) == 4
+    assert {(t.seed, t.first_seed) for t in tuning} == {(TUNING_SEED, FIRST_SEED + SELECTION_OFFSET)}
+    assert {(t.seed, t.first_seed) for t in reported} == {(0, FIRST_SEED), (1, FIRST_SEED)}
+    assert len({t.folder for t in trials}) == 10
+    for trial in reported:
+        assert trial.config["model"]["optimizer"]["lr"] == best[trial.name.split()[0]]
+    for trial in trials:
+        assert ("callbacks" in trial.config["trainer"]) == trial.name.startswith("dopr-")
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["budget"]["tuning_runs_per_arm"] == 3
+    for arm in results["arms"]:
+        assert arm["lr"] == best[arm["name"]]
+        assert [entry["lr"] for entry in arm["tuning"]] == [1e-3, 3e-3, 1e-2]
+        assert max(arm["tuning"], key=lambda entry: entry["mean"])["lr"] == arm["lr"]
+        assert {entry["mean"] for entry in arm["tuning"]} == {6.0, 1.5}
+
+
+@pytest.mark.parametrize("order", ["adamw,dopr-adamw", "dopr-adamw,adamw"])
+def test_arms_differ_by_their_optimizer_alone(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials: dict[str, Trial] = {}
+
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record]:
+        trials.update({trial.name.split()[0]: trial for trial in wanted})
+        return [Record(1.0, [1.0, 2.0], 1.0, trial.settings) for trial in wanted]
+
+    monkeypatch.setattr(compare, "run_all", made_up)
+    assert main(arguments(tmp_path / "out", "--optimizers", order, "--seeds=0", "--damping=0.05")) == 0
+    plain, dopr = trials["adamw"].config, trials["dopr-adamw"].config
+    (callback,) = dopr["trainer"].pop("callbacks")
+    assert callback["class_path"] == "dopr_lightning.DoPr"
+    assert callback["init_args"]["damping"] == 0.05
+    assert dopr == plain

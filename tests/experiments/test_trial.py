@@ -1,0 +1,141 @@
+"""One run of a comparison: killed anywhere, it ends as if nothing had happened; and it is never another run's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_environment import Toy
+from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS
+
+from dopr_lightning.errors import UserError
+from dopr_lightning.experiments.trial import Record, Trial, load_record, run_trial
+from dopr_lightning.rollout.callback import SELECTION_OFFSET, RolloutEvaluation
+from dopr_lightning.training import resolve
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+SEEDS = [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
+LAST = 5 * STEPS
+
+
+def trial(folder: Path, *overrides: str, seed: int = 0) -> Trial:
+    arguments = (f"--config={CONFIG}", *DOPR, *overrides)
+    return Trial("dopr-adamw seed 0", folder, arguments, resolve(arguments), seed, FIRST_SEED, len(SEEDS))
+
+
+def run(one: Trial) -> tuple[Record, list[int]]:
+    """Its record, and the steps it reports."""
+    steps: list[int] = []
+    return run_trial(one, lambda name, step, total: steps.append(step)), steps
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """The uninterrupted run."""
+    return run(trial(tmp_path_factory.mktemp("whole")))[0]
+
+
+def assert_same(one: Record, other: Record) -> None:
+    assert (one.val_loss, one.episodes, one.settings) == (other.val_loss, other.episodes, other.settings)
+
+
+def test_the_record(tmp_path: Path, whole: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    one = trial(tmp_path)
+    assert load_record(one) is None
+    Toy.resets.clear()
+    capsys.readouterr()
+    record, steps = run(one)
+    assert capsys.readouterr().out == ""
+    assert_same(record, whole)
+    assert steps == list(range(1, LAST + 1))
+    assert [seed for seed in Toy.resets if seed < SELECTION_OFFSET] == SEEDS
+    assert record.mean == sum(record.episodes) / len(SEEDS)
+    assert 0 < record.train_seconds < 60
+    assert load_record(one) == record
+    assert any(path.name.startswith("events.out.tfevents") for path in tmp_path.iterdir())
+    reported = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["value"] for line in reported if line["stage"] == "test"] == record.episodes
+
+
+def test_the_averaged_weights_are_judged(tmp_path: Path, whole: Record) -> None:
+    """With an average that forgets at once, the trained weights themselves: another loss."""
+    record, _ = run(trial(tmp_path, "--ema.decay=0"))
+    assert record.val_loss != whole.val_loss
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in checkpoint["current_model_state"].items():
+        assert torch.equal(value, checkpoint["state_dict"][name])
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_killed_in_training_it_goes_on_from_its_checkpoint(tmp_path: Path, whole: Record) -> None:
+    one = trial(tmp_path)
+
+    def kill(name: str, step: int, total: int) -> None:
+        if step == 2 * STEPS + 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_trial(one, kill)
+    assert load_record(one) is None
+    record, steps = run(one)
+    assert steps == list(range(2 * STEPS + 1, LAST + 1))
+    assert_same(record, whole)
+    assert record.train_seconds > 0
+
+
+def test_killed_in_its_rollouts_it_trains_no_more(
+    tmp_path: Path, whole: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And judges the averaged weights, although there was no training after which they are put in place."""
+
+    def kill(*_: Any) -> None:
+        raise KilledError
+
+    one = trial(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutEvaluation, "on_test_epoch_start", kill)
+        with pytest.raises(KilledError):
+            run(one)
+    record, steps = run(one)
+    assert steps == []
+    assert_same(record, whole)
+    assert record.train_seconds > 0
+
+
+def test_a_folder_of_other_settings_is_left_alone(tmp_path: Path, whole: Record) -> None:
+    """Finished or not."""
+    finished, killed = trial(tmp_path / "finished"), trial(tmp_path / "killed")
+    run(finished)
+
+    def kill(name: str, step: int, total: int) -> None:
+        if step == STEPS + 1:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_trial(killed, kill)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for one in (finished, killed):
+        wider = trial(one.folder, "--model.network.width=24")
+        with pytest.raises(UserError, match=r"model\.network\.init_args\.width: 16 -> 24\); choose another --output"):
+            load_record(wider)
+        with pytest.raises(UserError, match=r"seed: 0 -> 1"):
+            load_record(replace(one, seed=1))
+        with pytest.raises(UserError, match=r"episodes: 3 -> 4"):
+            load_record(replace(one, episodes=4))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_failed_before_its_first_checkpoint_may_be_mended(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lr must be positive"):
+        run(trial(tmp_path, "--model.optimizer.lr=0"))
+    mended = trial(tmp_path)
+    assert load_record(mended) is None
+    assert run(mended)[1][-1] == LAST

@@ -1,0 +1,201 @@
+"""Runs as ``dopr fit`` makes them: reproducible, resumed bit for bit, alike on two processes; and the shipped files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from toy_environment import Toy
+from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS, train
+
+from dopr_lightning import configs
+from dopr_lightning.errors import UserError
+from dopr_lightning.policies.ema import EMA
+from dopr_lightning.rollout.callback import SELECTION_OFFSET
+from dopr_lightning.training import find_config, resolve
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+REGRESSION = ("--model.algorithm=dopr_lightning.policies.algorithms.Regression", "--model.optimizer.base=muon")
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in pairs for k, v in flat(inner, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Trained weights, their average, and all that the next step depends on."""
+    for checkpoint in (one, other):  # where the files lie, not what was learnt
+        checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "ModelCheckpoint" not in k}
+    parts = ("epoch", "global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states")
+    for part in (*parts, "lr_schedulers", "callbacks"):
+        a, b = flat(one[part], part), flat(other[part], part)
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name], name
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+EPOCHS = ("--trainer.max_epochs=5", "--trainer.max_steps=1000")
+AFTER_VALIDATION = "--checkpoint.save_on_train_epoch_end=false"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [DOPR, (*DOPR, AFTER_VALIDATION), (*DOPR, *EPOCHS), (*DOPR, *EPOCHS, AFTER_VALIDATION), REGRESSION],
+    ids=["steps", "steps, saved in validation", "epochs", "epochs, saved in validation", "regression with muon"],
+)
+def test_resume_equals_the_uninterrupted_run(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Stopped in the third epoch and again in the fourth; covariances are refreshed at steps 0, 3, 6, 9..."""
+    train(tmp_path / "whole", *options)
+    whole = saved(tmp_path / "whole")
+    assert whole["global_step"] == 5 * STEPS
+
+    part, resume = tmp_path / "part", None
+    for finished in (2, 3):
+        with pytest.raises(KilledError):
+            train(part, *options, callbacks=[Kill(finished * STEPS + 1)], resume=resume)
+        resume = part / "last.ckpt"
+        halfway = saved(part)
+        assert halfway["global_step"] == finished * STEPS
+    train(part, *options, resume=resume)
+    end = saved(part)
+    assert_same(whole, end)
+    assert end["loops"]["fit_loop"]["epoch_progress"] == whole["loops"]["fit_loop"]["epoch_progress"]
+
+    # None of this is equal by standing still, or by an average that is no average.
+    for name, value in whole["current_model_state"].items():
+        if name.startswith("network."):
+            assert not torch.equal(value, halfway["current_model_state"][name]), name
+            assert not torch.equal(value, whole["state_dict"][name]), name
+    assert ("DoPr" in whole["callbacks"]) == (DOPR[0] in options)
+    assert whole["lr_schedulers"][0]["_last_lr"][0] < 1e-2
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    runs = {}
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tmp_path / folder, *DOPR, f"--seed_everything={seed}")
+        runs[folder] = saved(tmp_path / folder)
+    assert_same(runs["a"], runs["b"])
+    for name, value in runs["a"]["state_dict"].items():
+        if name.endswith("weight") and "norm" not in name:
+            assert not torch.equal(value, runs["c"]["state_dict"][name]), name
+    assert [runs[folder]["hyper_parameters"]["seed"] for folder in "abc"] == [0, 0, 1]
+
+
+class Note(Callback):
+    """What each process ends with, and which episodes it has run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        Toy.resets.clear()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
+        held = {
+            "average": pl_module.state_dict(),  # where EMA leaves it
+            "trained": ema._average_model.module.state_dict(),  # type: ignore[union-attr]
+            "optimizer": trainer.optimizers[0].state_dict(),
+        }
+        torch.save(held, self.folder / f"{trainer.global_rank}.pt")
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(Toy.resets))
+
+
+def test_two_processes_stay_alike(tmp_path: Path) -> None:
+    parallel = ("--trainer.strategy=ddp_fork", "--trainer.devices=2", "--trainer.max_steps=6")
+    train(tmp_path, *DOPR, *parallel, "--rollout.episodes=3", callbacks=[Note(tmp_path)])
+    first, second = (flat(torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name], name
+    assert not torch.equal(first["/trained/network.input.weight"], first["/average/network.input.weight"])
+
+    resets = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    seeds = [FIRST_SEED + SELECTION_OFFSET + i for i in range(3)]
+    validations = 3  # 2 steps an epoch
+    assert sorted(resets[0]) == sorted(seeds[::2] * validations)
+    assert sorted(resets[1]) == sorted(seeds[1::2] * validations)
+
+
+FILES = configs.available()
+
+
+def command(name: str) -> list[str]:
+    """The arguments of ``dopr fit`` in the file's first line."""
+    line = (configs.DIRECTORY / name).read_text().splitlines()[0]
+    assert line.startswith("# ")
+    # After the environment's variables, and what prepares the data.
+    found = re.fullmatch(r"# (?:[A-Z_]+=\S+ )*(?:dopr demos \w+ && )?dopr fit (.*)", line)
+    assert found, f"{name} begins with {line!r}"
+    return shlex.split(found[1])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_shipped_configuration_runs_as_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = command(name)
+    assert name in arguments
+    config = resolve(arguments)
+    assert config["trainer"]["max_steps"] > 0
+    if "dopr.yaml" in arguments:
+        assert [c["class_path"] for c in config["trainer"]["callbacks"]] == ["dopr_lightning.DoPr"]
+    if "muon.yaml" in arguments:
+        assert config["model"]["optimizer"]["base"] == "muon"
+
+
+TASKS = [[name] for name in FILES if "source:" in (configs.DIRECTORY / name).read_text()] + [
+    ["pusht.yaml", "pusht-mlp.yaml"]
+]
+
+
+@pytest.mark.parametrize("stack", TASKS, ids="+".join)
+def test_every_task_stacks(stack: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = resolve([f"--config={name}" for name in stack])
+    assert alone["model"]["optimizer"]["base"] == "adamw"
+    assert "callbacks" not in alone["trainer"]
+    stacked = resolve([word for name in [*stack, "muon.yaml", "dopr.yaml"] for word in ("--config", name)])
+    assert stacked["model"]["optimizer"] == alone["model"]["optimizer"] | {"base": "muon"}
+    assert [c["class_path"] for c in stacked["trainer"]["callbacks"]] == ["dopr_lightning.DoPr"]
+    assert stacked["data"] == alone["data"]
+    # One window for data and policy, one seed for all.
+    for key in ("observe", "horizon", "act", "seed"):
+        assert alone["model"][key] == alone["data"][key]
+
+
+def test_a_file_here_comes_before_the_packaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("muon.yaml") == str(configs.DIRECTORY / "muon.yaml")
+    Path("muon.yaml").write_text("seed_everything: 7\n")
+    for form in (["--config", "muon.yaml"], ["--config=muon.yaml"], ["-c", "muon.yaml"]):
+        assert resolve(["--config", CONFIG, *form])["seed_everything"] == 7
+    with pytest.raises(UserError, match=r"'mion.yaml'.* dopr.yaml, .*muon.yaml"):
+        resolve(["--config", "mion.yaml"])
