@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from types import ModuleType
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -26,3 +28,11 @@ def import_extra(module: str, extra: str) -> ModuleType:
         raise UserError(
             f"{error.name or module} is not installed; run: pip install 'dopr-lightning[{extra}]'"
         ) from error
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
+        raise UserError(f"{message}; see: {self.prog} --help")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from dopr_lightning.data import pusht
+from dopr_lightning.errors import Parser
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: The file is missing or damaged, or the download failed.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dopr demos",
         description="Check demonstrations and register them, so that configurations need no path.",
         epilog="example: dopr demos pusht --path pusht_cchi_v7_replay.zarr.zip",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions, write_json
-from dopr_lightning.experiments.runner import run_all
+from dopr_lightning.experiments.runner import attempt_all, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings
 
 T = TypeVar("T", int, float)
@@ -66,17 +65,14 @@ def main(arguments: Sequence[str]) -> None:
         name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
         return Trial(name, output / folder, chosen, resolve(chosen), seed, first_seed, options.episodes)
 
-    tuning: dict[Arm, list[tuple[float, Record]]] = {arm: [] for arm in arms}
-    best: dict[Arm, float | None] = dict.fromkeys(arms)
-    if rates:
-        grid = [(arm, rate) for arm in arms for rate in rates]
-        trials = [
-            trial(arm, rate, TUNING_SEED, f"tuning/{arm.name}/lr-{rate:g}", task["selection_seed"])
-            for arm, rate in grid
-        ]
-        for (arm, rate), record in zip(grid, run_all(trials, options.workers), strict=True):
-            tuning[arm].append((rate, record))
-        best = {arm: max(tuning[arm], key=lambda entry: entry[1].mean)[0] for arm in arms}
+    tuning: dict[Arm, list[tuple[float, Record | str]]] = {arm: [] for arm in arms}
+    grid = [(arm, rate) for arm in arms for rate in rates]
+    trials = [
+        trial(arm, rate, TUNING_SEED, f"tuning/{arm.name}/lr-{rate:g}", task["selection_seed"]) for arm, rate in grid
+    ]
+    for (arm, rate), outcome in zip(grid, attempt_all(trials, options.workers), strict=True):
+        tuning[arm].append((rate, outcome))
+    best = {arm: _best_rate(arm, tuning[arm]) if rates else None for arm in arms}
 
     runs = [(arm, seed) for arm in arms for seed in seeds]
     trials = [trial(arm, best[arm], seed, f"runs/{arm.name}/seed-{seed}", task["first_seed"]) for arm, seed in runs]
@@ -98,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         "arms": [
             arm_results(arm, seeds, [records[arm, seed] for seed in seeds])
             | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
-            | {"tuning": [{"lr": lr, "mean": r.mean, "val_loss": r.val_loss} for lr, r in tuning[arm]]}
+            | {"tuning": [{"lr": rate} | _tuning_result(outcome) for rate, outcome in tuning[arm]]}
             for arm in arms
         ],
     }
@@ -110,13 +106,22 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see: {self.prog} --help")
+def _best_rate(arm: Arm, outcomes: Sequence[tuple[float, Record | str]]) -> float:
+    """The rate with the best rollouts; one that diverged is no candidate."""
+    finished = [(record.mean, rate) for rate, record in outcomes if isinstance(record, Record)]
+    if not finished:
+        raise UserError(f"{arm.name} failed at every learning rate: {outcomes[0][1]}; give other --learning-rates")
+    return max(finished)[1]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _tuning_result(outcome: Record | str) -> dict[str, Any]:
+    if isinstance(outcome, str):
+        return {"failed": outcome}
+    return {"mean": outcome.mean, "val_loss": outcome.val_loss}
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="dopr compare",
         allow_abbrev=False,
         description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
@@ -156,18 +161,19 @@ def _numbers(flag: str, text: str, kind: type[T]) -> list[T]:
 
 
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:
-    """Build everything once, so that mistakes show before hours of training, and say what the task is."""
+    """Build everything, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
     from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI, quiet
 
     quiet()
-    # What Lightning says of seeds and devices while everything is built once is about no run.
+    # What Lightning says of seeds and devices while everything is built is about no run.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    cli: Any = None
-    for arm in arms:
-        cli = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False)
+    # One arm is enough: their names and the damping are checked, and all else they share.
+    cli: Any = CLI(
+        [*base, *max(arms, key=lambda arm: arm.dopr).arguments(None, damping), "--trainer.logger=false"], run=False
+    )
     environment = cli.datamodule.environment
     make(environment).close()
     cli.datamodule.train_dataloader()

@@ -19,14 +19,29 @@ from dopr_lightning.experiments.trial import Record, Trial, load_record, run_tri
 def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
     """Records of all trials, in their order.
 
-    A trial that fails leaves its reason in its log.txt and does not stop the others.
-
     Raises:
         UserError: Some trials failed, or a folder holds a record of other settings.
     """
-    records = {trial.name: load_record(trial) for trial in trials}
-    missing = [trial for trial in trials if records[trial.name] is None]
-    failures: dict[str, str] = {}
+    outcomes = attempt_all(trials, workers)
+    failed = [
+        (trial.name, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if isinstance(outcome, str)
+    ]
+    if failed:
+        names, more = ", ".join(name for name, _ in failed[:3]), f" and {len(failed) - 3} more" if failed[3:] else ""
+        raise UserError(
+            f"{names}{more} failed: {failed[0][1]}; see log.txt in their folders, mend it and run the same command again"
+        )
+    return [outcome for outcome in outcomes if isinstance(outcome, Record)]
+
+
+def attempt_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
+    """For each trial its record or, in a line, why it failed; the log.txt in its folder says more.
+
+    Raises:
+        UserError: A folder holds a record of other settings.
+    """
+    outcomes: dict[str, Record | str | None] = {trial.name: load_record(trial) for trial in trials}
+    missing = [trial for trial in trials if outcomes[trial.name] is None]
     if missing:
         context = multiprocessing.get_context("spawn")
         with context.Manager() as manager, _Display(trials, missing) as display:
@@ -40,22 +55,11 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
                     display.drain(queue)
                     done = [future for future in futures if future in pending and future.done()]
                     for future in done:
-                        outcome = _outcome(future)
-                        name = futures[future].name
-                        if isinstance(outcome, Record):
-                            records[name] = outcome
-                        else:
-                            failures[name] = outcome
+                        name, outcome = futures[future].name, _outcome(future)
+                        outcomes[name] = outcome
                         display.finished(name, outcome)
                     pending.difference_update(done)
-    if failures:
-        failed = [trial.name for trial in trials if trial.name in failures]
-        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-        raise UserError(
-            f"{', '.join(failed[:3])}{more} failed: {failures[failed[0]]}; see log.txt in their folders, mend it and "
-            "run the same command again"
-        )
-    return [record for trial in trials if (record := records[trial.name]) is not None]
+    return [outcome for trial in trials if (outcome := outcomes[trial.name]) is not None]
 
 
 def _prepare(workers: int) -> None:

@@ -145,6 +145,7 @@ def test_tuning_picks_by_rollouts_on_seeds_that_are_not_reported(
             records.append(Record(5.0 if good else rate, [10.0 if good else 1.0, 2.0], 1.0, trial.settings))
         return records
 
+    monkeypatch.setattr(compare, "attempt_all", made_up)
     monkeypatch.setattr(compare, "run_all", made_up)
     grid = ("--learning-rates", "1e-3,3e-3,1e-2", "--optimizers", ",".join(ARMS), "--seeds", "0,1")
     assert main(arguments(tmp_path / "out", *grid)) == 0
@@ -185,3 +186,20 @@ def test_arms_differ_by_their_optimizer_alone(
     assert callback["class_path"] == "dopr_lightning.DoPr"
     assert callback["init_args"]["damping"] == 0.05
     assert dopr == plain
+
+
+def test_a_rate_that_diverges_in_tuning_is_no_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record | str]:
+        return [
+            "diverged" if t.config["model"]["optimizer"]["lr"] == 1.0 else Record(1.0, [1.0, 2.0], 1.0, t.settings)
+            for t in wanted
+        ]
+
+    monkeypatch.setattr(compare, "attempt_all", made_up)
+    monkeypatch.setattr(compare, "run_all", made_up)
+    tuned = ("--optimizers", "adamw", "--seeds", "0")
+    assert main(arguments(tmp_path / "out", *tuned, "--learning-rates", "1,1e-3")) == 0
+    (arm,) = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    assert arm["lr"] == 1e-3
+    assert arm["tuning"][0] == {"lr": 1.0, "failed": "diverged"}
+    assert main(arguments(tmp_path / "all", *tuned, "--learning-rates", "1")) == 2
