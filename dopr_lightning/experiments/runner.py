@@ -29,7 +29,8 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
     if failed:
         names, more = ", ".join(name for name, _ in failed[:3]), f" and {len(failed) - 3} more" if failed[3:] else ""
         raise UserError(
-            f"{names}{more} failed: {failed[0][1]}; see log.txt in their folders, mend it and run the same command again"
+            f"{names}{more} failed: {failed[0][1]}; see log.txt in their folders, mend it and run the same command "
+            "again"
         )
     return [outcome for outcome in outcomes if isinstance(outcome, Record)]
 
@@ -55,9 +56,9 @@ def attempt_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
                     display.drain(queue)
                     done = [future for future in futures if future in pending and future.done()]
                     for future in done:
-                        name, outcome = futures[future].name, _outcome(future)
-                        outcomes[name] = outcome
-                        display.finished(name, outcome)
+                        name, result = futures[future].name, _outcome(future)
+                        outcomes[name] = result
+                        display.finished(name, result)
                     pending.difference_update(done)
     return [outcome for trial in trials if (outcome := outcomes[trial.name]) is not None]
 
