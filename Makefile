@@ -1,7 +1,7 @@
 # Two commands, from a machine with Python 3.11 and make alone:
 #   make quickstart   creates .venv, installs, and runs the main job
 #   make test         the same, then the whole test suite
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
