@@ -65,14 +65,15 @@ class DoPr(pl.Callback):
             "exclude": exclude,
         }
         self.preconditioner: ActivationPreconditioner | None = None
-        self._restored: dict[str, Any] | None = None
+        # What a checkpoint held, until a fit uses it; what a fit ended with, for a checkpoint saved after it.
+        self._state: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the model: not in ``setup``, where an EMA callback would copy the hooks with the model."""
         self.preconditioner = ActivationPreconditioner(pl_module, **self.options)
-        if self._restored is not None:
-            self.preconditioner.load_state_dict(self._restored)
-            self._restored = None
+        if self._state and trainer.ckpt_path is not None:
+            self.preconditioner.load_state_dict(self._state)
+        self._state = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what would precondition gradients twice."""
@@ -90,15 +91,23 @@ class DoPr(pl.Callback):
         self.preconditioner.step()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the hooks off, also after an exception."""
+        """Take the hooks off."""
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the hooks off: Lightning skips ``teardown`` after an exception."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self.preconditioner is not None:
+            self._state = self.preconditioner.state_dict()
             self.preconditioner.remove()
             self.preconditioner = None
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint."""
-        return {} if self.preconditioner is None else self.preconditioner.state_dict()
+        """For Lightning's checkpoint, during a fit or after it."""
+        return self._state if self.preconditioner is None else self.preconditioner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this before ``on_fit_start``, where the state is put to use."""
-        self._restored = state_dict or None
+        self._state = state_dict

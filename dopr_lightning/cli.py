@@ -52,12 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
         return 130
-    except (UserError, ValueError, OSError) as error:
+    except Exception as error:
+        if not _is_users(error):
+            raise
         if os.environ.get("DOPR_TRACEBACK"):
             raise
         print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an exception speaks to the user: ours, and what libraries raise for bad values, files and settings."""
+    return isinstance(error, UserError | ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
 
 
 def _train(verb: str, arguments: list[str]) -> None:

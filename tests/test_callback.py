@@ -150,3 +150,24 @@ def test_nothing_is_left_on_the_model_after_fit(tmp_path: Path) -> None:
     model = Boring()
     trainer(tmp_path, DoPr(), max_steps=1, enable_checkpointing=False).fit(model)
     assert not model.layer._forward_hooks
+
+
+class Fails(Boring):
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyError("the user's own mistake")
+
+
+def test_nothing_is_left_on_the_model_after_an_exception(tmp_path: Path) -> None:
+    model = Fails()
+    with pytest.raises(KeyError):
+        trainer(tmp_path, DoPr(), max_steps=2, enable_checkpointing=False).fit(model)
+    assert not model.layer._forward_hooks
+
+
+def test_a_checkpoint_saved_after_fit_holds_the_covariances(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, DoPr(ema=0.9), max_steps=3, enable_checkpointing=False)
+    fit.fit(Boring())
+    fit.save_checkpoint(tmp_path / "after.ckpt")
+    (state,) = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"].values()
+    assert state["steps"] == 3
+    assert state["layers"]["layer.weight"]["covariance"].abs().sum() > 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions, write_json
-from dopr_lightning.experiments.runner import attempt_all, run_all
+from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings
 
 T = TypeVar("T", int, float)
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     output: Path = options.output
     settings = {"config": resolve(base), "episodes": options.episodes}
     check_settings(output, settings)
+    _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
 
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
@@ -106,6 +107,17 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
+def _keep_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+    """Refuse to replace results by fewer."""
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())["arms"]
+    lost = {entry["name"] for entry in old} - {arm.name for arm in arms}
+    lost |= {f"seed {seed}" for entry in old for seed in entry["seeds"] if seed not in seeds}
+    if lost:
+        raise UserError(f"{path} also has {', '.join(sorted(lost))}; name them again too, or choose another --output")
+
+
 def _best_rate(arm: Arm, outcomes: Sequence[tuple[float, Record | str]]) -> float:
     """The rate with the best rollouts; one that diverged is no candidate."""
     finished = [(record.mean, rate) for rate, record in outcomes if isinstance(record, Record)]
@@ -141,13 +153,9 @@ def _parser() -> Parser:
         "judged on rollout seeds that are not reported; default: the configuration's rate for all",
     )
     parser.add_argument(
-        "--workers", type=int, default=_default_workers(), help="runs at once, sharing the cores; default: %(default)s"
+        "--workers", type=int, default=cores(), help="runs at once, sharing the cores; default: %(default)s"
     )
     return parser
-
-
-def _default_workers() -> int:
-    return os.cpu_count() or 1
 
 
 def _numbers(flag: str, text: str, kind: type[T]) -> list[T]:

@@ -63,6 +63,11 @@ def attempt_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
     return [outcome for trial in trials if (outcome := outcomes[trial.name]) is not None]
 
 
+def cores() -> int:
+    """Cores this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _prepare(workers: int) -> None:
     """Set a worker up: its share of the cores, and an end when the command ends, however it was killed."""
     import torch
@@ -72,7 +77,7 @@ def _prepare(workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, args=[multiprocessing.parent_process()], daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, cores() // workers))
 
 
 def _attempt(trial: Trial, queue: Any) -> Record | str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,20 +147,38 @@ def _said_to(log: TextIO) -> Iterator[None]:
 
 def _train_and_judge(trial: Trial, report: Report) -> Record:
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import Timer
 
     from dopr_lightning.rollout.callback import RolloutEvaluation
     from dopr_lightning.training import CLI, quiet
 
     class Progress(pl.Callback):
+        """Reports steps, and keeps the time spent on training alone, also over interruptions."""
+
         trained = False
+        seconds = 0.0
 
         def on_train_start(self, *_: Any) -> None:
             self.trained = True
+            self.since = time.perf_counter()
+
+        def on_validation_start(self, *_: Any) -> None:
+            self.seconds += time.perf_counter() - self.since
+
+        def on_validation_end(self, *_: Any) -> None:
+            self.since = time.perf_counter()
 
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.global_step % max(1, trainer.max_steps // 100) == 0:
                 report(trial.name, trainer.global_step, trainer.max_steps)
+
+        def on_train_end(self, *_: Any) -> None:
+            self.seconds += time.perf_counter() - self.since
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seconds": self.seconds}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.seconds = state_dict["seconds"]
 
     quiet()
     cli = CLI(
@@ -180,8 +199,8 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         run=False,
     )
     cli.parser.save(cli.config, str(trial.folder / "config.yaml"), skip_check=True, overwrite=True)
-    trainer, timer, progress = cli.trainer, Timer(), Progress()
-    trainer.callbacks += [timer, progress]  # type: ignore[attr-defined]
+    trainer, progress = cli.trainer, Progress()
+    trainer.callbacks.append(progress)  # type: ignore[attr-defined]
     last = trial.folder / "checkpoints" / "last.ckpt"
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
     # Stopped between its last step and its record, there was nothing to train, and so nobody put the average in place.
@@ -191,7 +210,7 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
     return Record(
         val_loss=metrics["test/loss"],
         episodes=[episode.value for episode in rollout.latest],
-        train_seconds=timer.time_elapsed("train") - timer.time_elapsed("validate"),
+        train_seconds=progress.seconds,
         settings=trial.settings,
     )
 

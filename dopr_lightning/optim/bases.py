@@ -13,7 +13,7 @@ from dopr_lightning.optim.muon import Muon
 from dopr_lightning.optim.roles import Role
 
 MATRICES: frozenset[Role] = frozenset({"hidden", "input", "readout", "embedding"})
-_FUSABLE = {"foreach": True}  # one kernel for many parameters, also on CPU, where it is not the default
+_FOREACH = {"foreach": True}  # one kernel for many parameters, also on CPU, where it is not the default
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Base:
 
 
 BASES: dict[str, Base] = {
-    "adamw": Base(torch.optim.AdamW, _FUSABLE),
+    "adamw": Base(torch.optim.AdamW, _FOREACH),
     "muon": Base(
         Muon,
         # RMS matched to AdamW's ("Muon is Scalable for LLM Training", arXiv 2502.16982): one rate serves both parts.
         {"adjust_lr_fn": "match_rms_adamw"},
         roles=frozenset({"hidden"}),
-        rest_options=_FUSABLE,
+        rest_options=_FOREACH,
     ),
-    "sgd": Base(torch.optim.SGD, {"momentum": 0.9, **_FUSABLE}),
+    "sgd": Base(torch.optim.SGD, {"momentum": 0.9, **_FOREACH}),
 }
 
 

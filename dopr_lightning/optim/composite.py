@@ -33,6 +33,10 @@ class CompositeOptimizer(Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must know its parts; copied together, they go on sharing groups and state.
+        return {**super().__getstate__(), "parts": self.parts, "_bound": self._bound}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every part; ``closure``, if any, is evaluated once, before them."""

@@ -65,8 +65,11 @@ def make_optimizer(
 
     main = [name for name, role in role_of.items() if chosen.roles is None or role in chosen.roles]
     rest = [name for name in role_of if name not in set(main)]
+    defaults = dict(chosen.options)
+    if options.get("fused"):
+        defaults.pop("foreach", None)  # torch refuses both
     return CompositeOptimizer(
-        part(chosen.algorithm, main, {**chosen.options, **options}) + part(chosen.rest, rest, chosen.rest_options)
+        part(chosen.algorithm, main, defaults | options) + part(chosen.rest, rest, chosen.rest_options)
     )
 
 

@@ -43,4 +43,9 @@ class Muon(torch.optim.Muon):
 def _matrix(parameter: Tensor) -> Tensor:
     if parameter.dim() < 2:
         raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
+    if not parameter.is_contiguous():
+        raise ValueError(
+            f"Muon sees a kernel of shape {tuple(parameter.shape)} as a matrix, which its memory layout "
+            "(channels_last?) does not allow; make the parameter contiguous"
+        )
     return parameter.view(parameter.shape[0], -1)

@@ -17,7 +17,8 @@ def parameter_roles(model: nn.Module, overrides: Mapping[str, str] | None = None
     ``embedding``: the weight of an :class:`torch.nn.Embedding`. ``vector``: anything with fewer than two dimensions
     (biases, norms). ``input`` and ``readout``: matrices that touch a dimension which does not grow with the model. A
     submodule that knows its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this
-    package do; if none does, the first and the last matrix in order of registration are taken. ``hidden``: the rest.
+    package do; if none does, the first (unless there is an embedding) and the last matrix in order of registration are
+    taken. ``hidden``: the rest.
 
     Args:
         model: Any module.
@@ -45,7 +46,9 @@ def parameter_roles(model: nn.Module, overrides: Mapping[str, str] | None = None
     if declared:
         roles.update((name, role) for name, role in declared.items() if name in roles)
     elif len(matrices) > 1:
-        roles[matrices[0]], roles[matrices[-1]] = "input", "readout"
+        roles[matrices[-1]] = "readout"
+        if "embedding" not in roles.values():  # else the embedding is the input
+            roles[matrices[0]] = "input"
 
     for pattern, role in (overrides or {}).items():
         matching = [name for name in roles if fnmatchcase(name, pattern)]

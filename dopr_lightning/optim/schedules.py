@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from torch.optim import Optimizer
@@ -12,26 +12,18 @@ from torch.optim.lr_scheduler import LambdaLR
 Schedule = Literal["constant", "cosine"]
 
 
-@dataclass
-class WarmupFactor:
-    """Linear warm-up from 1/warmup to 1, then constant, or a half cosine to 0 at ``total_steps``.
+def warmup_factor(step: int, *, schedule: Schedule, warmup_steps: int, total_steps: float) -> float:
+    """Factor on the peak rate at the zero-based ``step``.
 
-    A factor, not a rate, so that groups keep the ratio of their rates (muP needs that). An object, not a lambda, so
-    that LambdaLR writes it to the checkpoint.
+    Linear warm-up from 1 / (warmup_steps + 1) to 1, then constant, or a half cosine to 0 at ``total_steps``. A factor,
+    not a rate, so that groups keep the ratio of their rates (muP needs that).
     """
-
-    schedule: Schedule
-    warmup_steps: int
-    total_steps: float
-
-    def __call__(self, step: int) -> float:
-        """Factor for the zero-based ``step``."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.schedule == "constant":
-            return 1.0
-        done = (step - self.warmup_steps) / max(1.0, self.total_steps - self.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, total_steps: float) -> LambdaLR:
@@ -55,4 +47,6 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, 
             f"a cosine schedule needs a finite number of steps beyond its {warmup_steps} warm-up steps, "
             f"got {total_steps}; set Trainer(max_steps=...) or total_steps"
         )
-    return LambdaLR(optimizer, WarmupFactor(schedule, warmup_steps, total_steps))
+    # Not an object with attributes: LambdaLR would restore these from a checkpoint, and a longer run would end early.
+    factor = partial(warmup_factor, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps)
+    return LambdaLR(optimizer, factor)

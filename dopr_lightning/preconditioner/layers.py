@@ -68,12 +68,12 @@ class Layer(ABC):
         return [self.name, self.name.removesuffix("weight") + "bias"] if self.homogeneous else [self.name]
 
     @abstractmethod
-    def count(self, x: Tensor) -> int:
-        """Number of rows n in the input ``x``, per block."""
+    def add_second_moment(self, x: Tensor, total: Tensor) -> int:
+        """Add the sum of z z^T over the rows of ``x`` to ``total``, (blocks, dim, dim) or (1, dim) if diagonal.
 
-    @abstractmethod
-    def add_second_moment(self, x: Tensor, total: Tensor) -> None:
-        """Add the sum of z z^T over the rows of ``x`` to ``total``, (blocks, dim, dim) or (1, dim) if diagonal."""
+        Returns:
+            The number of rows n, per block.
+        """
 
     @abstractmethod
     def gradient(self) -> Tensor:
@@ -93,12 +93,13 @@ class _DenseLayer(Layer):
     def rows(self, x: Tensor) -> Tensor:
         """The rows z that the weight multiplies, (blocks, n, dim without the homogeneous coordinate)."""
 
-    def add_second_moment(self, x: Tensor, total: Tensor) -> None:
+    def add_second_moment(self, x: Tensor, total: Tensor) -> int:
         # The dtype of `total` decides, not the user's autocast: bf16 sums lose small directions, fp16 overflows.
         rows = self.rows(x).to(total.dtype)
         if self.homogeneous:
             rows = F.pad(rows, (0, 1), value=self.homogeneous_value)
         total.baddbmm_(rows.transpose(1, 2), rows)
+        return rows.shape[1]
 
 
 class Linear(_DenseLayer):
@@ -110,9 +111,6 @@ class Linear(_DenseLayer):
     def __init__(self, name: str, module: nn.Linear, *, conv: ConvCovariance, bias: bool) -> None:
         super().__init__(name, module, conv=conv, bias=bias)
         self.dim = module.in_features + self.homogeneous
-
-    def count(self, x: Tensor) -> int:
-        return x.numel() // self.module.in_features
 
     def rows(self, x: Tensor) -> Tensor:
         return x.reshape(1, -1, self.module.in_features)
@@ -159,11 +157,6 @@ class Convolution(_DenseLayer):
             self.taps, self.features = 1, self.channels * self.kernel_elements
         self.homogeneous_value = self.taps**-0.5
         self.dim = self.features + self.homogeneous
-
-    def count(self, x: Tensor) -> int:
-        if self.conv == "channel":
-            return x.numel() // self.module.in_channels
-        return self._patches(x).shape[1]
 
     def rows(self, x: Tensor) -> Tensor:
         if self.conv == "patch":
@@ -230,9 +223,6 @@ class TransposedConvolution(_DenseLayer):
         self.blocks = module.groups
         self.dim = module.in_channels // module.groups
 
-    def count(self, x: Tensor) -> int:
-        return x.numel() // self.module.in_channels
-
     def rows(self, x: Tensor) -> Tensor:
         x = x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
         x = x.flatten(2).unflatten(1, (self.blocks, self.dim))
@@ -258,11 +248,9 @@ class Embedding(Layer):
         super().__init__(name, module, conv=conv, bias=False)
         self.dim = module.num_embeddings
 
-    def count(self, x: Tensor) -> int:
-        return x.numel()
-
-    def add_second_moment(self, x: Tensor, total: Tensor) -> None:
+    def add_second_moment(self, x: Tensor, total: Tensor) -> int:
         total[0].index_add_(0, x.flatten(), torch.ones_like(x, dtype=total.dtype).flatten())
+        return x.numel()
 
     def gradient(self) -> Tensor:
         return _grad(self.weight)[None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, get_args
@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.distributed import all_reduce_sums
@@ -20,6 +21,8 @@ from dopr_lightning.preconditioner.stack import LayerStack, make_stacks
 from dopr_lightning.preconditioner.summary import Summary, SummaryRow, spectrum
 
 log = logging.getLogger(__name__)
+
+FROZEN = "frozen (requires_grad=False)"
 
 
 class ActivationPreconditioner:
@@ -34,9 +37,10 @@ class ActivationPreconditioner:
     2606.06418, Section 4). Use optimizers whose update does not depend on the gradient's scale (AdamW, Muon, ...): M's
     scale is that of a gradient divided by a covariance, so plain SGD needs a learning rate of its own.
 
-    Rows are counted when a gradient arrives at the layer's output. So each training row counts exactly once, also
-    under gradient accumulation and activation checkpointing, and forwards without a backward (validation, rollouts,
-    target networks) and frozen layers count not at all.
+    Rows are counted when a backward pass goes through the layer. So each training row counts exactly once, also under
+    gradient accumulation and activation checkpointing, and forwards without a backward (validation, rollouts, target
+    networks) and frozen layers count not at all. A weight used without its module (``F.linear(h, embedding.weight)``)
+    adds a gradient whose rows are not seen: exclude such a module.
 
     Args:
         model: Linear, Conv1d, Conv2d, ConvTranspose1d and Embedding modules in it are covered; :meth:`summary` says
@@ -85,9 +89,10 @@ class ActivationPreconditioner:
         self.update_every = update_every
         self.process_group = process_group
         self._steps = 0
-        self._model = model
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._not_covered: dict[str, str] = {}
+        self._frozen: list[tuple[str, nn.Parameter]] = []
         layers = self._find_layers(conv=conv, bias=bias, include=include, exclude=exclude)
         if not layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self._not_covered.items())
@@ -109,10 +114,17 @@ class ActivationPreconditioner:
         Raises:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing.
         """
-        if self.collecting:
-            self._refresh()
-        for stack in self._stacks:
-            stack.apply()
+        for name, parameter in self._frozen:
+            if parameter.requires_grad and parameter.grad is not None:
+                raise RuntimeError(
+                    f"{name}: was frozen when the preconditioner was made, and now has a gradient; make a new "
+                    "preconditioner after unfreezing, or exclude the module"
+                )
+        with torch.autocast(self._stacks[0].layers[0].weight.device.type, enabled=False):
+            if self.collecting:
+                self._refresh()
+            for stack in self._stacks:
+                stack.apply()
         self._steps += 1
 
     def remove(self) -> None:
@@ -162,39 +174,43 @@ class ActivationPreconditioner:
         self, *, conv: ConvCovariance, bias: bool, include: Sequence[str] | None, exclude: Sequence[str]
     ) -> list[Layer]:
         """Choose what to cover, hook it, and note for every other parameter why it is left out."""
-        by_weight: dict[int, Layer] = {}
-        covered: set[str] = set()
+        found: dict[int, list[Layer]] = {}  # by the weight: modules may share one
         for name, module in self._model.named_modules():
             name = public_name(name)
-            own = {f"{name}.{p}" if name else p: v for p, v in module.named_parameters(recurse=False)}
             reason = _why_not(name, module, include, exclude)
             if reason is None:
-                weight_name = f"{name}.weight" if name else "weight"
-                layer = layer_type(module)(weight_name, module, conv=conv, bias=bias)  # type: ignore[misc]
-                twin = by_weight.setdefault(id(module.weight), layer)
-                if twin is layer or (twin.kind == layer.kind and twin.dim == layer.dim):
-                    # A shared weight pools the rows of all the modules that use it.
-                    self._hook(module, twin)
-                    covered.update(layer.parameter_names if twin is layer else [weight_name])
-                    reason = "bias: the base optimizer takes it (bias=False)"
-                else:
-                    reason = f"tied to {twin.name}, which is used as {twin.kind}"
-            self._not_covered.update((p, reason) for p in own if p not in covered)
-        return list(by_weight.values())
+                layer = layer_type(module)(_join(name, "weight"), module, conv=conv, bias=bias)  # type: ignore[misc]
+                found.setdefault(id(module.weight), []).append(layer)
+                reason = "the base optimizer takes it: bias=False, or a bias that no homogeneous coordinate fits"
+            elif reason == FROZEN:
+                self._frozen += [(_join(name, p), value) for p, value in module.named_parameters(recurse=False)]
+            self._not_covered.update((_join(name, p), reason) for p, _ in module.named_parameters(recurse=False))
+        layers = []
+        for twins in found.values():
+            if len({(layer.kind, layer.dim) for layer in twins}) > 1:
+                kinds = ", ".join(f"{layer.name} ({layer.kind})" for layer in twins)
+                self._not_covered.update((layer.name, f"tied between different kinds: {kinds}") for layer in twins)
+                continue
+            # A shared weight pools the rows of all the modules that use it.
+            layers.append(twins[0])
+            for name in [*twins[0].parameter_names, *(layer.name for layer in twins)]:
+                self._not_covered.pop(name, None)
+            for layer in twins:
+                self._hook(layer.module, twins[0])
+        return layers
 
     def _hook(self, module: nn.Module, layer: Layer) -> None:
         self._handles.append(module.register_forward_hook(_Capture(self, layer), with_kwargs=True))
 
-    def _capture(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not (self.collecting and layer.module.training and output.requires_grad):
-            return
+    def _capture(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if not (self.collecting and layer.module.training and isinstance(output, Tensor) and output.requires_grad):
+            return None
         if not layer.weight.requires_grad:
-            return
+            return None
         x = (args[0] if args else kwargs["input"]).detach()
-        # Not counted here but when the gradient arrives: see the class docstring.
-        output.register_hook(partial(self._count, layer, x))
+        return _CountRows.apply(output, x, partial(self._count, layer))
 
-    def _count(self, layer: Layer, x: Tensor, _: Tensor) -> None:
+    def _count(self, layer: Layer, x: Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self._stack_of[layer].add(layer, x)
 
@@ -246,6 +262,26 @@ def _report_failure(stack: LayerStack, index: int, trace: float) -> None:
     log.warning("%s: covariance %s (rows %d); %s", stack.layers[index].name, problem, stack.rows_seen[index], kept)
 
 
+class _CountRows(torch.autograd.Function):
+    """The identity on a layer's output; its backward counts the rows of the layer's input.
+
+    The input is kept as autograd keeps it: recomputed under activation checkpointing, dropped with a graph that is
+    never walked back, and refused if it was overwritten in the meantime.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, count: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.count = count
+        ctx.mark_dirty(output)  # the same tensor, not a view of it: what follows may work in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.count(*ctx.saved_tensors)
+        return gradient, None, None
+
+
 class _Capture:
     """The forward hook of one module. Copies of the module (EMA, target networks) carry an inert one."""
 
@@ -253,17 +289,24 @@ class _Capture:
         self.owner = owner
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if self.owner is not None and self.layer is not None:
-            self.owner._capture(self.layer, args, kwargs, output)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if self.owner is None or self.layer is None:
+            return None
+        return self.owner._capture(self.layer, args, kwargs, output)
 
     def __reduce__(self) -> tuple[type[_Capture], tuple[()]]:
         return _Capture, ()
 
 
 def public_name(name: str) -> str:
-    """A module's or parameter's name without what DistributedDataParallel and ``torch.compile`` put before it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")
+    """A module's or parameter's name without what ``torch.compile`` puts before it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
 
 
 def _why_not(name: str, module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:
@@ -274,8 +317,10 @@ def _why_not(name: str, module: nn.Module, include: Sequence[str] | None, exclud
         return "MultiheadAttention computes with its weight, not through its forward"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not a parameter (weight_norm or another parametrization)"
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "lazy and not initialised yet; run a forward before making the preconditioner"
     if not module.weight.requires_grad:
-        return "frozen (requires_grad=False)"
+        return FROZEN
     if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
         return f"{name} matches no include pattern"
     if any(fnmatchcase(name, pattern) for pattern in exclude):

@@ -80,8 +80,7 @@ class LayerStack:
         """Count the rows of one input of a layer."""
         self.allocate()
         index = self._index[layer]
-        layer.add_second_moment(x, self.sums[self.slices[index]])
-        self.counts[index] += layer.count(x)
+        self.counts[index] += layer.add_second_moment(x, self.sums[self.slices[index]])
 
     def refresh(self, rows: Tensor) -> Tensor:
         """Turn the sums into covariances and new inverses, and start counting anew.
@@ -96,7 +95,8 @@ class LayerStack:
         n = rows[self._layer_of_block]
         covariance = self.sums / n.clamp(min=1).to(self.sums).view(-1, *[1] * (self.sums.dim() - 1))
         traces = trace(covariance, self.diagonal)
-        valid = (n > 0) & traces.isfinite()  # a row with NaN or infinity shows on the diagonal
+        # A row with NaN or infinity shows on the diagonal. A layer whose inputs are all 0 learns nothing from them.
+        valid = (n > 0) & traces.isfinite() & (traces > 0)
         self.running.update(covariance, valid)
         good = self._invert(valid)
         self.sums.zero_()

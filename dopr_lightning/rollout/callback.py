@@ -31,8 +31,8 @@ class RolloutEvaluation(Callback):
 
     The module is the policy (`dopr_lightning.rollout.evaluate.Policy`), the environment is the data module's. Ranks
     share the seeds, so each is run exactly once on any number of processes. Rollouts happen when the validation epoch
-    starts: an EMA callback listed before this one has put its averages in by then, and Lightning has switched the
-    module to eval mode and gradients off.
+    starts: an EMA callback has put its averages in by then (Lightning's own only if listed before this one), and
+    Lightning has switched the module to eval mode and gradients off.
 
     Args:
         episodes: At each validation.

@@ -54,7 +54,7 @@ def nested_bootstrap_interval(
 ) -> tuple[float, float]:
     """Confidence interval of the mean over training runs, each with its own episodes.
 
-    Runs with different seeds differ by more than their episodes' noise (paper.md: 4429, 7909 and 8060 for one recipe),
+    Runs with different seeds differ by more than their episodes' noise (4429, 7909, 8060 for one recipe on Humanoid),
     so episodes of one run are not independent draws of the recipe's quality, and pooling them gives an interval several
     times too narrow. Here each resample draws runs, then episodes within each drawn run (Davison and Hinkley,
     "Bootstrap Methods and their Application", 1997, section 3.8), and averages the runs' means.

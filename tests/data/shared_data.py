@@ -9,9 +9,10 @@ import pytest
 
 
 def shared_data(name: str) -> Path:
-    """A file or folder of the test data; the test fails where it is missing, lest nobody notice."""
+    """A file or folder of the test data. Missing, it skips the test; in CI it fails it, lest nobody notice."""
     default = Path(__file__).parents[3] / "shared" / "data"
     path = Path(os.environ.get("DOPR_TEST_DATA", default)) / name
     if not path.exists():
-        pytest.fail(f"test data {path} is missing; point DOPR_TEST_DATA to the folder that holds {name}")
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing(f"test data {path} is missing; point DOPR_TEST_DATA to the folder that holds {name}")
     return path

@@ -95,15 +95,21 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((output / "results.json").read_text()) == results
     assert (output / "compare.png").exists()
 
-    # One more seed of one arm: one more run.
-    assert main([*arguments(output, "--optimizers", "adamw"), "--seeds", "0,1,2"]) == 0
-    assert "[3/3] adamw seed 2: val loss" in capsys.readouterr().out
+    # Fewer arms or seeds would replace the results by less.
+    capsys.readouterr()
+    assert main([*arguments(output, "--optimizers", "adamw"), "--seeds", "1,2"]) == 2
+    assert "results.json also has dopr-muon, seed 0; name them again too" in capsys.readouterr().err
+    assert json.loads((output / "results.json").read_text()) == results
+
+    # One more seed: one more run of each arm.
+    assert main([*command, "--seeds", "0,1,2"]) == 0
+    assert "[6/6] " in capsys.readouterr().out
     more = stamps(output)
     assert {name: more[name] for name in first} == first
-    assert more.keys() - first.keys() == {"runs/adamw/seed-2/record.json"}
-    (arm,) = json.loads((output / "results.json").read_text())["arms"]
-    assert arm["val_loss"][:2] == results["arms"][0]["val_loss"]
-    assert len(arm["episodes"]) == 3
+    assert more.keys() - first.keys() == {f"runs/{arm}/seed-2/record.json" for arm in ARMS}
+    for before, after in zip(results["arms"], json.loads((output / "results.json").read_text())["arms"], strict=True):
+        assert after["val_loss"][:2] == before["val_loss"]
+        assert len(after["episodes"]) == 3
 
     # Another configuration in the same folder, also for an arm that is not there yet: refused, and nothing changes.
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}

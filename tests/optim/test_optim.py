@@ -44,7 +44,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, schedu
 def test_roles_are_read_off_the_model() -> None:
     assert parameter_roles(Net()) == {
         "embedding.weight": "embedding",
-        "input.weight": "input",
+        "input.weight": "hidden",
         "input.bias": "vector",
         "conv.weight": "hidden",
         "conv.bias": "vector",
@@ -55,6 +55,11 @@ def test_roles_are_read_off_the_model() -> None:
         "readout.weight": "readout",
         "readout.bias": "vector",
     }
+
+
+def test_without_an_embedding_the_first_matrix_is_the_input() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    assert list(parameter_roles(model).values()) == ["input", "hidden", "readout"]
 
 
 def test_roles_declared_by_a_submodule_and_overrides_win() -> None:
@@ -77,8 +82,8 @@ def test_bad_role_overrides(overrides: dict[str, str], message: str) -> None:
 def test_composite_equals_its_parts_run_separately() -> None:
     together, apart = Net(), Net()
     optimizer = make_optimizer(together, "muon", lr=0.01, weight_decay=0.1)
-    hidden = [apart.conv.weight, apart.hidden.weight]
-    decayed = [apart.embedding.weight, apart.input.weight, apart.readout.weight]
+    hidden = [apart.input.weight, apart.conv.weight, apart.hidden.weight]
+    decayed = [apart.embedding.weight, apart.readout.weight]
     vectors = [p for p in apart.parameters() if p.dim() < 2]
     parts = [
         Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
@@ -187,3 +192,38 @@ def test_groups_cannot_be_added_later() -> None:
     assert isinstance(optimizer, CompositeOptimizer)
     with pytest.raises(TypeError, match="groups are fixed"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_a_copy_steps_like_the_original() -> None:
+    model = Net()
+    optimizer = make_optimizer(model, "muon", lr=0.01)
+    train(model, optimizer, 2)
+    twin, copied = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2)
+    train(twin, copied, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_fused_optimizer_can_be_asked_for() -> None:
+    optimizer = make_optimizer(Net(), "adamw", lr=0.01, fused=True)
+    assert all(group["fused"] and not group["foreach"] for group in optimizer.param_groups)
+
+
+def test_muon_names_a_layout_it_cannot_flatten() -> None:
+    kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"shape \(4, 3, 2, 2\) as a matrix, which its memory layout"):
+        Muon([nn.Parameter(kernel)])
+
+
+def test_a_longer_schedule_is_not_cut_by_the_checkpoint_of_a_shorter_one() -> None:
+    def start(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return optimizer, make_scheduler(optimizer, "cosine", 0, steps)
+
+    _, short = start(10)
+    optimizer, long = start(100)
+    long.load_state_dict(short.state_dict())
+    for _ in range(5):
+        optimizer.step()
+        long.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * (1 + math.cos(math.pi * 5 / 100)))

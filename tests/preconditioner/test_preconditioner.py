@@ -1,7 +1,9 @@
 """When rows are counted, when inverses are renewed, what is kept when something fails."""
 
 import copy
+import gc
 import logging
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -297,3 +299,65 @@ def test_remove_takes_the_hooks_off() -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ActivationPreconditioner(mlp(5, 3), **options)
+
+
+def test_what_follows_a_layer_may_work_in_place() -> None:
+    rows = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace), nn.Linear(4, 3)).double()
+        ap = ActivationPreconditioner(model, damping=0.1)
+        backward(model, batch(0))
+        ap.step()
+        rows.append(weight_gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+
+
+def test_an_input_overwritten_before_backward_is_refused() -> None:
+    """Under autocast autograd keeps a cast copy and would not notice; the covariance would be of other rows."""
+    model = nn.Linear(4, 2)
+    ActivationPreconditioner(model)
+    x = torch.randn(8, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    x.mul_(100)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_checkpointing_does_not_keep_inputs_alive() -> None:
+    model, alive = mlp(5, 4, 3), []
+    ActivationPreconditioner(model)
+
+    def forward(x: Tensor) -> Tensor:
+        h = model[1](model[0](x))
+        alive.append(weakref.ref(h))
+        return model[2](h)
+
+    y = checkpoint(forward, batch(0).requires_grad_(), use_reentrant=False)
+    gc.collect()
+    assert alive[0]() is None
+    y.sum().backward()
+
+
+def test_weights_tied_between_different_kinds_are_left_alone_and_reported() -> None:
+    model = nn.ModuleDict({"e": nn.Embedding(6, 4), "h": nn.Linear(4, 6, bias=False), "l": nn.Linear(4, 4, bias=False)})
+    model["h"].weight = model["e"].weight
+    ap = ActivationPreconditioner(model)
+    model["h"](model["l"](model["e"](torch.tensor([0, 1, 1])))).square().sum().backward()
+    before = model["e"].weight.grad.clone()
+    ap.step()
+    assert torch.equal(model["e"].weight.grad, before)
+    reasons = {row.parameter: row.reason for row in ap.summary()}
+    assert reasons["e.weight"] == "tied between different kinds: e.weight (embedding), h.weight (linear)"
+    assert reasons["l.weight"] == ""
+
+
+def test_a_layer_unfrozen_later_is_an_error_that_names_it() -> None:
+    model = mlp(5, 4, 3)
+    model[0].requires_grad_(False)
+    ap = ActivationPreconditioner(model)
+    model[0].requires_grad_(True)
+    backward(model, batch(0))
+    with pytest.raises(RuntimeError, match=r"^0\.weight: was frozen when the preconditioner was made"):
+        ap.step()
