@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]
     task = _check(base, arms, options.damping)
     output: Path = options.output
-    settings = {"config": resolve(base), "episodes": options.episodes}
+    settings = {"config": resolve(base), "episodes": options.episodes, "damping": options.damping}
     check_settings(output, settings)
     _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
