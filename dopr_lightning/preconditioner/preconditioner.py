@@ -22,7 +22,7 @@ from dopr_lightning.preconditioner.summary import Summary, SummaryRow, spectrum
 
 log = logging.getLogger(__name__)
 
-FROZEN = "frozen (requires_grad=False)"
+FROZEN = "the weight is frozen (requires_grad=False)"
 
 
 class ActivationPreconditioner:
@@ -183,7 +183,7 @@ class ActivationPreconditioner:
                 found.setdefault(id(module.weight), []).append(layer)
                 reason = "the base optimizer takes it: bias=False, or a bias that no homogeneous coordinate fits"
             elif reason == FROZEN:
-                self._frozen += [(_join(name, p), value) for p, value in module.named_parameters(recurse=False)]
+                self._frozen.append((_join(name, "weight"), module.weight))
             self._not_covered.update((_join(name, p), reason) for p, _ in module.named_parameters(recurse=False))
         layers = []
         for twins in found.values():

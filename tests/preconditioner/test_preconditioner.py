@@ -220,7 +220,7 @@ def test_exclude_matches_whole_names_and_frozen_layers_are_reported() -> None:
     assert reasons == {
         "m1.weight": "m1 matches an exclude pattern",
         "m10.weight": "",
-        "m2.weight": "frozen (requires_grad=False)",
+        "m2.weight": "the weight is frozen (requires_grad=False)",
     }
     assert {row.parameter for row in summary} == {name for name, _ in model.named_parameters()}
 
@@ -361,3 +361,13 @@ def test_a_layer_unfrozen_later_is_an_error_that_names_it() -> None:
     backward(model, batch(0))
     with pytest.raises(RuntimeError, match=r"^0\.weight: was frozen when the preconditioner was made"):
         ap.step()
+
+
+def test_a_trainable_bias_of_a_frozen_weight_is_left_alone() -> None:
+    model = mlp(5, 4, 3)
+    model[0].weight.requires_grad_(False)
+    ap = ActivationPreconditioner(model)
+    backward(model, batch(0))
+    before = model[0].bias.grad.clone()
+    ap.step()
+    assert torch.equal(model[0].bias.grad, before)
