@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_users(error):
-            raise
-        if os.environ.get("DOPR_TRACEBACK"):
+        if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):
             raise
         print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -11,9 +12,9 @@ from typing import Any, TypeVar
 
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.report import arm_results, plot, print_table, versions, write_json
+from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
-from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings
+from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
 
 T = TypeVar("T", int, float)
 
@@ -61,10 +62,12 @@ def main(arguments: Sequence[str]) -> None:
     _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
 
+    resolved = functools.cache(resolve)  # the seeds of an arm share its configuration
+
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
         chosen = (*base, *arm.arguments(lr, options.damping))
         name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
-        return Trial(name, output / folder, chosen, resolve(chosen), seed, first_seed, options.episodes)
+        return Trial(name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes)
 
     tuning: dict[Arm, list[tuple[float, Record | str]]] = {arm: [] for arm in arms}
     grid = [(arm, rate) for arm in arms for rate in rates]

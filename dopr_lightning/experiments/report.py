@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,13 +44,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_json(results: Mapping[str, Any], path: Path) -> None:
-    """Write at once or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
-    os.replace(part, path)
 
 
 def print_table(results: Mapping[str, Any]) -> None:

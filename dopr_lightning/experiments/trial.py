@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -108,7 +108,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def note_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write down whose folder this is, for :func:`check_settings`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1))
+    write_json(settings, folder / SETTINGS)
 
 
 def _other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> UserError:
@@ -123,10 +123,15 @@ def run_trial(trial: Trial, report: Report) -> Record:
     note_settings(trial.folder, trial.settings)
     with (trial.folder / "log.txt").open("a") as log, _said_to(log):
         record = _train_and_judge(trial, report)
-    unfinished = trial.folder / "record.json.part"
-    unfinished.write_text(json.dumps(asdict(record), indent=1))
-    os.replace(unfinished, trial.folder / "record.json")
+    write_json(asdict(record), trial.folder / "record.json")
     return record
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write at once or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from dopr_lightning.optim.muon import Muon
 from dopr_lightning.optim.roles import Role
 
-MATRICES: frozenset[Role] = frozenset({"hidden", "input", "readout", "embedding"})
 _FOREACH = {"foreach": True}  # one kernel for many parameters, also on CPU, where it is not the default
 
 

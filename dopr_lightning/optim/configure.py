@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dopr_lightning.optim.bases import MATRICES, resolve
+from dopr_lightning.optim.bases import resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
 from dopr_lightning.optim.roles import parameter_roles
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
@@ -51,13 +51,16 @@ def make_optimizer(
     def part(algorithm: type[Optimizer], names: list[str], defaults: Mapping[str, Any]) -> list[Optimizer]:
         groups = [
             {
-                "params": [model.get_parameter(name) for name in names if (role_of[name] in MATRICES) == decayed],
-                "param_names": [name for name in names if (role_of[name] in MATRICES) == decayed],
-                "weight_decay": weight_decay if decayed else 0.0,
+                "params": [model.get_parameter(name) for name in chosen_names],
+                "param_names": chosen_names,
+                "weight_decay": decay,
             }
-            for decayed in (True, False)
+            for chosen_names, decay in (
+                ([name for name in names if role_of[name] != "vector"], weight_decay),
+                ([name for name in names if role_of[name] == "vector"], 0.0),
+            )
+            if chosen_names
         ]
-        groups = [group for group in groups if group["params"]]
         try:
             return [algorithm(groups, lr=lr, **defaults)] if groups else []  # type: ignore[call-arg]
         except TypeError as error:

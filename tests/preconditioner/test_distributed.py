@@ -1,5 +1,6 @@
 """DDP with real processes: equal to one process on the union of the batch, and bit-identical across ranks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,14 +45,14 @@ def loss(model: nn.Module, step: int, rank: int, total: int) -> Tensor:
     return model(x, token, rank == 0).square().sum() / total  # sums, so that uneven ranks are weighted alike
 
 
-def train(model: nn.Module, losses: list[list], world: int, steps: int, update_every: int) -> None:
-    """One step per entry of ``losses``: each a list of functions of the model whose gradients add up."""
-    ap = ActivationPreconditioner(model, damping=0.1, update_every=update_every, ema=0.5)
+def train(model: nn.Module, losses: list[Callable[[nn.Module, int], Tensor]], world: int) -> None:
+    """Steps on the summed gradients of ``losses``, functions of the model and the step."""
+    ap = ActivationPreconditioner(model, damping=0.1, update_every=3, ema=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
         for function in losses:
-            (function[0](model, step) * world).backward()  # DDP divides by the world size
+            (function(model, step) * world).backward()  # DDP divides by the world size
         ap.step()
         optimizer.step()
 
@@ -61,7 +62,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     total = sum(6 + 3 * r for r in range(world))
     model = DistributedDataParallel(Net(), find_unused_parameters=True)
-    train(model, [[lambda m, s: loss(m, s, rank, total)]], world, STEPS, update_every=3)
+    train(model, [lambda m, s: loss(m, s, rank, total)], world)
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -76,8 +77,7 @@ def test_ddp_equals_one_process_on_the_union_of_the_batch(world: int, tmp_path: 
     total = sum(6 + 3 * r for r in range(world))
     model = Net()
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    parts = [[lambda m, s, r=r: loss(m, s, r, total)] for r in range(world)]
-    train(model, parts, 1, STEPS, update_every=3)
+    train(model, [lambda m, s, r=r: loss(m, s, r, total) for r in range(world)], 1)
     for name, value in model.state_dict().items():
         moved = (value - start[name]).norm()
         assert moved > 0
