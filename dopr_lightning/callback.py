@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
+from dopr_lightning.preconditioner.coverage import NothingToPreconditionError
 from dopr_lightning.preconditioner.layers import ConvCovariance
 from dopr_lightning.preconditioner.preconditioner import check_options
+from dopr_lightning.preconditioner.solvers import Solver
 
 
 class DoPr(pl.Callback):
@@ -19,21 +22,33 @@ class DoPr(pl.Callback):
 
     The rewrite happens in ``on_before_optimizer_step``: gradients are unscaled and averaged over ranks there, the
     window of accumulated batches is complete, and gradient clipping, which comes after, sees what the optimizer will
-    see. Under DDP covariances are pooled over ranks, so ranks stay bit-identical. The state travels in Lightning's
-    checkpoints.
+    see. Under data parallelism covariances are pooled over ranks, so ranks stay bit-identical. The state travels in
+    Lightning's checkpoints. A step that a gradient scaler skips (``precision="16-mixed"``) leaves no trace.
+
+    With several optimizers (manual optimization) each has statistics and a cadence of its own, for the layers whose
+    weights it holds. Use ``toggle_optimizer``, or rows that one network saw for the other's loss count for both.
 
     Args:
         damping: See :class:`~dopr_lightning.preconditioner.preconditioner.ActivationPreconditioner`, as for the rest.
         damping_scale: ``"trace"`` or ``"mean"``.
         update_every: Refresh covariances every this many optimizer steps.
         ema: Weight of past covariances at a refresh.
+        solver: ``"exact"``, ``"lowrank"`` or ``"auto"``.
+        max_error: Relative error that the low-rank solver's certificate may show.
         conv: ``"channel"`` or ``"patch"``.
         bias: Precondition each bias with its weight.
+        max_dim: Split larger covariances into blocks on the diagonal.
+        max_rows: Use at most so many rows of each input.
+        max_failures: Raise after so many failed refreshes of one layer in a row.
         include: Globs on module names to cover. None: all.
         exclude: Globs on module names to leave alone.
+        log_every: Log per parameter, every this many steps and at no cost between: condition number, effective rank,
+            cosine between M and G, RMS of M, failures, and of the low-rank solver rank and certified error. Costs an
+            eigenvalue decomposition per exactly solved layer each time. None: never.
 
     Attributes:
-        preconditioner: The :class:`ActivationPreconditioner` while fitting, else None.
+        preconditioners: One :class:`ActivationPreconditioner` per optimizer while fitting, else empty; None for an
+            optimizer that holds nothing to precondition.
 
     Raises:
         ValueError: An argument is out of range; said at once, not after the data is loaded.
@@ -48,47 +63,70 @@ class DoPr(pl.Callback):
         damping_scale: DampingScale = "trace",
         update_every: int = 1,
         ema: float = 0.0,
+        solver: Solver = "auto",
+        max_error: float = 0.15,
         conv: ConvCovariance = "channel",
         bias: bool = False,
+        max_dim: int | None = None,
+        max_rows: int | None = None,
+        max_failures: int = 10,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
+        log_every: int | None = None,
     ) -> None:
-        check_options(damping=damping, damping_scale=damping_scale, update_every=update_every, ema=ema, conv=conv)
-        self.options: dict[str, Any] = {
+        checked: dict[str, Any] = {
             "damping": damping,
             "damping_scale": damping_scale,
             "update_every": update_every,
             "ema": ema,
+            "solver": solver,
+            "max_error": max_error,
             "conv": conv,
-            "bias": bias,
-            "include": include,
-            "exclude": exclude,
+            "max_dim": max_dim,
+            "max_rows": max_rows,
+            "max_failures": max_failures,
         }
-        self.preconditioner: ActivationPreconditioner | None = None
+        check_options(**checked)
+        if log_every is not None and log_every < 1:
+            raise ValueError(f"log_every must be at least 1 step, got {log_every}")
+        self.options: dict[str, Any] = {**checked, "bias": bias, "include": include, "exclude": exclude}
+        self.log_every = log_every
+        self.preconditioners: list[ActivationPreconditioner | None] = []
         # What a checkpoint held, until a fit uses it; what a fit ended with, for a checkpoint saved after it.
         self._state: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the model: not in ``setup``, where an EMA callback would copy the hooks with the model."""
-        self.preconditioner = ActivationPreconditioner(pl_module, **self.options)
-        if self._state and trainer.ckpt_path is not None:
-            self.preconditioner.load_state_dict(self._state)
-        self._state = {}
+        """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it."""
+        self.preconditioners = [ActivationPreconditioner(pl_module, **self.options)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse what would precondition gradients twice."""
+        """Now that the optimizers are there: one preconditioner each. Go on from a checkpoint."""
         if len(trainer.optimizers) > 1:
-            raise ValueError(
-                f"DoPr needs one optimizer, {type(pl_module).__name__} has {len(trainer.optimizers)}; "
-                "return one from dopr_lightning.configure_optimizers"
-            )
+            self._remove()
+            self.preconditioners = [self._for(optimizer, pl_module) for optimizer in trainer.optimizers]
+        if self._state and trainer.ckpt_path is not None:
+            self._load(self._state["preconditioners"])
+        self._state = {}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Rewrite the gradients."""
-        assert self.preconditioner is not None
-        self.preconditioner.step()
+        index = 0 if len(trainer.optimizers) == 1 else [id(o) for o in trainer.optimizers].index(id(optimizer))
+        preconditioner = self.preconditioners[index]
+        if preconditioner is None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and _will_skip(scaler, optimizer):
+            preconditioner.discard()
+            return
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped  # the x axis of all that Lightning logs
+        measure = self.log_every is not None and steps % self.log_every == 0
+        preconditioner.step(measure=measure)
+        if measure and trainer.is_global_zero:
+            metrics = _metrics(preconditioner)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=steps)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hooks off."""
@@ -98,16 +136,58 @@ class DoPr(pl.Callback):
         """Take the hooks off: Lightning skips ``teardown`` after an exception."""
         self._stop()
 
-    def _stop(self) -> None:
-        if self.preconditioner is not None:
-            self._state = self.preconditioner.state_dict()
-            self.preconditioner.remove()
-            self.preconditioner = None
-
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint, during a fit or after it."""
-        return self._state if self.preconditioner is None else self.preconditioner.state_dict()
+        if not self.preconditioners:
+            return self._state
+        return {"preconditioners": [None if p is None else p.state_dict() for p in self.preconditioners]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning calls this before ``on_fit_start``, where the state is put to use."""
+        """Lightning calls this while a fit starts; the state is put to use in ``on_train_start``."""
         self._state = state_dict
+
+    def _for(self, optimizer: Optimizer, model: pl.LightningModule) -> ActivationPreconditioner | None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        try:
+            return ActivationPreconditioner(model, parameters=parameters, **self.options)
+        except NothingToPreconditionError:
+            return None
+
+    def _load(self, states: list[dict[str, Any] | None]) -> None:
+        if len(states) != len(self.preconditioners):
+            raise ValueError(
+                f"the checkpoint holds DoPr's state for {len(states)} optimizers, this run has "
+                f"{len(self.preconditioners)}"
+            )
+        for preconditioner, state in zip(self.preconditioners, states, strict=True):
+            if preconditioner is not None and state is not None:
+                preconditioner.load_state_dict(state)
+
+    def _stop(self) -> None:
+        if self.preconditioners:
+            self._state = self.state_dict()
+            self._remove()
+
+    def _remove(self) -> None:
+        for preconditioner in self.preconditioners:
+            if preconditioner is not None:
+                preconditioner.remove()
+        self.preconditioners = []
+
+
+def _will_skip(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the scaler found infinities when it unscaled, and so will not let the optimizer step."""
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(bool(value) for value in found.values())
+
+
+def _metrics(preconditioner: ActivationPreconditioner) -> dict[str, float]:
+    """What there is to see of each covered parameter, by TensorBoard tags."""
+    names = ("condition_number", "effective_rank", "cosine", "update_rms", "failures", "rank", "error")
+    return {
+        f"dopr/{name}/{row.parameter}": float(value)
+        for row in preconditioner.summary()
+        if row.covered
+        for name in names
+        if (value := getattr(row, name)) is not None
+    }

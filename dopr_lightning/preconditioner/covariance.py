@@ -27,20 +27,28 @@ def damping_values(trace: Tensor, dim: int, gamma: float, scale: DampingScale) -
     return trace * (gamma if scale == "trace" else gamma / dim)
 
 
-def trace(covariance: Tensor, diagonal: bool) -> Tensor:
-    """Trace of each covariance: (..., d, d) -> (...), or (..., d) -> (...) if diagonal."""
-    return (covariance if diagonal else covariance.diagonal(dim1=-2, dim2=-1)).sum(-1)
+def mean_over_rows(sums: Tensor, counts: Tensor) -> None:
+    """Divide sums (blocks, ...) by their counts (blocks,) in place; blocks without rows stay 0."""
+    sums.div_(counts.clamp(min=1).to(sums.dtype).view(-1, *[1] * (sums.dim() - 1)))
 
 
-class RunningCovariance:
-    """Covariances averaged over refreshes, the mean corrected for the zero it starts from (as in Adam).
+def usable(counts: Tensor, trace: Tensor) -> Tensor:
+    """Which covariances can be inverted, (blocks,).
+
+    A row with NaN or infinity shows in the trace. A layer whose inputs are all 0 learns nothing from them.
+    """
+    return (counts > 0) & trace.isfinite() & (trace > torch.finfo(trace.dtype).tiny)
+
+
+class RunningMean:
+    """Statistics averaged over refreshes, the mean corrected for the zero it starts from (as in Adam).
 
     Args:
-        like: A tensor of the covariances' shape, (blocks, d, d) or (blocks, d), dtype and device.
-        ema: Weight of the past, in [0, 1). 0, the paper's choice, takes each refresh's rows alone.
+        like: A tensor of the statistics' shape, blocks first, dtype and device.
+        ema: Weight of the past, in (0, 1).
 
     Attributes:
-        value: The covariances, zero before the first update.
+        value: The averages, zero before the first update.
         weight: Weight collected so far, 1 - ema^t after t updates, (blocks,).
     """
 
@@ -49,11 +57,14 @@ class RunningCovariance:
         self.value = torch.zeros_like(like)
         self.weight = like.new_zeros(like.shape[0])
 
-    def update(self, covariance: Tensor, valid: Tensor) -> None:
-        """Average ``covariance`` in where ``valid`` (blocks,): one NaN batch must not poison the average."""
+    def share(self, valid: Tensor) -> Tensor:
+        """Collect the weight of one more refresh where ``valid`` (blocks,); returns the new statistics' share of it."""
         weight = self.ema * self.weight + (1 - self.ema)
-        shape = (-1, *[1] * (covariance.dim() - 1))
-        # lerp is exact at step 1, that is, without an EMA.
-        averaged = torch.lerp(self.value, covariance, ((1 - self.ema) / weight).view(shape))
-        self.value = torch.where(valid.view(shape), averaged, self.value)
         self.weight = torch.where(valid, weight, self.weight)
+        return (1 - self.ema) / weight
+
+    def update(self, new: Tensor, valid: Tensor) -> None:
+        """Average ``new`` in where ``valid``: one NaN batch must not poison the average."""
+        shape = (-1, *[1] * (new.dim() - 1))
+        share = torch.where(valid, self.share(valid), 0).view(shape)
+        self.value.lerp_(torch.where(valid.view(shape), new, 0), share)

@@ -1,4 +1,4 @@
-"""Damped inverses in one batched call, and what to keep when one fails."""
+"""Damped inverses in batched calls, and what to keep when one fails."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import torch
 from torch import Tensor
 
 
-def damped_inverse(covariance: Tensor, damping: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+def damped_inverse(covariance: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     r"""Inverses of :math:`\Sigma + \lambda I` without a host synchronisation.
 
     Args:
-        covariance: (blocks, d, d), or (blocks, d) if diagonal.
+        covariance: (blocks, d, d), of which the lower triangles are read; overwritten.
         damping: (blocks,).
-        diagonal: Whether the covariances are diagonal.
 
     Returns:
-        The inverses, shaped like ``covariance``, and a mask (blocks,) of those that can be trusted: Cholesky found
-        the matrix positive definite and every entry is finite.
+        The inverses, (blocks, d, d), and a mask (blocks,) of those that can be trusted: Cholesky found the matrix
+        positive definite and every entry is finite.
     """
-    if diagonal:
-        inverse = 1 / (covariance + damping[:, None])
-        return inverse, inverse.isfinite().all(-1)
-    damped = covariance.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    factor, info = torch.linalg.cholesky_ex(damped)
+    covariance.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    factor, info = torch.linalg.cholesky_ex(covariance)
     good = info == 0  # NaN and infinity are not positive definite either
     # One singular factor would make the whole batched call raise; its inverse is not used.
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
@@ -32,6 +27,6 @@ def damped_inverse(covariance: Tensor, damping: Tensor, diagonal: bool) -> tuple
     return inverse, good & inverse.sum((-2, -1)).isfinite()
 
 
-def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> Tensor:
-    """``new`` where ``good`` (blocks,), else the ``last`` inverse."""
-    return torch.where(good.view(-1, *[1] * (new.dim() - 1)), new, last)
+def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> None:
+    """Overwrite ``last`` with ``new`` where ``good`` (blocks,)."""
+    torch.where(good.view(-1, *[1] * (new.dim() - 1)), new, last, out=last)

@@ -2,27 +2,32 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
-from functools import partial
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from logging import getLogger
 from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
+from dopr_lightning.preconditioner.audit import GradientAudit
+from dopr_lightning.preconditioner.capture import Capture
 from dopr_lightning.preconditioner.covariance import DampingScale
-from dopr_lightning.preconditioner.distributed import all_reduce_sums
-from dopr_lightning.preconditioner.layers import ConvCovariance, Layer, layer_type
-from dopr_lightning.preconditioner.stack import LayerStack, make_stacks
-from dopr_lightning.preconditioner.summary import Summary, SummaryRow, spectrum
+from dopr_lightning.preconditioner.coverage import find_coverage
+from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
+from dopr_lightning.preconditioner.exact import ExactStack
+from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
+from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
+from dopr_lightning.preconditioner.sharding import reshard
+from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
+from dopr_lightning.preconditioner.stack import Failure, Stack, Statistics
+from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment
+from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
-log = logging.getLogger(__name__)
-
-FROZEN = "the weight is frozen (requires_grad=False)"
+log = getLogger(__name__)
 
 
 class ActivationPreconditioner:
@@ -38,29 +43,45 @@ class ActivationPreconditioner:
     scale is that of a gradient divided by a covariance, so plain SGD needs a learning rate of its own.
 
     Rows are counted when a backward pass goes through the layer. So each training row counts exactly once, also under
-    gradient accumulation and activation checkpointing, and forwards without a backward (validation, rollouts, target
-    networks) and frozen layers count not at all. A weight used without its module (``F.linear(h, embedding.weight)``)
-    adds a gradient whose rows are not seen: exclude such a module.
+    gradient accumulation, activation checkpointing and ``torch.compile``, and forwards without a backward (validation,
+    rollouts, target networks) and frozen layers count not at all. A weight used without its module
+    (``F.linear(h, embedding.weight)``) adds a gradient whose rows are not seen: that is reported once, as a warning.
 
     Args:
-        model: Linear, Conv1d, Conv2d, ConvTranspose1d and Embedding modules in it are covered; :meth:`summary` says
-            what is not, and why. May be wrapped in DistributedDataParallel.
+        model: Linear, convolution, Embedding and MultiheadAttention modules in it are covered, and what
+            :func:`~dopr_lightning.preconditioner.layers.register_layer` added; :meth:`summary` says what is not, and
+            why. May be wrapped in DistributedDataParallel, compiled, or sharded by ``fully_shard``.
         damping: :math:`\gamma > 0`, relative to the covariance, see ``damping_scale``. With the default 0.01 and the
             trace scale, fewer than 100 directions per layer are whitened, whatever the width.
         damping_scale: ``"trace"`` for :math:`\lambda = \gamma \operatorname{tr} \Sigma`, which keeps its meaning when
             the width grows; ``"mean"`` for :math:`\lambda = \gamma \operatorname{tr} \Sigma / d`.
         update_every: Refresh statistics and inverses every this many :meth:`step` calls. Steps between refreshes
-            capture nothing and send nothing. 1 is the paper's choice.
+            capture nothing and send nothing. 1 is the paper's choice; 10 keeps the results at a fraction of the cost.
         ema: Weight of past covariances at a refresh, in [0, 1). 0, this refresh's rows alone, is the paper's choice.
+        solver: ``"exact"``; ``"lowrank"``, whose cost does not grow with the width; or ``"auto"``, per size of layer
+            the cheaper of the two that keeps to ``max_error``.
+        max_error: Relative error of M that the low-rank solver's certificate may show; it takes as many directions as
+            that needs. Ignored by ``"exact"``.
         conv: ``"channel"`` or ``"patch"`` covariance for convolutions, see
             :class:`~dopr_lightning.preconditioner.layers.Convolution`.
         bias: Precondition each bias with its weight, as the weight of a homogeneous coordinate 1.
+        max_dim: Split larger covariances into equal blocks on the diagonal, none larger than this. None: never.
+        max_rows: Use at most so many rows of each input, evenly spread over it. None: all. 16 times the width leaves
+            little noise, whatever the batch.
+        max_failures: Raise after so many failed refreshes of one layer in a row.
         include: Globs on whole module names (``"blocks.*"``); only matching modules are covered. None: all.
         exclude: Globs on whole module names that are left alone.
-        process_group: Data-parallel group to pool statistics over, None for the default group where one exists.
+        parameters: Only these parameters are covered, for one of several optimizers. None: all.
+        process_group: The ranks that hold the model, over which statistics are pooled; needed where pipeline stages
+            hold different layers. None: the default group where one exists. Ranks that see the same rows
+            (tensor parallelism) may be among them: sums and counts multiply alike.
+
+    Attributes:
+        bytes_sent: Bytes this rank has handed to collectives so far.
 
     Raises:
-        ValueError: An argument is out of range, or nothing in ``model`` is left to cover.
+        ValueError: An argument is out of range, a weight is sharded in a way that would need its gradient gathered, or
+            nothing in ``model`` is left to cover.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
@@ -79,266 +100,312 @@ class ActivationPreconditioner:
         damping_scale: DampingScale = "trace",
         update_every: int = 1,
         ema: float = 0.0,
+        solver: Solver = "auto",
+        max_error: float = 0.15,
         conv: ConvCovariance = "channel",
         bias: bool = False,
+        max_dim: int | None = None,
+        max_rows: int | None = None,
+        max_failures: int = 10,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
+        parameters: Collection[nn.Parameter] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_options(damping=damping, damping_scale=damping_scale, update_every=update_every, ema=ema, conv=conv)
-        self.update_every = update_every
-        self.process_group = process_group
+        check_options(
+            damping=damping,
+            damping_scale=damping_scale,
+            update_every=update_every,
+            ema=ema,
+            solver=solver,
+            max_error=max_error,
+            conv=conv,
+            max_dim=max_dim,
+            max_rows=max_rows,
+            max_failures=max_failures,
+        )
+        self.bytes_sent = 0
+        self._update_every = update_every
+        self._solver: Solver = solver
+        self._max_failures = max_failures
         self._steps = 0
-        self._model = model.module if isinstance(model, DistributedDataParallel) else model
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._not_covered: dict[str, str] = {}
-        self._frozen: list[tuple[str, nn.Parameter]] = []
-        layers = self._find_layers(conv=conv, bias=bias, include=include, exclude=exclude)
-        if not layers:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._not_covered.items())
-            raise ValueError(f"nothing to precondition in {type(model).__name__} ({reasons or 'it has no parameters'})")
-        self._stacks = make_stacks(layers, damping=damping, damping_scale=damping_scale, ema=ema)
+        self._due = False
+        reshard(model)
+        self._coverage = find_coverage(
+            model, conv=conv, bias=bias, max_dim=max_dim, include=include, exclude=exclude, parameters=parameters
+        )
+        layers = self._coverage.layers
+        self._group = process_group
+        statistics = Statistics(damping, damping_scale, ema, max_rows, max_error)
+        self._stacks = make_stacks(
+            layers, statistics, solver, update_every=update_every, pooled=world_size(self._group) > 1
+        )
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
+        self._alignment: dict[Layer, Alignment] = {}
+        self._audit = GradientAudit(layers)
+        self._capture = Capture(layers, self._count, lambda: self.collecting, self._audit)
 
     @property
     def collecting(self) -> bool:
         """Whether rows are being counted, that is, whether the next :meth:`step` refreshes the inverses."""
-        return self._steps % self.update_every == 0
+        if self._steps % self._update_every == 0 or self._due:
+            return True
+        return self._steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, *, measure: bool = False) -> None:
         """Rewrite the gradients of the covered parameters in place: call between backward and the optimizer's step.
 
-        Under DDP all ranks must call it equally often; it communicates on refresh steps only.
+        Under data parallelism all ranks must call it equally often; it communicates on refresh steps only.
+
+        Args:
+            measure: Compare each gradient with its rewrite for the next :meth:`summary`; costs a copy of each.
 
         Raises:
-            RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing.
+            RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;
+                or its inverse has failed ``max_failures`` times in a row.
         """
-        for name, parameter in self._frozen:
-            if parameter.requires_grad and parameter.grad is not None:
-                raise RuntimeError(
-                    f"{name}: was frozen when the preconditioner was made, and now has a gradient; make a new "
-                    "preconditioner after unfreezing, or exclude the module"
-                )
-        with torch.autocast(self._stacks[0].layers[0].weight.device.type, enabled=False):
+        self._coverage.check_still_frozen()
+        with torch.autocast(self._stacks[0].device.type, enabled=False):
             if self.collecting:
                 self._refresh()
-            for stack in self._stacks:
-                stack.apply()
+                self._audit.report()
+            if measure:
+                before = {layer: layer.gradient().clone() for layer in self._stack_of if layer.has_gradient}
+            with record_function("dopr::apply"):
+                for stack in self._stacks:
+                    stack.apply()
+            if measure:
+                self._alignment = {layer: alignment(old, layer.gradient()) for layer, old in before.items()}
+        # A layer first used between refreshes must not wait for the next one.
+        self._due = any(
+            layer.has_gradient
+            for stack in self._stacks
+            if None in stack.refreshed_at
+            for layer, step, failures in zip(stack.layers, stack.refreshed_at, stack.failures, strict=True)
+            if step is None and failures == 0
+        )
         self._steps += 1
+
+    def discard(self) -> None:
+        """Forget the rows counted since the last step, instead of :meth:`step` when the optimizer skips its own.
+
+        ``torch.amp.GradScaler`` skips steps whose gradients overflowed. Nothing of such a step may remain: the next
+        one counts anew, and refreshes if this one would have.
+        """
+        for stack in self._stacks:
+            stack.discard()
+
+    def mask(self, mask: Tensor) -> AbstractContextManager[None]:
+        """A context for forwards in which some rows do not count, such as padding tokens.
+
+        Args:
+            mask: Boolean, True for rows that count, shaped like the positions of the layers' inputs: (B, T) for inputs
+                (B, T, d). Layers that see another number of rows, after pooling for example, count all of theirs.
+
+        Example:
+            >>> with ap.mask(tokens != PADDING):  # doctest: +SKIP
+            ...     loss = loss_function(model(tokens), targets)
+        """
+        return self._capture.mask(mask)
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._capture.remove()
+        self._audit.remove()
 
     def summary(self) -> Summary:
-        """One row per parameter: covered, with the shape and spectrum of its covariance, or why not.
+        """One row per parameter: covered, with the size and spectrum of its covariance, or why not.
 
-        Costs an eigenvalue decomposition per layer: for a person to look at, not for every step.
+        Costs an eigenvalue decomposition per exactly solved layer: for a person to look at, not for every step.
         """
-        rows = [SummaryRow(name, reason=reason) for name, reason in self._not_covered.items()]
+        rows = [SummaryRow(name, reason=reason) for name, reason in self._coverage.reasons.items()]
         for stack in self._stacks:
-            for layer, covariance, rows_seen in stack.statistics():
-                condition, rank = spectrum(covariance, layer.diagonal)
+            for index, layer in enumerate(stack.layers):
+                spectrum = stack.spectrum(index)
+                measured = self._alignment.get(layer)
                 rows += [
-                    SummaryRow(name, layer.kind, layer.dim, rows_seen, condition, rank)
+                    SummaryRow(
+                        parameter=name,
+                        kind=layer.kind,
+                        solver=stack.solver,
+                        d_in=stack.dim,
+                        rows=stack.rows_seen[index],
+                        condition_number=None if spectrum is None else spectrum.condition_number,
+                        effective_rank=None if spectrum is None else spectrum.effective_rank,
+                        rank=stack.ranks[index] if isinstance(stack, LowRankStack) else None,
+                        error=stack.errors[index] if isinstance(stack, LowRankStack) else None,
+                        cosine=None if measured is None else float(measured.cosine),
+                        update_rms=None if measured is None else float(measured.rms),
+                        failures=stack.failures[index],
+                    )
                     for name in layer.parameter_names
                 ]
-        order = {public_name(name): i for i, (name, _) in enumerate(self._model.named_parameters())}
-        return Summary(sorted(rows, key=lambda row: order.get(row.parameter, len(order))))
+        return Summary(sorted(rows, key=lambda row: self._coverage.order(row.parameter)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and each layer's covariance: enough to go on bit for bit, with any number of ranks."""
+        """What it takes to go on bit for bit, with any number of ranks."""
         layers = {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
-        return {"steps": self._steps, "layers": layers}
+        return {"steps": self._steps, "due": self._due, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: The state was saved for other layers or other shapes.
+            ValueError: The state was saved for other layers, shapes or solvers.
         """
         saved = state["layers"]
         known = {layer.name for layer in self._stack_of}
         if saved and saved.keys() != known:
             difference = ", ".join(sorted(saved.keys() ^ known))
             raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
-        self._steps = state["steps"]
-        if saved:
-            for stack in self._stacks:
-                stack.load_state_dict(saved)
+        self._steps, self._due = state["steps"], state["due"]
+        if not saved:
+            return
+        for stack in list(self._stacks):
+            kind = STACKS[saved[stack.layers[0].name]["solver"]]
+            if self._solver != "auto" and isinstance(stack, LowRankStack) != (kind is LowRankStack):
+                raise ValueError(
+                    f"{stack.layers[0].name}: the preconditioner's state was saved by solver={kind.solver!r}, this one "
+                    f"has solver={self._solver!r}; take the same, or solver='auto'"
+                )
+            loaded = kind(stack.layers, stack.options)
+            loaded.load_state_dict(saved)
+            if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1:
+                loaded = loaded.to_exact()
+            self._replace(stack, loaded)
 
-    def _find_layers(
-        self, *, conv: ConvCovariance, bias: bool, include: Sequence[str] | None, exclude: Sequence[str]
-    ) -> list[Layer]:
-        """Choose what to cover, hook it, and note for every other parameter why it is left out."""
-        found: dict[int, list[Layer]] = {}  # by the weight: modules may share one
-        for name, module in self._model.named_modules():
-            name = public_name(name)
-            reason = _why_not(name, module, include, exclude)
-            if reason is None:
-                layer = layer_type(module)(_join(name, "weight"), module, conv=conv, bias=bias)  # type: ignore[misc]
-                found.setdefault(id(module.weight), []).append(layer)
-                reason = "the base optimizer takes it: bias=False, or a bias that no homogeneous coordinate fits"
-            elif reason == FROZEN:
-                self._frozen.append((_join(name, "weight"), module.weight))
-            self._not_covered.update((_join(name, p), reason) for p, _ in module.named_parameters(recurse=False))
-        layers = []
-        for twins in found.values():
-            if len({(layer.kind, layer.dim) for layer in twins}) > 1:
-                kinds = ", ".join(f"{layer.name} ({layer.kind})" for layer in twins)
-                self._not_covered.update((layer.name, f"tied between different kinds: {kinds}") for layer in twins)
-                continue
-            # A shared weight pools the rows of all the modules that use it.
-            layers.append(twins[0])
-            for name in [*twins[0].parameter_names, *(layer.name for layer in twins)]:
-                self._not_covered.pop(name, None)
-            for layer in twins:
-                self._hook(layer.module, twins[0])
-        return layers
+    def _replace(self, old: Stack, new: Stack) -> None:
+        self._stacks[self._stacks.index(old)] = new
+        self._stack_of.update(dict.fromkeys(new.layers, new))
 
-    def _hook(self, module: nn.Module, layer: Layer) -> None:
-        self._handles.append(module.register_forward_hook(_Capture(self, layer), with_kwargs=True))
-
-    def _capture(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not (self.collecting and layer.module.training and isinstance(output, Tensor) and output.requires_grad):
-            return None
-        if not layer.weight.requires_grad:
-            return None
-        x = (args[0] if args else kwargs["input"]).detach()
-        return _CountRows.apply(output, x, partial(self._count, layer))
-
-    def _count(self, layer: Layer, x: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            self._stack_of[layer].add(layer, x)
+    def _count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+        with record_function("dopr::statistics"):
+            stack = self._stack_of[layer]
+            stack.add(layer, x, mask)
+            if isinstance(stack, WoodburyStack) and stack.too_many_rows:
+                self._replace(stack, stack.to_exact())
 
     def _refresh(self) -> None:
-        """Pool the sums over ranks and recompute the inverses."""
-        for stack in self._stacks:
-            stack.allocate()
-        sums = [stack.sums for stack in self._stacks]
-        counts = torch.tensor([n for stack in self._stacks for n in stack.counts], dtype=torch.float64)
-        counts = all_reduce_sums(sums, counts.to(sums[0].device), self.process_group)
-        per_stack = counts.split([len(stack.layers) for stack in self._stacks])
-        outcomes = [stack.refresh(n) for stack, n in zip(self._stacks, per_stack, strict=True)]
+        """Pool the sums over ranks and renew the inverses."""
+        stacks = self._stacks
+        for stack in stacks:
+            stack.begin()
+        with record_function("dopr::reduce"):
+            reduction = Reduction([t for stack in stacks for t in (stack.counts, stack.sums)], self._group)
+        shares = assign([s.blocks for s in stacks], [s.cost for s in stacks], world_size(self._group))
+        mine = [share[rank(self._group)] for share in shares]
+        outcomes = []
+        with record_function("dopr::solve"):
+            for index, stack in enumerate(stacks):
+                reduction.wait(2 * index)
+                reduction.wait(2 * index + 1)
+                outcomes.append(stack.refresh(mine[index]))
+        with record_function("dopr::reduce"):
+            shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
+            gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], self._group)
+            renewed = Reduction([outcomes[i][2] for i, _ in shared], self._group)
+            for position in range(len(shared)):
+                renewed.wait(position)
+            gathering.wait()
+        self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
         # The one place where the host waits for the device: once per refresh, whatever the number of layers.
-        outcome = torch.cat(outcomes, dim=1).tolist()
-        layers = ((stack, index) for stack in self._stacks for index in range(len(stack.layers)))
-        for (stack, index), rows, trace, good in zip(layers, *outcome, strict=True):
-            stack.rows_seen[index] = int(rows)
-            if rows == 0:
-                _check_unused(stack.layers[index])
-            elif good:
-                stack.refreshed_at[index] = self._steps
-            else:
-                _report_failure(stack, index, trace)
+        values = torch.cat([outcome.flatten() for outcome in outcomes]).tolist()
+        for stack, outcome in zip(list(stacks), outcomes, strict=True):
+            fields, blocks = outcome.shape
+            head, values = values[: fields * blocks], values[fields * blocks :]
+            failures = stack.accept([head[i * blocks : (i + 1) * blocks] for i in range(fields)], self._steps)
+            for failure in failures:
+                _report(failure, self._max_failures)
+            for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
+                if rows == 0:
+                    _check_unused(layer)
+            if isinstance(stack, LowRankStack) and stack.unattainable:
+                self._fall_back(stack)
+
+    def _fall_back(self, stack: LowRankStack) -> None:
+        """The tolerance needs too many directions: the exact solver takes over, where it may."""
+        if self._solver == "auto":
+            exact = ExactStack(stack.layers, stack.options)
+            exact.adopt(stack, stack.inverse())
+            self._replace(stack, exact)
+            log.info("%s", _describe(stack, "solver='auto' goes on with the exact solver"))
+        elif not stack.warned:
+            stack.warned = True
+            log.warning("%s", _describe(stack, "raise max_error or damping, or take solver='auto'"))
+
+
+def _describe(stack: LowRankStack, consequence: str) -> str:
+    worst = max(range(len(stack.layers)), key=stack.errors.__getitem__)
+    return (
+        f"{stack.layers[worst].name}: {stack.tracked} of {stack.dim} directions leave a certified error of "
+        f"{stack.errors[worst]:.2g}, more than max_error={stack.options.max_error:g}; {consequence}"
+    )
 
 
 def _check_unused(layer: Layer) -> None:
-    gradient = layer.weight.grad
-    if gradient is not None and bool(gradient.any()):
+    if layer.has_gradient and bool(layer.gradient().any()):
         raise RuntimeError(
             f"{layer.name}: has a gradient, but its module's forward was never seen in training mode. Was it called in "
-            "eval mode, through a functional call on its weight, or compiled before the preconditioner was made? Mend "
-            "that, or exclude the module."
+            "eval mode, through a functional call on its weight, or compiled and run before the preconditioner was "
+            "made? Mend that, or exclude the module."
         )
 
 
-def _report_failure(stack: LayerStack, index: int, trace: float) -> None:
-    """Warn once per layer, and count."""
-    stack.failures[index] += 1
-    if stack.failures[index] > 1:
-        return
-    if not math.isfinite(trace):
+def _report(failure: Failure, most: int) -> None:
+    """Warn once per layer; raise when it does not get better."""
+    stack, index, name = failure.stack, failure.index, failure.layer.name
+    if not math.isfinite(failure.trace):
         problem = "has NaN or infinity"
-    elif trace == 0:
+    elif failure.trace == 0:
         problem = "is zero, every input of the layer was 0"
     else:
         problem = "is not positive definite, raise the damping"
-    step = stack.refreshed_at[index]
-    kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
-    log.warning("%s: covariance %s (rows %d); %s", stack.layers[index].name, problem, stack.rows_seen[index], kept)
+    problem = f"{name}: covariance {problem} (rows {stack.rows_seen[index]})"
+    if stack.failures_in_a_row[index] >= most:
+        raise RuntimeError(
+            f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
+        )
+    if stack.failures[index] == 1:
+        step = stack.refreshed_at[index]
+        kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
+        log.warning("%s; %s", problem, kept)
 
 
-class _CountRows(torch.autograd.Function):
-    """The identity on a layer's output; its backward counts the rows of the layer's input.
-
-    The input is kept as autograd keeps it: recomputed under activation checkpointing, dropped with a graph that is
-    never walked back, and refused if it was overwritten in the meantime.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, count: Callable[[Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.count = count
-        ctx.mark_dirty(output)  # the same tensor, not a view of it: what follows may work in place
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.count(*ctx.saved_tensors)
-        return gradient, None, None
-
-
-class _Capture:
-    """The forward hook of one module. Copies of the module (EMA, target networks) carry an inert one."""
-
-    def __init__(self, owner: ActivationPreconditioner | None = None, layer: Layer | None = None) -> None:
-        self.owner = owner
-        self.layer = layer
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        if self.owner is None or self.layer is None:
-            return None
-        return self.owner._capture(self.layer, args, kwargs, output)
-
-    def __reduce__(self) -> tuple[type[_Capture], tuple[()]]:
-        return _Capture, ()
-
-
-def public_name(name: str) -> str:
-    """A module's or parameter's name without what ``torch.compile`` puts before it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _join(module: str, parameter: str) -> str:
-    return f"{module}.{parameter}" if module else parameter
-
-
-def _why_not(name: str, module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:
-    """Why a module's parameters are not covered, or None if they are."""
-    if layer_type(module) is None:
-        return f"{type(module).__name__} is not a layer type with an activation covariance"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention computes with its weight, not through its forward"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed, not a parameter (weight_norm or another parametrization)"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "lazy and not initialised yet; run a forward before making the preconditioner"
-    if not module.weight.requires_grad:
-        return FROZEN
-    if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
-        return f"{name} matches no include pattern"
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
-        return f"{name} matches an exclude pattern"
-    if isinstance(module, nn.Embedding) and module.sparse:
-        return "sparse gradients are not supported; use sparse=False"
-    return None
-
-
-def check_options(*, damping: float, damping_scale: str, update_every: int, ema: float, conv: str) -> None:
+def check_options(
+    *,
+    damping: float,
+    damping_scale: str,
+    update_every: int,
+    ema: float,
+    solver: str,
+    max_error: float,
+    conv: str,
+    max_dim: int | None,
+    max_rows: int | None,
+    max_failures: int,
+) -> None:
     """Raise ValueError for an option out of range, before anything is built."""
     if not (0 < damping < math.inf):
         raise ValueError(f"damping must be positive, got {damping}; 0.01 is a good start")
-    if damping_scale not in get_args(DampingScale):
-        raise ValueError(f"damping_scale must be one of {get_args(DampingScale)}, got {damping_scale!r}")
-    if update_every < 1:
-        raise ValueError(f"update_every must be at least 1 step, got {update_every}")
     if not 0 <= ema < 1:
         raise ValueError(f"ema must lie in [0, 1), got {ema}")
-    if conv not in get_args(ConvCovariance):
-        raise ValueError(f"conv must be one of {get_args(ConvCovariance)}, got {conv!r}")
+    if not 0 < max_error < math.inf:
+        raise ValueError(f"max_error must be positive, got {max_error}")
+    at_least_one = {
+        "update_every": update_every,
+        "max_dim": max_dim,
+        "max_rows": max_rows,
+        "max_failures": max_failures,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    choices: list[tuple[str, str, Any]] = [
+        ("damping_scale", damping_scale, DampingScale),
+        ("solver", solver, Solver),
+        ("conv", conv, ConvCovariance),
+    ]
+    for name, choice, allowed in choices:
+        if choice not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {get_args(allowed)}, got {choice!r}")

@@ -1,176 +1,282 @@
-"""Equally large covariances in one tensor, so that one batched call serves all the layers that share a size."""
+"""Layers whose covariances have one size, side by side, so that one batched call serves them all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, groupby, pairwise
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dopr_lightning.preconditioner.covariance import DampingScale, RunningCovariance, damping_values, trace
-from dopr_lightning.preconditioner.inverse import damped_inverse, keep_last_good
-from dopr_lightning.preconditioner.layers import Layer
+from dopr_lightning.preconditioner.covariance import DampingScale, damping_values
+from dopr_lightning.preconditioner.layers import DenseLayer, Layer
+from dopr_lightning.preconditioner.spectrum import Spectrum
 
 
-def make_stacks(
-    layers: Sequence[Layer], *, damping: float, damping_scale: DampingScale, ema: float
-) -> list[LayerStack]:
-    """Sort layers into stacks by the size, dtype and device of their covariance."""
+@dataclass(frozen=True)
+class Statistics:
+    """How a covariance is estimated and damped, the same for every stack.
 
-    def key(layer: Layer) -> tuple[Any, ...]:
-        return layer.diagonal, layer.dim, str(layer.weight.dtype), str(layer.weight.device)
+    Attributes:
+        damping: Relative damping gamma.
+        damping_scale: What it is relative to.
+        ema: Weight of past covariances.
+        max_rows: Rows of one input that are used at most, evenly spread over it; None for all.
+        max_error: Tolerance of the low-rank solver's certificate.
+    """
 
-    return [
-        LayerStack(list(group), damping=damping, damping_scale=damping_scale, ema=ema)
-        for _, group in groupby(sorted(layers, key=key), key=key)
-    ]
+    damping: float
+    damping_scale: DampingScale
+    ema: float
+    max_rows: int | None
+    max_error: float
 
 
-class LayerStack:
-    """Layers whose covariances have one size: (blocks, d, d), or (blocks, d) where diagonal.
+class Stack(ABC):
+    """Layers with equally large covariances, and one way of inverting them.
+
+    The life of a refresh: :meth:`add` during backward passes, :meth:`close`, a sum of :attr:`sums` and
+    :attr:`counts` over ranks by the caller, :meth:`refresh`, :meth:`accept`; then :meth:`apply`, at every step.
 
     Args:
         layers: The layers. A grouped convolution contributes one block per group.
-        damping: Relative damping.
-        damping_scale: What it is relative to.
-        ema: Weight of past covariances.
+        statistics: How covariances are estimated and damped.
 
     Attributes:
-        counts: Rows this rank has counted since the last refresh, per layer.
+        blocks: Covariances in the stack.
+        dim: Their size d.
+        counts: Rows behind the sums, per block, int64 (a long window of a convolution passes 2^24 rows).
         rows_seen: Rows of the last refresh over all ranks, per layer.
         refreshed_at: Step of the last good inverse, per layer, None before the first.
-        failures: Refreshes that gave no usable inverse, per layer.
+        refreshes: How many there were.
+        failures: Refreshes that gave no usable inverse, per layer; and how many of them in a row.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, damping: float, damping_scale: DampingScale, ema: float) -> None:
-        self.damping = damping
-        self.damping_scale: DampingScale = damping_scale
-        self.ema = ema
-        self.diagonal = layers[0].diagonal
-        # Layers whose gradients have one shape stand side by side: their inverses are then a view, not a copy.
-        self.layers = sorted(layers, key=_gradient_shape)
-        ends = accumulate((layer.blocks for layer in self.layers), initial=0)
+    solver: ClassVar[str]
+    counts: Tensor
+
+    def __init__(self, layers: Sequence[Layer], statistics: Statistics) -> None:
+        self.layers = list(layers)
+        self.options = statistics
+        self.dim = layers[0].dim
+        ends = list(accumulate((layer.blocks for layer in self.layers), initial=0))
         self.slices = [slice(start, end) for start, end in pairwise(ends)]
-        self._index = {layer: index for index, layer in enumerate(self.layers)}
-        self._runs = [[self._index[layer] for layer in run] for _, run in groupby(self.layers, _gradient_shape)]
-        self.counts = [0] * len(self.layers)
+        self.blocks = ends[-1]
         self.rows_seen = [0] * len(self.layers)
         self.refreshed_at: list[int | None] = [None] * len(self.layers)
         self.failures = [0] * len(self.layers)
-        self.running: RunningCovariance | None = None
+        self.failures_in_a_row = [0] * len(self.layers)
+        self.refreshes = 0
+        self._index = {layer: index for index, layer in enumerate(self.layers)}
+        self._allocated = False
+        self._open = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are, and so the statistics."""
+        return self.layers[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics, whatever autocast does: bf16 sums lose small directions, fp16 overflows."""
+        return torch.promote_types(self.layers[0].weight.dtype, torch.float32)
 
     def allocate(self) -> None:
         """Make the tensors at first use, when the model has found its device."""
-        if self.running is not None:
-            return
-        weight, dim = self.layers[0].weight, self.layers[0].dim
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape = (self.slices[-1].stop, *([dim] if self.diagonal else [dim, dim]))
-        self.sums = torch.zeros(shape, dtype=dtype, device=weight.device)
-        self.running = RunningCovariance(self.sums, self.ema)
-        # Identities until a first inverse succeeds: such a layer's gradient stays as it is.
-        one = torch.ones(dim) if self.diagonal else torch.eye(dim)
-        self.inverse = one.to(self.sums).expand(shape).clone()
-        blocks = torch.tensor([layer.blocks for layer in self.layers])
-        self._layer_of_block = torch.arange(len(self.layers)).repeat_interleave(blocks).to(weight.device)
+        if not self._allocated:
+            self.counts = torch.zeros(self.blocks, dtype=torch.int64, device=self.device)
+            self._allocate()
+            self._allocated = True
 
-    def add(self, layer: Layer, x: Tensor) -> None:
-        """Count the rows of one input of a layer."""
-        self.allocate()
-        index = self._index[layer]
-        self.counts[index] += layer.add_second_moment(x, self.sums[self.slices[index]])
-
-    def refresh(self, rows: Tensor) -> Tensor:
-        """Turn the sums into covariances and new inverses, and start counting anew.
+    def add(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+        """Count the rows of one input of a layer.
 
         Args:
-            rows: The number of rows behind the sums per layer, (layers,), on the device of the sums.
+            layer: One of :attr:`layers`.
+            x: What its module was called with.
+            mask: Which rows count; ignored by a layer that sees another number of rows than the mask has.
+        """
+        self.begin()
+        part = self.slices[self._index[layer]]
+        self.counts[part] += self._add(layer, part, x, mask)
+
+    def begin(self) -> None:
+        """Start counting from zero, unless a window of rows is open already."""
+        self.allocate()
+        if not self._open:
+            self.counts.zero_()
+            self._clear()
+            self._open = True
+
+    def discard(self) -> None:
+        """Forget the rows counted in the open window."""
+        self._open = False
+
+    def refresh(self, share: slice) -> Tensor:
+        """Turn the summed statistics into new inverses.
+
+        Args:
+            share: The blocks whose inverses this rank computes; the others' come from other ranks.
 
         Returns:
-            (3, layers) in float64, on the device: rows, trace of the covariance, whether the inverse was renewed.
+            What :meth:`accept` needs to know on the host, (fields, blocks) in float64 on the device. Fields 0 to 2
+            are the rows, the trace of the covariance, and whether this rank has renewed the inverse.
         """
-        assert self.running is not None
-        n = rows[self._layer_of_block]
-        covariance = self.sums / n.clamp(min=1).to(self.sums).view(-1, *[1] * (self.sums.dim() - 1))
-        traces = trace(covariance, self.diagonal)
-        # A row with NaN or infinity shows on the diagonal. A layer whose inputs are all 0 learns nothing from them.
-        valid = (n > 0) & traces.isfinite() & (traces > 0)
-        self.running.update(covariance, valid)
-        good = self._invert(valid)
-        self.sums.zero_()
-        self.counts = [0] * len(self.layers)
-        per_layer = torch.zeros_like(rows).index_add_(0, self._layer_of_block, traces.double())
-        renewed = torch.ones_like(rows).scatter_reduce_(0, self._layer_of_block, good.double(), "amin")
-        return torch.stack([rows, per_layer, renewed])
+        self._open = False
+        return self._refresh(share)
 
-    def _invert(self, valid: Tensor) -> Tensor:
-        """Renew the inverses of the ``valid`` blocks where that succeeds; returns the mask of renewed blocks."""
-        assert self.running is not None
-        covariance = self.running.value
-        damping = damping_values(
-            trace(covariance, self.diagonal), covariance.shape[-1], self.damping, self.damping_scale
-        )
-        inverse, good = damped_inverse(covariance, damping, self.diagonal)
-        good = good & valid
-        self.inverse = keep_last_good(inverse, self.inverse, good)
-        return good
+    def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
+        """Note what a refresh brought.
 
-    def apply(self) -> None:
-        """Rewrite the gradients: one product for all layers whose gradients have one shape."""
-        for run in self._runs:
-            present = [i for i in run if self.layers[i].has_gradient]
-            if not present:
+        Args:
+            outcome: :meth:`refresh`'s values, renewed summed over ranks where they shared the work.
+            step: The step of the refresh.
+
+        Returns:
+            The layers whose inverses could not be renewed although they saw rows.
+        """
+        self.refreshes += 1
+        rows, traces, renewed = outcome[:3]
+        failed = []
+        for index, (layer, part) in enumerate(zip(self.layers, self.slices, strict=True)):
+            self.rows_seen[index] = int(max(rows[part]))
+            if self.rows_seen[index] == 0:
                 continue
-            gradients = [self.layers[i].gradient() for i in present]
-            if len(present) == len(run):
-                inverse = self.inverse[self.slices[run[0]].start : self.slices[run[-1]].stop]
-            else:
-                inverse = torch.cat([self.inverse[self.slices[i]] for i in present])
-            gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-            gradient = gradient.to(inverse.dtype)
-            matrix = gradient * inverse[..., None] if self.diagonal else gradient @ inverse
-            for i, part in zip(present, matrix.split([g.shape[0] for g in gradients]), strict=True):
-                self.layers[i].write(part)
-
-    def statistics(self) -> Iterator[tuple[Layer, Tensor | None, int]]:
-        """Each layer with its covariance (None before the first refresh) and the rows behind it."""
-        for layer, part, rows in zip(self.layers, self.slices, self.rows_seen, strict=True):
-            yield layer, None if self.running is None else self.running.value[part], rows
+            if all(renewed[part]):
+                self.refreshed_at[index] = step
+                self.failures_in_a_row[index] = 0
+                continue
+            self.failures[index] += 1
+            self.failures_in_a_row[index] += 1
+            failed.append(Failure(self, index, layer, sum(traces[part])))
+        return failed
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Covariances by the layer's name; the inverses follow from them."""
-        if self.running is None:
+        """By the layer's name, what it takes to go on bit for bit."""
+        if not self._allocated:
             return {}
         return {
             layer.name: {
-                "covariance": self.running.value[part].clone(),
-                "weight": self.running.weight[part].clone(),
+                "solver": self.solver,
+                "refreshes": self.refreshes,
                 "refreshed_at": self.refreshed_at[index],
                 "rows_seen": self.rows_seen[index],
+                "tensors": {name: tensor.clone() for name, tensor in self._tensors(index).items()},
             }
-            for index, (layer, part) in enumerate(zip(self.layers, self.slices, strict=True))
+            for index, layer in enumerate(self.layers)
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Continue from :meth:`state_dict`, which may hold other stacks' layers too."""
-        self.allocate()
-        assert self.running is not None
-        for index, (layer, part) in enumerate(zip(self.layers, self.slices, strict=True)):
+        self._prepare_load([state[layer.name]["tensors"] for layer in self.layers])
+        for index, layer in enumerate(self.layers):
             saved = state[layer.name]
-            value = self.running.value[part]
-            if saved["covariance"].shape != value.shape:
-                raise ValueError(
-                    f"{layer.name}: the saved covariance has shape {tuple(saved['covariance'].shape)}, the model's has "
-                    f"{tuple(value.shape)}; were conv or bias different?"
-                )
-            value.copy_(saved["covariance"])
-            self.running.weight[part].copy_(saved["weight"])
+            self.refreshes = saved["refreshes"]
             self.refreshed_at[index] = saved["refreshed_at"]
             self.rows_seen[index] = saved["rows_seen"]
-        self._invert(self.running.weight > 0)
+            for name, tensor in self._tensors(index).items():
+                value = saved["tensors"].get(name)
+                if value is None or value.shape != tensor.shape:
+                    found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+                    raise ValueError(
+                        f"{layer.name}: the preconditioner's saved {name} is {found}, the model's has shape "
+                        f"{tuple(tensor.shape)}; were conv, bias, ema or max_dim different?"
+                    )
+                tensor.copy_(value)
+
+    def _prepare_load(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Make the tensors that the saved ones, per layer, go into."""
+        self.allocate()
+
+    @property
+    @abstractmethod
+    def sums(self) -> Tensor:
+        """The additive statistics, contiguous: what ranks sum."""
+
+    @property
+    def cost(self) -> float:
+        """FLOPs to invert one block, if ranks should share that work; 0 if each does it for itself."""
+        return 0.0
+
+    @property
+    def shared(self) -> Tensor | None:
+        """What ranks that share the work tell each other after :meth:`refresh`, (blocks, ...)."""
+        return None
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Rewrite the layers' gradients."""
+
+    @abstractmethod
+    def spectrum(self, index: int) -> Spectrum | None:
+        """Of the covariance of layer ``index`` at the last refresh; None if it saw no rows then."""
+
+    @abstractmethod
+    def _allocate(self) -> None: ...
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Set the sums to zero."""
+
+    @abstractmethod
+    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
+        """Add to the sums of the blocks ``part``; returns the number of rows."""
+
+    @abstractmethod
+    def _refresh(self, share: slice) -> Tensor: ...
+
+    @abstractmethod
+    def _tensors(self, index: int) -> dict[str, Tensor]:
+        """What the state holds of a layer, by name; views, which loading copies into."""
+
+    def _dense(self, index: int) -> DenseLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
+        return layer
+
+    def _rows(self, layer: Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
+        """The rows of a dense layer's input, (blocks, n, d), in the statistics' dtype, and how many count."""
+        rows = self._dense(self._index[layer]).rows(x.to(self.dtype))
+        keep = None if mask is None or mask.numel() != rows.shape[1] else mask.flatten()
+        limit = self.options.max_rows
+        if limit is not None and rows.shape[1] > limit:
+            stride = -(-rows.shape[1] // limit)
+            rows, keep = rows[:, ::stride], None if keep is None else keep[::stride]
+        if keep is None:
+            return rows, rows.shape[1]
+        return torch.where(keep[:, None], rows, 0), keep.sum()  # where, not times: padding may hold NaN
+
+    def _damping(self, traces: Tensor) -> Tensor:
+        return damping_values(traces, self.dim, self.options.damping, self.options.damping_scale)
 
 
-def _gradient_shape(layer: Layer) -> tuple[Any, ...]:
-    return layer.kind, tuple(layer.weight.shape), layer.blocks
+@dataclass(frozen=True)
+class Failure:
+    """A layer whose inverse could not be renewed; ``trace`` is that of its covariance."""
+
+    stack: Stack
+    index: int
+    layer: Layer
+    trace: float
+
+
+def subtract_low_rank(gradient: Tensor, left: Tensor, right: Tensor, scale: Tensor | float) -> Tensor:
+    """Overwrite G with scale * G - (G left) right.
+
+    Args:
+        gradient: G, (blocks, m, d); overwritten.
+        left: (blocks, d, r).
+        right: (blocks, r, d).
+        scale: (blocks, 1, 1), or a number for a single block, which costs one pass over the gradient less.
+
+    Returns:
+        ``gradient``.
+    """
+    if isinstance(scale, Tensor):
+        product = gradient @ left
+        return gradient.mul_(scale).baddbmm_(product, right, alpha=-1)
+    gradient[0].addmm_(gradient[0] @ left[0], right[0], beta=scale, alpha=-1)
+    return gradient

@@ -5,31 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One parameter.
+    """One parameter. What is not known, or does not apply, is None.
 
     Attributes:
         parameter: Public name.
-        kind: Layer type, None if not covered.
+        kind: Layer type.
+        solver: How its covariance is inverted.
         d_in: Size of the covariance.
         rows: Rows behind it at the last refresh, over all ranks.
-        condition_number: Largest eigenvalue over the smallest, the worst block's; infinite where rank-deficient.
+        condition_number: Largest eigenvalue over the smallest, the worst block's; infinite where rank-deficient. Of
+            the low-rank solver, with the mean of the unresolved eigenvalues for the smallest.
         effective_rank: exp of the entropy of the normalised eigenvalues (Roy & Vetterli, 2007), mean over blocks.
+        rank: Directions that the low-rank solver uses.
+        error: Its certified relative error of M.
+        cosine: Between M and the gradient G, where measured.
+        update_rms: Root mean square of M's entries, where measured.
+        failures: Refreshes that gave no usable inverse.
         reason: Why the parameter is not covered, empty if it is.
     """
 
     parameter: str
     kind: str | None = None
+    solver: str | None = None
     d_in: int | None = None
     rows: int | None = None
     condition_number: float | None = None
     effective_rank: float | None = None
+    rank: int | None = None
+    error: float | None = None
+    cosine: float | None = None
+    update_rms: float | None = None
+    failures: int | None = None
     reason: str = ""
 
     @property
@@ -42,44 +55,45 @@ class Summary(list[SummaryRow]):
     """Rows that print as a table."""
 
     def __str__(self) -> str:
-        head = ("parameter", "kind", "d_in", "rows", "condition", "eff. rank", "not covered because")
-        body = [
-            (
-                row.parameter,
-                row.kind or "-",
-                _show(row.d_in),
-                _show(row.rows),
-                _show(row.condition_number),
-                _show(row.effective_rank),
-                row.reason,
-            )
-            for row in self
-        ]
-        return _table([head, *body])
+        head = {
+            "parameter": "parameter",
+            "kind": "kind",
+            "solver": "solver",
+            "d_in": "d_in",
+            "rows": "rows",
+            "condition_number": "condition",
+            "effective_rank": "eff. rank",
+            "rank": "rank",
+            "error": "error",
+            "cosine": "cos(M, G)",
+            "update_rms": "RMS of M",
+            "failures": "failures",
+            "reason": "not covered because",
+        }
+        body = [[_show(getattr(row, attribute)) for attribute in head] for row in self]
+        return _table([list(head.values()), *body])
 
 
-def spectrum(covariance: Tensor | None, diagonal: bool) -> tuple[float | None, float | None]:
-    """Condition number (worst block) and effective rank (mean over blocks); None before any row was seen."""
-    if covariance is None or not covariance.any():
-        return None, None
-    covariance = covariance.double()
-    eigenvalues = covariance.sort(-1)[0] if diagonal else torch.linalg.eigvalsh(covariance)
-    # Below the rounding error of the fp32 sums an eigenvalue is zero.
-    largest = eigenvalues[..., -1:]
-    floor = largest * eigenvalues.shape[-1] * torch.finfo(torch.float32).eps
-    eigenvalues = torch.where(eigenvalues > floor, eigenvalues, 0.0)
-    condition = (largest[..., 0] / eigenvalues[..., 0]).max()
-    share = eigenvalues / eigenvalues.sum(-1, keepdim=True)
-    rank = torch.special.entr(share).sum(-1).exp().mean()
-    return float(condition), float(rank)
+class Alignment(NamedTuple):
+    """How a gradient was rewritten, as tensors on its device: the cosine between M and G, and the RMS of M."""
+
+    cosine: Tensor
+    rms: Tensor
 
 
-def _show(value: float | None) -> str:
+def alignment(gradient: Tensor, rewritten: Tensor) -> Alignment:
+    """Compare G with M, of equal shapes; under sharding, of this rank's shards."""
+    g, m = gradient.double(), rewritten.double()
+    norm = g.norm() * m.norm()
+    return Alignment((g * m).sum() / norm, m.square().mean().sqrt())
+
+
+def _show(value: str | float | None) -> str:
     if value is None:
         return "-"
-    if isinstance(value, int) or math.isinf(value):
-        return str(value)
-    return f"{value:.3g}"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.3g}"
+    return str(value)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,277 @@
+r"""Which rows did a training backward go through?
+
+A forward hook puts a node behind each layer's output that is the identity and whose backward hands the layer's input
+on. So rows are counted when a gradient reaches them: each training row exactly once, also under gradient accumulation
+and activation checkpointing, and forwards without a backward (validation, rollouts, target networks) not at all.
+
+``torch.compile`` traces the hooks into its graphs, without graph breaks. There the node's backward is the opaque
+operator ``dopr_lightning::count_rows``, so that whatever changes from step to step is asked when the graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._library.effects import EffectType
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode, redispatch_function
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from dopr_lightning.preconditioner.audit import GradientAudit
+    from dopr_lightning.preconditioner.layers import Layer
+
+
+class Capture:
+    """Hands the inputs of ``layers`` to ``sink``, once per training row.
+
+    Make it before the first run of a compiled model: hooks that ``torch.compile`` did not see when it traced never
+    fire, and it does not look again.
+
+    Args:
+        layers: What to watch; every module of a layer is hooked.
+        sink: Called in backward as ``sink(layer, x, mask)``, without gradients and outside the user's autocast, with
+            the input ``x`` as the module got it (of a DTensor this rank's part) and the :meth:`mask` of its forward.
+        active: Whether rows are wanted now. Asked in the forward, where a no makes the hooks cost nothing (except
+            under ``torch.compile``), and again in the backward.
+        audit: Is shown the gradients of the layers' outputs as long as it wants them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        sink: Callable[[Layer, Tensor, Tensor | None], None],
+        active: Callable[[], bool],
+        audit: GradientAudit | None = None,
+    ) -> None:
+        self.active = active
+        self.current_mask: Tensor | None = None
+        self._sink = sink
+        self._audit = audit
+        self._taps: list[_Tap] = []
+        self._handles: list[RemovableHandle] = []
+        for layer in layers:
+            tap = _Tap(self, layer)
+            self._taps.append(tap)
+            for module in layer.modules:
+                self._hook(tap, module)
+
+    @contextmanager
+    def mask(self, mask: Tensor) -> Iterator[None]:
+        """Within this context forwards count only the rows where ``mask`` is True; others may hold anything, NaN too.
+
+        The backward may lie outside the context, except where checkpointing repeats the forward in the backward and
+        only that repetition can be recorded: with ``use_reentrant=True``, or around a compiled module.
+        """
+        previous, self.current_mask = self.current_mask, mask
+        try:
+            yield
+        finally:
+            self.current_mask = previous
+
+    def remove(self) -> None:
+        """Take the hooks off the modules; graphs already built or compiled count no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._taps.clear()
+        self.active = _never
+
+    def count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+        """Take the input of one call of ``layer`` from the backward."""
+        if self.active():
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self._sink(layer, x, mask)
+
+    def show_audit(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
+        """Show the audit the input of one call of ``layer`` and the gradient of its output."""
+        if self._audit is not None and self.active():
+            self._audit.captured(layer, x, gradient)
+
+    def _hook(self, tap: _Tap, module: nn.Module) -> None:
+        if tap.layer.functional:
+            enter = _WatchFunctional(tap)
+            self._handles.append(module.register_forward_pre_hook(enter))
+            self._handles.append(module.register_forward_hook(_UnwatchFunctional(enter), always_call=True))
+        else:
+            self._handles.append(module.register_forward_hook(_TapOutput(tap), with_kwargs=True))
+
+
+def _never() -> bool:
+    return False
+
+
+class _Tap:
+    """Puts the counting node behind outputs of one layer."""
+
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        self.capture = capture
+        self.layer = layer
+        # A tensor, since a compiled graph takes it as an input: blocks that share code share one graph. As a number
+        # it would be a constant of the graph and every block would be compiled anew.
+        key = next(_keys)
+        self.key = torch.tensor(key)
+        _taps[key] = self
+
+    def wanted(self, module: nn.Module) -> bool:
+        """Whether this call of the module may be of a training step that wants rows."""
+        if not (module.training and torch.is_grad_enabled()):
+            return False
+        # The gradients of torch.func are values, they never become a weight's .grad.
+        running = not torch.compiler.is_compiling()
+        if running and (torch._C._functorch.peek_interpreter_stack() is not None or not self.capture.active()):
+            return False
+        return self.layer.weight.requires_grad
+
+    def __call__(self, output: Tensor, x: Tensor) -> Tensor:
+        if not output.requires_grad:
+            return output
+        x = x.to_local() if isinstance(x, DTensor) else x
+        return _CountRows.apply(output, x.detach(), self.capture.current_mask, self.key, self)
+
+
+_keys = count()
+_taps: WeakValueDictionary[int, _Tap] = WeakValueDictionary()
+
+
+class _CountRows(torch.autograd.Function):
+    """The identity on a layer's output; its backward counts the rows of the layer's input.
+
+    The input is kept as autograd keeps it: recomputed under activation checkpointing, dropped with a graph that is
+    never walked back, and refused if it was overwritten in the meantime. The mask is no saved tensor, since
+    checkpointing would recompute it outside its context.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, mask: Tensor | None, key: Tensor, tap: _Tap) -> Tensor:
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(x, mask, key)
+        else:
+            ctx.save_for_backward(x)
+            ctx.mask, ctx.tap, ctx.counted = mask, tap, False
+        # Shares memory and version counter with the output, but is no view of it to autograd: what follows may work
+        # in place, and a view (any batched Linear) is spared the copies of autograd's CopySlices. In a graph of its
+        # own, behind a graph break, it would be a view of the graph's input; so there a copy, which else is dropped.
+        return output.clone() if torch.compiler.is_compiling() else output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.compiler.is_compiling():
+            count_rows(gradient.to_local() if isinstance(gradient, DTensor) else gradient, *ctx.saved_tensors)
+        else:
+            (x,) = ctx.saved_tensors
+            ctx.tap.capture.show_audit(ctx.tap.layer, x, gradient)
+            if not ctx.counted:  # a graph may be walked back twice (retain_graph)
+                ctx.counted = True
+                ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask)
+        return gradient, None, None, None, None
+
+
+@torch.library.custom_op("dopr_lightning::count_rows", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+def count_rows(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
+    """Compiled graphs call this in their backward. It takes the gradient so that it can be nowhere else."""
+    tap = _taps.get(int(key))
+    if tap is not None:
+        tap.capture.show_audit(tap.layer, x, gradient)
+        tap.capture.count(tap.layer, x, mask)
+
+
+@count_rows.register_fake
+def _(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
+    return None
+
+
+# It returns nothing and would be dropped as dead code. An effect instead of an argument that it mutates: that would
+# have to be saved for backward, and a second micro-batch's backward would find it modified.
+count_rows.register_effect(EffectType.ORDERED)
+
+
+class _Hook:
+    """A hook that copies of its module (EMA, target networks) carry without effect."""
+
+    def __init__(self, tap: _Tap | None = None) -> None:
+        self.tap = tap
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return type(self), ()
+
+
+class _TapOutput(_Hook):
+    """Forward hook: taps the module's output, or the first of a tuple of outputs."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.tap is None or not self.tap.wanted(module):
+            return None
+        x = self.tap.layer.input(args, kwargs)
+        if isinstance(output, tuple):
+            return self.tap(output[0], x), *output[1:]
+        return self.tap(output, x)
+
+
+class _WatchFunctional(_Hook):
+    """Forward pre-hook: from here on, watch for the functional linear that uses the layer's weight."""
+
+    def __init__(self, tap: _Tap | None = None) -> None:
+        super().__init__(tap)
+        self.modes: list[TorchFunctionMode | None] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        mode = None
+        if self.tap is not None and self.tap.wanted(module):
+            mode = _TapFunctionalLinear(self.tap)
+            mode.__enter__()
+        self.modes.append(mode)
+
+
+class _UnwatchFunctional:
+    """Forward hook, called after an exception too: stop watching."""
+
+    def __init__(self, watch: _WatchFunctional) -> None:
+        self.watch = watch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        mode = self.watch.modes.pop() if self.watch.modes else None  # none if an earlier pre-hook failed
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+class _TapFunctionalLinear(TorchFunctionMode):
+    """Taps each ``F.linear`` with the layer's weight."""
+
+    def __init__(self, tap: _Tap) -> None:
+        super().__init__()
+        self.tap = tap
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:  # the calls to watch are its own
+                if torch.compiler.is_compiling():
+                    return _attention(*args, **kwargs)
+                return redispatch_function(func, types, args, kwargs)
+        output = func(*args, **kwargs)
+        if func is F.linear:
+            x, weight = _linear_arguments(*args, **kwargs)
+            if weight is self.tap.layer.weight:
+                return self.tap(output, x)
+        return output
+
+
+# The same function under another name: the compiler would hand the known one to the mode again, without end.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__, vars(F), "attention", F.multi_head_attention_forward.__defaults__
+)
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return input, weight

@@ -1,0 +1,126 @@
+"""Which parameters are preconditioned, and why not the others?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dopr_lightning.preconditioner.layers import (
+    ConvCovariance,
+    Layer,
+    layers_of,
+    named_modules,
+    not_covered,
+    public_name,
+)
+
+FROZEN = "the weight is frozen (requires_grad=False)"
+
+
+class NothingToPreconditionError(ValueError):
+    """No parameter of the model, or of the chosen ones, can be preconditioned."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a model is preconditioned.
+
+    Attributes:
+        layers: The covered weights; one that several modules share is there once, with all of these modules.
+        frozen: Layers left out because their weight is frozen.
+        reasons: Why each other parameter is not covered, by its public name.
+        positions: Where each parameter stands in the model, by its public name.
+    """
+
+    layers: list[Layer]
+    frozen: list[Layer]
+    reasons: dict[str, str]
+    positions: dict[str, int]
+
+    def order(self, parameter: str) -> int:
+        """For sorting: the parameter's position in the model."""
+        return self.positions.get(parameter, len(self.positions))
+
+    def check_still_frozen(self) -> None:
+        """Raise RuntimeError if a weight was unfrozen: its rows are not captured."""
+        for layer in self.frozen:
+            if layer.weight.requires_grad and layer.weight.grad is not None:
+                raise RuntimeError(
+                    f"{layer.name}: was frozen when the preconditioner was made, and now has a gradient; make a new "
+                    "preconditioner after unfreezing, or exclude the module"
+                )
+
+
+def find_coverage(
+    model: nn.Module,
+    *,
+    conv: ConvCovariance,
+    bias: bool,
+    max_dim: int | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    parameters: Collection[nn.Parameter] | None,
+) -> Coverage:
+    """Choose what to cover.
+
+    The arguments are those of :class:`~dopr_lightning.preconditioner.preconditioner.ActivationPreconditioner`.
+
+    Raises:
+        NothingToPreconditionError: Nothing is left to cover.
+        ValueError: A weight is sharded such that its gradient would have to be gathered.
+    """
+    root = model.module if isinstance(model, DistributedDataParallel) else model
+    chosen = None if parameters is None else {id(parameter) for parameter in parameters}
+    reasons: dict[str, str] = {}
+    frozen: list[Layer] = []
+    found: dict[Hashable, list[Layer]] = {}  # by the weight: modules may share one
+    for name, module in named_modules(root):
+        refused = _left_out(name, include, exclude)
+        layers = layers_of(name, module, conv=conv, bias=bias, max_dim=max_dim)
+        used = []
+        for layer in layers:
+            reason = refused
+            if not layer.weight.requires_grad:
+                reason = FROZEN
+                frozen.append(layer)
+            elif chosen is not None and id(layer.weight) not in chosen:
+                reason = "its parameters belong to another optimizer"
+            if reason is None:
+                used.append(layer)
+                found.setdefault(layer.key, []).append(layer)
+            else:
+                reasons |= dict.fromkeys(layer.parameter_names, reason)
+        reasons = not_covered(name, module, used) | reasons
+    covered = []
+    for twins in found.values():
+        if len({layer.signature for layer in twins}) > 1:
+            kinds = ", ".join(f"{layer.name} ({layer.kind})" for layer in twins)
+            for layer in twins:
+                reasons |= dict.fromkeys(layer.parameter_names, f"tied between different kinds: {kinds}")
+            continue
+        first, *others = twins
+        first.modules += [module for layer in others for module in layer.modules]
+        first.check_sharding()
+        covered.append(first)
+    if not covered:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NothingToPreconditionError(
+            f"nothing to precondition in {type(root).__name__} ({listed or 'it has no parameters'})"
+        )
+    positions = {public_name(name): i for i, (name, _) in enumerate(root.named_parameters())}
+    taken = {name for layer in covered for name in layer.parameter_names}
+    reasons = {name: reason for name, reason in reasons.items() if name in positions and name not in taken}
+    return Coverage(covered, frozen, reasons, positions)
+
+
+def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:
+    """Why the user's globs leave a module out, or None."""
+    if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
+        return f"{name} matches no include pattern"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return f"{name} matches an exclude pattern"
+    return None

@@ -1,0 +1,68 @@
+"""Diagonal solver: for one-hot rows the covariance is the vector of the tokens' frequencies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dopr_lightning.preconditioner.covariance import RunningMean, mean_over_rows, usable
+from dopr_lightning.preconditioner.inverse import keep_last_good
+from dopr_lightning.preconditioner.layers import DiagonalLayer, Layer
+from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
+from dopr_lightning.preconditioner.stack import Stack
+
+
+class DiagonalStack(Stack):
+    """Frequencies and their damped inverses, (blocks, d)."""
+
+    solver = "diagonal"
+
+    @property
+    def sums(self) -> Tensor:
+        return self._sums
+
+    def _allocate(self) -> None:
+        self._sums = torch.zeros(self.blocks, self.dim, dtype=self.dtype, device=self.device)
+        self._running = RunningMean(self._sums, self.options.ema) if self.options.ema else None
+        self.inverse = torch.ones_like(self._sums)
+
+    def _clear(self) -> None:
+        self._sums.zero_()
+
+    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> Tensor:
+        assert isinstance(layer, DiagonalLayer)
+        tokens, is_row = layer.tokens(x)
+        if mask is not None and mask.numel() == tokens.numel():
+            is_row = is_row & mask.flatten()
+        self._sums[part.start].index_add_(0, tokens, is_row.to(self.dtype))
+        return is_row.sum()
+
+    def _refresh(self, share: slice) -> Tensor:
+        mean_over_rows(self._sums, self.counts)
+        traces = self._sums.sum(-1)
+        valid = usable(self.counts, traces)
+        if self._running is not None:
+            self._running.update(self._sums, valid)
+            self._sums.copy_(self._running.value)
+        inverse = 1 / (self._sums + self._damping(self._sums.sum(-1))[:, None])
+        good = valid & inverse.isfinite().all(-1)
+        keep_last_good(inverse, self.inverse, good)
+        return torch.stack([self.counts.double(), traces.double(), good.double()])
+
+    def apply(self) -> None:
+        for layer, part in zip(self.layers, self.slices, strict=True):
+            assert isinstance(layer, DiagonalLayer)
+            if layer.has_gradient:
+                layer.scale(self.inverse[part.start])
+
+    def spectrum(self, index: int) -> Spectrum | None:
+        if not self._allocated or self.rows_seen[index] == 0:
+            return None
+        return spectrum_of_eigenvalues(self._sums[self.slices[index]].sort(-1)[0])
+
+    def _tensors(self, index: int) -> dict[str, Tensor]:
+        part = self.slices[index]
+        tensors = {"inverse": self.inverse[part]}
+        if self._running is not None:
+            tensors |= {"covariance": self._running.value[part], "weight": self._running.weight[part]}
+        return tensors

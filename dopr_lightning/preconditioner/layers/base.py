@@ -1,0 +1,240 @@
+"""What every covered weight offers: its identity, its rows, its gradient as a matrix over them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dopr_lightning.preconditioner.layers.parameters import Location, join, locate
+from dopr_lightning.preconditioner.sharding import check_sharding, local, row_offset
+
+ConvCovariance = Literal["channel", "patch"]
+
+Span = tuple[int, int]
+"""Rows [start, stop) of a parameter that several layers share, as attention's three projections do."""
+
+
+class Layer(ABC):
+    r"""One covered weight: perhaps after a rearrangement, its module computes y = W z for many rows z.
+
+    A layer type derives from :class:`MatrixLayer` (or :class:`DiagonalLayer`), sets :attr:`dim` and perhaps
+    :attr:`blocks`, and is constructed as ``LayerType(name, module, conv=..., bias=...)``.
+
+    Args:
+        name: The module's public name, ``"blocks.2.fc1"``; empty for the model itself.
+        module: The module.
+        shape: The shape its weight must have.
+        weight: The weight as seen from the module.
+        bias: The bias as seen from the module, if it is to be the weight of a homogeneous coordinate appended to
+            every row (paper, Prop. 4.2: needed for invariance to *affine* maps of the input); None for none. A bias
+            that is absent, frozen or computed stays outside.
+        weight_span: The rows of the weight that are this layer's, None for all.
+        bias_span: The entries of the bias that are this layer's, None for all.
+
+    Attributes:
+        kind: The type for a person, ``"linear"``.
+        diagonal: Whether the covariance is diagonal: a :class:`DiagonalLayer`.
+        functional: Its input is no argument of its module's forward; a functional linear within it uses the weight.
+        part: Tells the layers of one module type apart; None where there is but one.
+        submodules: Children of the module whose parameters belong to it since their forward is never called.
+        name: The weight's public name, ``"blocks.2.fc1.weight"``, and unique: a span's layer adds its :attr:`part`.
+        modules: The modules that feed the weight: one, or several that share it.
+        blocks: Number of independent covariances, all of one size.
+        dim: Size of one covariance, d_in, with the homogeneous coordinate where there is one.
+        homogeneous: Whether there is one.
+        key: What is covered: modules that share a weight have layers of equal key.
+
+    Raises:
+        NotCoveredError: The weight cannot be covered; says why.
+    """
+
+    kind: str
+    diagonal: ClassVar[bool] = False
+    functional: bool = False
+    part: ClassVar[str | None] = None
+    submodules: ClassVar[tuple[str, ...]] = ()
+
+    name: str
+    modules: list[nn.Module]
+    blocks: int = 1
+    dim: int
+    homogeneous: bool
+    key: Hashable
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        shape: tuple[int, ...],
+        weight: str = "weight",
+        bias: str | None = None,
+        weight_span: Span | None = None,
+        bias_span: Span | None = None,
+    ) -> None:
+        self.modules = [module]
+        self._prefix = name
+        self._weight = locate(module, weight, shape)
+        self._bias = None if bias is None else _trainable(module, bias)
+        self._weight_span, self._bias_span = weight_span, bias_span
+        self.homogeneous = self._bias is not None
+        self.name = join(name, self._weight.name) + (f"[{self.part}]" if weight_span else "")
+        self.key = id(self.weight), weight_span
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The covered parameter, looked up anew since ``load_state_dict(assign=True)`` replaces it."""
+        return self._weight.get()
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """The bias, for layers with :attr:`homogeneous`."""
+        assert self._bias is not None
+        return self._bias.get()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a gradient to rewrite."""
+        return self.weight.grad is not None and (not self.homogeneous or self.bias.grad is not None)
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Public names of the parameters whose gradients are rewritten."""
+        return [join(self._prefix, location.name) for location in (self._weight, self._bias) if location is not None]
+
+    @property
+    def signature(self) -> Hashable:
+        """What the rows and the gradient depend on besides the weight.
+
+        Of layers with equal :attr:`key`, those with equal signatures can pool their rows: one of them then counts the
+        inputs of all their modules.
+        """
+        return type(self), self.blocks, self.dim, id(self.bias) if self.homogeneous else None
+
+    def check_sharding(self) -> None:  # noqa: B027 - nothing to refuse by default
+        """Raise ValueError if the weight is sharded such that its gradient would have to be gathered."""
+
+    def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The tensor that a call ``module(*args, **kwargs)`` feeds to the weight."""
+        if args:
+            return args[0]
+        return kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """The gradient as a matrix over the rows' coordinates, (blocks, m, dim); of a DTensor its local shard.
+
+        A view of ``.grad`` where the layout allows, so for a plain Linear, else a copy.
+        """
+
+
+class DenseLayer(Layer):
+    """A layer with full covariances over explicit rows."""
+
+    @abstractmethod
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows z that the weight multiplies.
+
+        Args:
+            x: The layer's :meth:`input`, in the dtype the rows are to have.
+
+        Returns:
+            (blocks, n, dim), in the order of the flattened leading (or batch and spatial) positions.
+        """
+
+    @abstractmethod
+    def write(self, matrix: Tensor) -> None:
+        """Put a matrix shaped like :meth:`gradient` back into ``.grad``; free if it is that very view."""
+
+
+class MatrixLayer(DenseLayer):
+    """A dense layer said by three rearrangements: of its input, of its gradient, and the gradient's way back.
+
+    Attributes:
+        taps: How many rows of the gradient's matrix belong to one output: they share its bias.
+        homogeneous_value: The value of the homogeneous coordinate.
+    """
+
+    taps: int = 1
+    homogeneous_value: float = 1.0
+
+    @abstractmethod
+    def vectors(self, x: Tensor) -> Tensor:
+        """The rows without the homogeneous coordinate, (blocks, n, features)."""
+
+    @abstractmethod
+    def to_matrix(self, gradient: Tensor) -> Tensor:
+        """The weight's gradient as (blocks, m, features); a view where possible."""
+
+    @abstractmethod
+    def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of :meth:`to_matrix` for a gradient of this shape."""
+
+    def check_sharding(self) -> None:
+        check_sharding(self.name, self.weight, self.to_matrix)
+
+    def rows(self, x: Tensor) -> Tensor:
+        rows = self.vectors(x)
+        return F.pad(rows, (0, 1), value=self.homogeneous_value) if self.homogeneous else rows
+
+    def gradient(self) -> Tensor:
+        matrix = self.to_matrix(_gradient(self.weight, self._weight_span))
+        if not self.homogeneous:
+            return matrix
+        share = _gradient(self.bias, self._bias_span).reshape(self.blocks, -1, 1) * self.homogeneous_value
+        return torch.cat([matrix, share.repeat_interleave(self.taps, dim=1)], dim=2)
+
+    def write(self, matrix: Tensor) -> None:
+        if self.homogeneous:
+            per_tap = matrix[..., -1].unflatten(1, (-1, self.taps))
+            _put(_gradient(self.bias, self._bias_span), per_tap.sum(2).flatten() * self.homogeneous_value)
+            matrix = matrix[..., :-1]
+        gradient = _gradient(self.weight, self._weight_span)
+        _put(gradient, self.to_weight(matrix, gradient.shape))
+
+
+class DiagonalLayer(Layer):
+    """A layer with one-hot rows: its covariance is the diagonal of the tokens' frequencies."""
+
+    diagonal = True
+
+    @abstractmethod
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which coordinates of the rows are 1.
+
+        Returns:
+            The indices, (n,) in int64, and whether each is a row at all, (n,) in bool.
+        """
+
+    @abstractmethod
+    def scale(self, factors: Tensor) -> None:
+        """Multiply the gradient of token i by ``factors[i]``, in place. ``factors`` is (dim,)."""
+
+
+def _gradient(parameter: nn.Parameter, span: Span | None) -> Tensor:
+    """This process' part of the gradient's rows in ``span``; shares the gradient's storage."""
+    assert parameter.grad is not None  # the preconditioner leaves layers without a gradient out
+    mine = local(parameter.grad)
+    if span is None:
+        return mine
+    offset = row_offset(parameter.grad)
+    start, stop = (min(max(edge - offset, 0), len(mine)) for edge in span)
+    return mine[start:stop]
+
+
+def _put(gradient: Tensor, value: Tensor) -> None:
+    if value.data_ptr() != gradient.data_ptr():  # else it is the gradient itself, changed in place
+        gradient.copy_(value)
+
+
+def _trainable(module: nn.Module, path: str) -> Location | None:
+    """The bias at ``path``, if it is a parameter that is trained."""
+    prefix, _, attribute = path.rpartition(".")
+    owner = module.get_submodule(prefix)
+    bias = owner._parameters.get(attribute)
+    return Location(owner, attribute, path) if bias is not None and bias.requires_grad else None

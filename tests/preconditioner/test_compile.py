@@ -1,0 +1,250 @@
+"""torch.compile counts the rows that eager counts, in whole graphs, and compiles no more often."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_capture import Rows, Watched, attention_layers
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from dopr_lightning.preconditioner.audit import GradientAudit
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable, backend: str = "aot_eager") -> Callable:
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def mlp() -> tuple[nn.Sequential, list[Watched]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4)).double()
+    return model, [Watched([model[0]]), Watched([model[2]])]
+
+
+def encoder() -> tuple[nn.Module, list[Watched]]:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True).double()
+    return model, [*attention_layers(model.self_attn), Watched([model.linear1]), Watched([model.linear2])]
+
+
+def tokens() -> tuple[nn.Module, list[Watched]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 6), nn.Conv1d(3, 2, 1), nn.Flatten(), nn.Linear(12, 1)).double()
+    return model, [Watched([model[i]]) for i in (0, 1, 3)]
+
+
+MODELS = {
+    "mlp": (mlp, lambda n: torch.randn(n, 5, dtype=torch.double)),
+    "encoder": (encoder, lambda n: torch.randn(n, 3, 6, dtype=torch.double)),
+    "tokens": (tokens, lambda n: torch.randint(5, (n, 3))),
+}
+
+
+def step(forward: Callable[[Tensor], Tensor], rows: Rows, x: Tensor) -> list[tuple[Watched, Tensor]]:
+    rows.calls.clear()
+    forward(x).square().sum().backward()
+    return [(layer, x) for layer, x, _ in rows.calls]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_compiled_models_count_the_same_rows(name: str, compile_first: bool) -> None:
+    make, data = MODELS[name]
+    model, layers = make()
+    plain, plain_layers = make()
+    rows, plain_rows = Rows(), Rows()
+    if compile_first:
+        forward = compiled(model)
+        rows.capture(*layers)
+    else:
+        rows.capture(*layers)
+        forward = compiled(model)
+    plain_rows.capture(*plain_layers)
+    for _ in range(3):
+        x = data(4)
+        step(forward, rows, x)
+        step(plain, plain_rows, x)
+        assert len(rows.calls) == len(layers)
+        for layer, plain_layer in zip(layers, plain_layers, strict=True):
+            torch.testing.assert_close(rows.of(layer), plain_rows.of(plain_layer))
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert graphs() == 1
+
+
+def test_the_default_backend_counts_the_same_rows() -> None:
+    model, layers = mlp()
+    plain = copy.deepcopy(model)
+    rows = Rows()
+    rows.capture(*layers)
+    forward, x = compiled(model, "inductor"), torch.randn(7, 5, dtype=torch.double)
+    for _ in range(2):
+        step(forward, rows, x)
+        torch.testing.assert_close(rows.of(layers[0]), x)
+        torch.testing.assert_close(rows.of(layers[1]), plain[:2](x))
+
+
+def test_steps_without_refresh_evaluation_and_rollouts_compile_nothing_new() -> None:
+    model, layers = mlp()
+    rows, x = Rows(), torch.randn(7, 5, dtype=torch.double)
+    rows.capture(*layers)
+    forward = compiled(model)
+
+    def round_trip(active: bool) -> int:
+        rows.active = active
+        model.train()
+        step(forward, rows, x)
+        seen = len(rows.calls)
+        forward(x)  # never walked back
+        with torch.no_grad():
+            forward(x)
+        model.eval()
+        forward(x).sum().backward()
+        assert len(rows.calls) == seen
+        return seen
+
+    assert round_trip(True) == 2
+    before = graphs()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert [round_trip(active) for active in (False, True, False, True)] == [0, 2, 0, 2]
+    assert graphs() == before
+
+
+def test_blocks_compiled_one_by_one_share_a_graph_and_keep_their_rows_apart() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).relu_()
+
+    model = nn.Sequential(*(Block() for _ in range(10))).double()
+    plain = copy.deepcopy(model)
+    layers, rows, x = [Watched([block.fc]) for block in model], Rows(), torch.randn(7, 5).double().requires_grad_()
+    rows.capture(*layers)
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    step(model, rows, x)
+    for i, layer in enumerate(layers):
+        torch.testing.assert_close(rows.of(layer), plain[:i](x))
+    assert graphs() == 1
+
+
+def test_micro_batches_that_are_alive_together_and_changing_sizes() -> None:
+    model, layers = mlp()
+    rows = Rows()
+    rows.capture(*layers)
+    forward, parts = compiled(model), torch.randn(12, 5, dtype=torch.double).split([7, 4, 1])
+    losses = [forward(part).sum() for part in parts]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(rows.of(layers[0]), torch.cat(parts))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_in_and_around_compiled_code_counts_once(outside: bool, reentrant: bool) -> None:
+    model, layers = mlp()
+    rows, x = Rows(), torch.randn(7, 5, dtype=torch.double, requires_grad=True)
+    rows.capture(*layers)
+    inner = compiled(model) if outside else model
+
+    def forward(x: Tensor) -> Tensor:
+        return checkpoint(inner, x, use_reentrant=reentrant)
+
+    step(forward if outside else compiled(forward), rows, x)
+    assert [len(rows.of(layer)) for layer in layers] == [7, 7]
+
+
+def test_masks_reach_compiled_graphs() -> None:
+    model, layers = mlp()
+    rows, x = Rows(), torch.randn(3, 5, dtype=torch.double)
+    capture = rows.capture(*layers)
+    forward = compiled(model)
+    step(forward, rows, x)
+    assert all(mask is None for _, _, mask in rows.calls)
+    for mask in (torch.tensor([True, False, True]), torch.tensor([False, True, True])):
+        with capture.mask(mask):
+            step(forward, rows, x)
+        assert all(torch.equal(seen, mask) for _, _, seen in rows.calls)
+    assert graphs() == 2
+
+
+def test_autocast_stays_outside() -> None:
+    module, rows = nn.Linear(5, 4), Rows()
+    layer, x = Watched([module]), torch.randn(3, 5)
+    rows.capture(layer)
+    forward = compiled(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = forward(x)
+    y.sum().backward()
+    assert torch.equal(rows.of(layer), x)
+
+
+def test_twins_and_removed_captures_count_nothing() -> None:
+    model, layers = mlp()
+    rows, x = Rows(), torch.randn(3, 5, dtype=torch.double)
+    capture = rows.capture(*layers)
+    forward, twin = compiled(model), compiled(copy.deepcopy(model))
+    assert len(step(forward, rows, x)) == 2
+    assert not step(twin, rows, x)
+    assert len(step(forward, rows, x)) == 2
+    capture.remove()
+    assert not step(forward, rows, x)
+
+
+def test_a_second_capture_takes_over_from_the_first() -> None:
+    model, layers = mlp()
+    first, second, x = Rows(), Rows(), torch.randn(3, 5, dtype=torch.double)
+    capture = first.capture(*layers)
+    forward = compiled(model)
+    step(forward, first, x)
+    capture.remove()
+    first.calls.clear()
+    second.capture(*layers)
+    step(forward, second, x)
+    assert (len(first.calls), len(second.calls)) == (0, 2)
+
+
+def test_hooks_added_after_the_first_run_are_silent() -> None:
+    """The compiler does not look for new hooks. The preconditioner raises: a gradient, but no rows."""
+    model, layers = mlp()
+    rows, x = Rows(), torch.randn(3, 5, dtype=torch.double)
+    forward = compiled(model)
+    forward(x)
+    rows.capture(*layers)
+    assert not step(forward, rows, x)
+    torch._dynamo.reset()
+    assert len(step(forward, rows, x)) == 2
+
+
+def test_the_audit_sees_compiled_layers_and_its_end_recompiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model, layers = mlp()
+    for name, layer in zip(("0", "2"), layers, strict=True):
+        layer.name = name
+    audit, rows, x = GradientAudit(layers), Rows(), torch.randn(9, 5, dtype=torch.double)  # type: ignore[arg-type]
+    rows.capture(*layers, audit=audit)
+    forward = compiled(lambda x: model(x).square().sum() + F.linear(x.square(), model[0].weight).square().sum())
+    with caplog.at_level(logging.WARNING), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            step(forward, rows, x)
+            audit.report()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["0"]
+    assert not audit._probes
