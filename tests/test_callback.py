@@ -1,16 +1,25 @@
-"""DoPr in LightningModules nobody here wrote: two lines, resume bit for bit, DDP."""
+"""DoPr in LightningModules nobody here wrote: two lines, precisions, clipping, several optimizers, resuming, DDP."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dopr_lightning import DoPr, configure_optimizers
+from dopr_lightning import ActivationPreconditioner, DoPr, configure_optimizers
 
 
 class Tokens(Dataset):
@@ -128,19 +137,6 @@ def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     assert not torch.equal(before, model.layer.weight)
 
 
-def test_several_optimizers_are_refused(tmp_path: Path) -> None:
-    class Two(BoringModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]
-
-    with pytest.raises(ValueError, match="DoPr needs one optimizer, Two has 2"):
-        trainer(tmp_path, DoPr(), max_steps=1, enable_checkpointing=False).fit(Two())
-
-
 def test_bad_damping_is_refused_when_the_callback_is_made() -> None:
     with pytest.raises(ValueError, match="damping must be positive, got -1"):
         DoPr(damping=-1)
@@ -169,5 +165,423 @@ def test_a_checkpoint_saved_after_fit_holds_the_covariances(tmp_path: Path) -> N
     fit.fit(Boring())
     fit.save_checkpoint(tmp_path / "after.ckpt")
     (state,) = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"].values()
-    assert state["steps"] == 3
-    assert state["layers"]["layer.weight"]["covariance"].abs().sum() > 0
+    (preconditioner,) = state["preconditioners"]
+    assert preconditioner["steps"] == 3
+    assert preconditioner["layers"]["layer.weight"]["tensors"]["covariance"].abs().sum() > 0
+
+
+# What the optimizer is given, against a closed form in float64.
+
+GAMMA = 0.1
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rewritten(gradient: Tensor, rows: Tensor) -> Tensor:
+    rows = rows.double()
+    sigma = rows.T @ rows / len(rows)
+    damping = GAMMA * sigma.trace() * torch.eye(len(sigma), dtype=torch.double)
+    return gradient.double() @ torch.linalg.inv(sigma + damping)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+class Recorded(torch.optim.SGD):
+    """Keeps what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given: list[Tensor] = []
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        # Flat, so that norms over all parameters are those that clipping takes.
+        self.given.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        super().step()
+        return loss
+
+
+class TwoLayers(L.LightningModule):
+    """Keeps each layer's inputs."""
+
+    def __init__(self, learning_rate: float = 0.01) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 5, bias=False), nn.Linear(5, 2, bias=False)
+        self.learning_rate = learning_rate
+        self.inputs: list[tuple[Tensor, Tensor]] = []
+
+    def training_step(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        self.inputs.append((x.clone(), h.detach().clone()))
+        return self.second(h).square().mean()
+
+    def validation_step(self, x: Tensor) -> None:
+        self.second(torch.tanh(self.first(x)))
+
+    def configure_optimizers(self) -> Any:
+        return Recorded(self.parameters(), lr=self.learning_rate)
+
+
+class Gradients(L.Callback):
+    """Keeps the gradients as callbacks before or behind it leave them."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.seen.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if id(p) in held})
+
+
+def fit(
+    folder: Path, model: L.LightningModule, dopr: DoPr, batches: Sequence[Any], **options: Any
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Train on the batches; the gradients before and after the rewrite, per step."""
+    before, after = Gradients(), Gradients()
+    defaults = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
+    L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=[before, dopr, after, *options.pop("callbacks", [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **(defaults | options),
+    ).fit(model, DataLoader(batches, batch_size=None, shuffle=False), options.pop("ckpt_path", None))
+    return before.seen, after.seen
+
+
+def scaled() -> MixedPrecision:
+    """``precision="16-mixed"``, which Lightning offers on CPU only as a plugin. Scales are powers of two: exact."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_every_precision_takes_statistics_and_rewrite_in_float32(precision: str, tmp_path: Path) -> None:
+    options = {"plugins": scaled()} if precision == "16-mixed" else {"precision": precision}
+    model, dopr = TwoLayers(), DoPr(damping=GAMMA)
+    batches = [3 * draw(step, 20, 6) * torch.logspace(0, -1.5, 6) for step in range(3)]
+    before, after = fit(tmp_path, model, dopr, batches, **options)
+    assert len(after) == 3
+    assert model.inputs[0][1].dtype == {"3": torch.float, "1": torch.half, "b": torch.bfloat16}[precision[0]]
+    # bf16-true rounds M to bf16 weights' gradients, and that is all.
+    tolerance = 2**-8 if precision == "bf16-true" else 1e-4
+    for step, (x, h) in enumerate(model.inputs):
+        for name, rows in (("first.weight", x), ("second.weight", h)):
+            expected = rewritten(before[step][name], rows)
+            assert distance(after[step][name], expected) < tolerance, (step, name)
+            assert distance(before[step][name], expected) > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.5}, {"update_every": 2}, {"solver": "lowrank"}])
+def test_a_step_that_the_scaler_skips_leaves_no_trace(options: dict[str, Any], tmp_path: Path) -> None:
+    bad = draw(9, 11, 6)
+    bad[2, 3] = torch.inf
+    runs = []
+    for skipped in ([], [0], [1, 3], [0, 1, 2, 5]):
+        model, dopr, plugin = TwoLayers(), DoPr(damping=GAMMA, **options), scaled()
+        batches = [draw(step, 8, 6) for step in range(4)]
+        for place in skipped:
+            batches.insert(place, bad)
+        fit(tmp_path, model, dopr, batches, plugins=plugin)
+        assert plugin.scaler.get_scale() == 256.0 / 2 ** len(skipped)
+        runs.append((dopr.state_dict()["preconditioners"][0], list(model.parameters())))
+    assert runs[0][0]["steps"] == 4
+    for state, weights in runs[1:]:
+        assert_same(state, runs[0][0])
+        for found, expected in zip(weights, runs[0][1], strict=True):
+            assert torch.equal(found, expected)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same(found[name], value)
+    elif isinstance(expected, list):
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b)
+    else:
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
+
+
+def test_a_short_last_window_of_accumulated_batches_counts_its_own_rows(tmp_path: Path) -> None:
+    model = TwoLayers()
+    batches = [draw(step, 7 + step, 6) for step in range(5)]
+    before, after = fit(tmp_path, model, DoPr(damping=GAMMA), batches, accumulate_grad_batches=2, max_epochs=2)
+    epoch = [(0, 1), (2, 3), (4,)]
+    windows = epoch + [tuple(5 + i for i in window) for window in epoch]
+    assert len(after) == len(windows)
+    for step, window in enumerate(windows):
+        for layer, name in enumerate(("first.weight", "second.weight")):
+            rows = torch.cat([model.inputs[i][layer] for i in window])
+            assert distance(after[step][name], rewritten(before[step][name], rows)) < 1e-4, (step, name)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_bounds_what_the_optimizer_is_given(algorithm: str, tmp_path: Path) -> None:
+    model, bound = TwoLayers(), 0.05
+    options = {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
+    before, after = fit(tmp_path, model, DoPr(damping=GAMMA), [draw(s, 9, 6) / 10 for s in range(3)], **options)
+    for raw, m, given in zip(before, after, model.trainer.optimizers[0].given, strict=True):
+        m, raw = (torch.cat([g.flatten() for g in grads.values()]) for grads in (m, raw))
+        if algorithm == "norm":
+            assert raw.norm() < bound < m.norm()  # only the rewrite makes it too large
+            torch.testing.assert_close(given, m * bound / m.norm(), rtol=1e-4, atol=1e-8)
+        else:
+            assert raw.abs().max() < bound < m.abs().max()
+            torch.testing.assert_close(given, m.clamp(-bound, bound))
+
+
+class Game(L.LightningModule):
+    """A generator and a critic that learn from each other; the critic more often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.generator, self.critic = nn.Linear(6, 5, bias=False), nn.Linear(5, 1, bias=False)
+        self.rows: dict[str, list[Tensor]] = {"generator": [], "critic": []}
+
+    def training_step(self, x: Tensor, index: int) -> None:
+        generator, critic = self.optimizers()
+        self.toggle_optimizer(critic)
+        fake, real = self.generator(x), x[:, 1:]
+        self.rows["critic"].append(torch.cat([fake.detach(), real]))
+        self.manual_backward((self.critic(fake) - self.critic(real) + 1).square().mean())
+        critic.step()
+        critic.zero_grad()
+        self.untoggle_optimizer(critic)
+        if index % 3 == 1:
+            return
+        self.toggle_optimizer(generator)
+        self.rows["generator"].append(x)
+        self.manual_backward(self.critic(self.generator(x)).square().mean())
+        generator.step()
+        generator.zero_grad()
+        self.untoggle_optimizer(generator)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.generator, self.critic)]
+
+
+def test_two_optimizers_have_statistics_and_cadences_of_their_own(tmp_path: Path) -> None:
+    model, dopr = Game(), DoPr(damping=GAMMA, update_every=2)
+    batches = [draw(step, 9, 6) for step in range(7)]
+    before, after = fit(tmp_path, model, dopr, batches)
+    steps = {"generator": 0, "critic": 0}
+    for raw, m in zip(before, after, strict=True):
+        (name,) = raw
+        part = name.partition(".")[0]
+        refreshed = steps[part] - steps[part] % 2
+        assert distance(m[name], rewritten(raw[name], model.rows[part][refreshed])) < 1e-4, (name, steps)
+        steps[part] += 1
+    assert steps == {"generator": 5, "critic": 7}
+    generator, critic = dopr.state_dict()["preconditioners"]
+    assert (generator["steps"], critic["steps"]) == (5, 7)
+    assert list(generator["layers"]) == ["generator.weight"]
+    assert list(critic["layers"]) == ["critic.weight"]
+    assert generator["layers"]["generator.weight"]["rows_seen"] == 9
+    assert critic["layers"]["critic.weight"]["rows_seen"] == 18
+
+
+def test_two_optimizers_resume_bit_for_bit(tmp_path: Path) -> None:
+    class Resumable(Game):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 0 and save:
+                self.trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    batches, weights, save = [draw(step, 9, 6) for step in range(3)], [], True
+    for checkpoint in (None, tmp_path / "half.ckpt"):
+        model = Resumable()
+        options = {"max_epochs": 2, "ckpt_path": checkpoint}
+        resume(tmp_path, model, DoPr(update_every=2, ema=0.5), batches, **options)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        save = False
+    assert len(model.rows["critic"]) == 3  # the second run took the second epoch only
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def resume(
+    folder: Path,
+    model: L.LightningModule,
+    dopr: DoPr,
+    batches: Sequence[Any],
+    *,
+    ckpt_path: Path | None,
+    **options: Any,
+) -> None:
+    trainer(folder, dopr, enable_checkpointing=False, **options).fit(
+        model, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path
+    )
+
+
+def test_state_of_another_number_of_optimizers_is_refused(tmp_path: Path) -> None:
+    two = trainer(tmp_path, DoPr(), enable_checkpointing=False, max_epochs=1)
+    two.fit(Game(), DataLoader([draw(0, 9, 6)], batch_size=None))
+    two.save_checkpoint(tmp_path / "two.ckpt")
+    checkpoint = torch.load(tmp_path / "two.ckpt", weights_only=True)
+
+    class One(Game):
+        def training_step(self, x: Tensor, index: int) -> None:
+            optimizer = self.optimizers()
+            self.manual_backward(self.critic(self.generator(x)).square().mean())
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    checkpoint["optimizer_states"] = [torch.optim.SGD(One().parameters(), lr=0.01).state_dict()]
+    torch.save(checkpoint, tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"holds DoPr's state for 2 optimizers, this run has 1"):
+        resume(tmp_path, One(), DoPr(), [draw(0, 9, 6)], ckpt_path=tmp_path / "one.ckpt", max_epochs=3)
+
+
+def test_an_optimizer_with_nothing_to_precondition_is_left_alone(tmp_path: Path) -> None:
+    class WithTemperature(Game):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def training_step(self, x: Tensor, index: int) -> None:
+            networks, temperature = self.optimizers()
+            self.manual_backward((self.temperature * self.critic(self.generator(x))).square().mean())
+            networks.step()
+            temperature.step()
+
+        def configure_optimizers(self) -> Any:
+            networks = [*self.generator.parameters(), *self.critic.parameters()]
+            return [torch.optim.SGD(networks, lr=0.01), torch.optim.SGD([self.temperature], lr=0.01)]
+
+    model, dopr = WithTemperature(), DoPr(damping=GAMMA)
+    before, after = fit(tmp_path, model, dopr, [draw(0, 9, 6)])
+    assert distance(after[0]["generator.weight"], rewritten(before[0]["generator.weight"], draw(0, 9, 6))) < 1e-4
+    assert torch.equal(after[1]["temperature"], before[1]["temperature"])
+    assert dopr.state_dict()["preconditioners"][1] is None
+
+
+# Beside other callbacks and loggers.
+
+
+def test_validation_and_weight_averaging_leave_the_statistics_alone(tmp_path: Path) -> None:
+    """The average is a copy of the model, made by a callback, and validated in its place."""
+    model, dopr, average = TwoLayers(), DoPr(damping=GAMMA), EMAWeightAveraging(decay=0.9)
+    before, after, batches = Gradients(), Gradients(), [draw(step, 9, 6) for step in range(4)]
+    L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        callbacks=[average, before, dopr, after],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+        val_check_interval=1,
+    ).fit(model, DataLoader(batches, batch_size=None), DataLoader([draw(9, 30, 6)], batch_size=None))
+    assert len(after.seen) == 4
+    for raw, m, x in zip(before.seen, after.seen, batches, strict=True):
+        assert distance(m["first.weight"], rewritten(raw["first.weight"], x)) < 1e-4
+
+
+class Metrics(DummyLogger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.given.append((step, metrics))
+
+
+@pytest.mark.parametrize("solver", ["exact", "lowrank"])
+def test_metrics_are_logged_at_their_interval_and_cost_nothing_between(
+    solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"summary": 0, "measured": 0}
+    step_, summary_ = ActivationPreconditioner.step, ActivationPreconditioner.summary
+
+    def step(self: ActivationPreconditioner, *, measure: bool = False) -> None:
+        calls["measured"] += measure
+        step_(self, measure=measure)
+
+    def summary(self: ActivationPreconditioner) -> Any:
+        calls["summary"] += 1
+        return summary_(self)
+
+    monkeypatch.setattr(ActivationPreconditioner, "step", step)
+    monkeypatch.setattr(ActivationPreconditioner, "summary", summary)
+    model, logger = TwoLayers(), Metrics()
+    dopr = DoPr(damping=GAMMA, update_every=2, solver=solver, log_every=3)
+    before, after = fit(tmp_path, model, dopr, [draw(s, 9, 6) for s in range(8)], logger=logger)
+    assert [step for step, _ in logger.given] == [0, 3, 6]
+    assert calls == {"summary": 3, "measured": 3}
+    names = {"condition_number", "effective_rank", "cosine", "update_rms", "failures"}
+    names |= {"rank", "error"} if solver == "lowrank" else set()
+    for step, metrics in logger.given:
+        assert metrics.keys() == {f"dopr/{name}/{layer}.weight" for name in names for layer in ("first", "second")}
+        for weight in ("first.weight", "second.weight"):
+            g, m = before[step][weight].double().flatten(), after[step][weight].double().flatten()
+            assert metrics[f"dopr/cosine/{weight}"] == pytest.approx(float(g @ m / g.norm() / m.norm()), rel=1e-5)
+            assert metrics[f"dopr/update_rms/{weight}"] == pytest.approx(float(m.square().mean().sqrt()), rel=1e-5)
+            assert metrics[f"dopr/failures/{weight}"] == 0
+        rows = model.inputs[step - step % 2][0].double()  # of the last refresh; the low-rank warm-up has no say here
+        if solver == "exact":
+            eigenvalues = torch.linalg.eigvalsh(rows.T @ rows)
+            condition = float(eigenvalues[-1] / eigenvalues[0])
+            assert metrics["dopr/condition_number/first.weight"] == pytest.approx(condition, rel=1e-3)
+
+
+def test_without_log_every_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ActivationPreconditioner, "summary", None)
+    logger = Metrics()
+    fit(tmp_path, TwoLayers(), DoPr(), [draw(0, 9, 6)], logger=logger)
+    assert logger.given == []
+
+
+def test_tensorboard_gets_the_metrics_on_lightnings_own_axis(tmp_path: Path) -> None:
+    class Logs(TwoLayers):
+        def training_step(self, x: Tensor) -> Tensor:
+            loss = super().training_step(x)
+            self.log("loss", loss)
+            return loss
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, Logs(), DoPr(log_every=2), [draw(s, 9, 6) for s in range(5)], logger=logger, log_every_n_steps=1)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("dopr/")]
+    assert len(tags) == 10
+    for tag in tags:
+        assert [event.step for event in events.Scalars(tag)] == [0, 2, 4], tag
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3, 4]
+
+
+def test_a_window_of_accumulated_batches_is_logged_once(tmp_path: Path) -> None:
+    logger = Metrics()
+    options = {"accumulate_grad_batches": 2, "logger": logger}
+    fit(tmp_path, TwoLayers(), DoPr(log_every=1), [draw(s, 9, 6) for s in range(5)], **options)
+    assert [step for step, _ in logger.given] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_every": 0}, "log_every must be at least 1 step, got 0"),
+        ({"update_every": 0}, "update_every must be at least 1, got 0"),
+        ({"solver": "svd"}, "solver must be one of"),
+        ({"max_error": -0.1}, "max_error must be positive"),
+        ({"max_dim": 0}, "max_dim must be at least 1"),
+        ({"max_rows": 0}, "max_rows must be at least 1"),
+        ({"max_failures": 0}, "max_failures must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused_when_the_callback_is_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DoPr(**options)

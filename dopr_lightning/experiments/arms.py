@@ -17,15 +17,17 @@ class Arm:
     Args:
         base: Name of the base optimizer.
         dopr: Whether DoPr rewrites the gradients first.
+        options: Options of DoPr's that differ from their defaults, ``("solver=lowrank", "update_every=10")``.
     """
 
     base: str
     dopr: bool
+    options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """``"muon"`` or ``"dopr-muon"``."""
-        return f"{PREFIX if self.dopr else ''}{self.base}"
+        """``"muon"``, ``"dopr-muon"`` or ``"dopr-muon+solver=lowrank+update_every=10"``."""
+        return "+".join([f"{PREFIX if self.dopr else ''}{self.base}", *self.options])
 
     def arguments(self, lr: float | None, damping: float) -> list[str]:
         """Command-line arguments of ``dopr fit`` that make a configuration this arm.
@@ -39,17 +41,23 @@ class Arm:
             chosen.append(f"--model.optimizer.lr={lr}")
         if self.dopr:
             chosen += ["--trainer.callbacks+=dopr_lightning.DoPr", f"--trainer.callbacks.damping={damping}"]
+            chosen += [f"--trainer.callbacks.{option}" for option in self.options]
         return chosen
 
 
 def parse_arms(names: str) -> list[Arm]:
-    """Arms from ``"adamw,dopr-adamw"``.
+    """Arms from ``"adamw,dopr-adamw,dopr-adamw+solver=lowrank+update_every=10"``.
 
     Raises:
-        UserError: An unknown or repeated name.
+        UserError: An unknown or repeated name, or options where there is no DoPr.
     """
-    arms = [Arm(name.strip().removeprefix(PREFIX), name.strip().startswith(PREFIX)) for name in names.split(",")]
+    arms = []
+    for text in names.split(","):
+        name, *options = text.strip().split("+")
+        arms.append(Arm(name.removeprefix(PREFIX), name.startswith(PREFIX), tuple(options)))
     for arm in arms:
+        if arm.options and not arm.dopr:
+            raise UserError(f"{arm.name!r}: options after + are DoPr's, as in {PREFIX}{arm.base}+update_every=10")
         if arm.base not in BASES:
             known = ", ".join(sorted(BASES))
             raise UserError(f"unknown optimizer {arm.name!r}; choose from {known}, each also as {PREFIX}NAME")

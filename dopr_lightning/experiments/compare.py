@@ -145,7 +145,12 @@ def _parser() -> Parser:
         epilog="example: dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --output runs/walker2d",
     )
     parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
-    parser.add_argument("--optimizers", default="adamw,dopr-adamw,muon,dopr-muon", help="default: %(default)s")
+    parser.add_argument(
+        "--optimizers",
+        default="adamw,dopr-adamw,muon,dopr-muon",
+        help="comma-separated; DoPr's own options may follow a name, as in dopr-adamw+solver=lowrank+update_every=10; "
+        "default: %(default)s",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per run; default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs, results.json and compare.png")
@@ -181,10 +186,10 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str
     # What Lightning says of seeds and devices while everything is built is about no run.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # One arm is enough: their names and the damping are checked, and all else they share.
-    cli: Any = CLI(
-        [*base, *max(arms, key=lambda arm: arm.dopr).arguments(None, damping), "--trainer.logger=false"], run=False
-    )
+    # One arm per set of DoPr's options is enough: names and damping are checked, and all else they share.
+    distinct = {(arm.dopr, arm.options): arm for arm in arms}
+    for arm in distinct.values():
+        cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False)
     environment = cli.datamodule.environment
     make(environment).close()
     cli.datamodule.train_dataloader()

@@ -87,9 +87,14 @@ class Capture:
 
     def count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
         """Take the input of one call of ``layer`` from the backward."""
-        if self.active():
+        if not self.active():
+            return
+        # Entering these contexts takes longer than a small layer's statistics, and backward seldom needs them.
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 self._sink(layer, x, mask)
+        else:
+            self._sink(layer, x, mask)
 
     def show_audit(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         """Show the audit the input of one call of ``layer`` and the gradient of its output."""

@@ -7,14 +7,15 @@ Per covariance, with n rows per refresh, gradient G of m x d, k tracked and r us
 ============================  ====================  ==========================  =======================
 apply (FLOPs a step)          2 m d^2               4 m d r                     4 m d n
 statistics (FLOPs a refresh)  n d^2 (1 + 1/p)       4 n d k                     0, the rows are kept
-solve (FLOPs a refresh)       d^3                   8 d k^2, in float64         3 n^2 d + n^3 / 3
+solve (FLOPs a refresh)       d^3, or d^3 / 3       8 d k^2, in float64         3 n^2 d + n^3 / 3
 held between steps (numbers)  d^2 (3/2 + 1/(2p))    4 d k                       n d
 summed over ranks (numbers)   d^2 (1/2 + 1/(2p))    d k + 1                     -
 gathered from ranks           d^2                   0                           -
 ============================  ====================  ==========================  =======================
 
 p is the number of panels of a packed covariance (:class:`~dopr_lightning.preconditioner.packed.PackedSymmetric`): 8,
-or fewer where they would be narrower than 64. For an Embedding (``"diagonal"``) everything is linear in d.
+or fewer where they would be narrower than 64. d^3 / 3 is a Cholesky factor, kept in place of the inverse where that
+would be used too seldom. For an Embedding (``"diagonal"``) everything is linear in d.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ class Method:
         solver: ``"exact"``, ``"woodbury"``, ``"lowrank"`` or ``"diagonal"``.
         tracked: k, directions tracked by the low-rank solver.
         rank: r, those it uses.
+        factor: Whether the exact solver keeps a Cholesky factor and not the inverse.
     """
 
     solver: str
     tracked: int = 0
     rank: int = 0
+    factor: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def layer_cost(shape: Shape, method: Method, *, itemsize: int = 4) -> Cost:
         return _times(
             shape.blocks,
             statistics=2.0 * n * packed_size(d),
-            solve=solve_flops(d, None),
+            solve=solve_flops(d, None) / (3 if method.factor else 1),
             apply=apply_flops(m, d, None),
             held=itemsize * (packed_size(d) + d * d) + COUNT,
             summed=itemsize * packed_size(d) + COUNT,

@@ -42,8 +42,8 @@ class Coverage:
     positions: dict[str, int]
 
     def order(self, parameter: str) -> int:
-        """For sorting: the parameter's position in the model."""
-        return self.positions.get(parameter, len(self.positions))
+        """For sorting: the parameter's position in the model; a part's is that of the whole."""
+        return self.positions.get(parameter.partition("[")[0], len(self.positions))
 
     def check_still_frozen(self) -> None:
         """Raise RuntimeError if a weight was unfrozen: its rows are not captured."""

@@ -56,7 +56,7 @@ class DiagonalStack(Stack):
                 layer.scale(self.inverse[part.start])
 
     def spectrum(self, index: int) -> Spectrum | None:
-        if not self._allocated or self.rows_seen[index] == 0:
+        if not self._current[index]:
             return None
         return spectrum_of_eigenvalues(self._sums[self.slices[index]].sort(-1)[0])
 

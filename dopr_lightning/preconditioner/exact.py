@@ -1,12 +1,13 @@
 r"""Exact solver: the covariance, its Cholesky factor, its inverse, one product with the gradient.
 
 Per layer and step the product costs 2 d_out d_in^2 FLOPs, a share d_in / (3 n) of forward and backward; a refresh costs
-n d_in^2 for the Gram product (half, by symmetry) and d_in^3 for the inverse.
+n d_in^2 for the Gram product (half, by symmetry) and d_in^3 for the inverse. Where an inverse would not be used often
+enough to pay for itself, its factor (d_in^3 / 3) is kept instead and solves for M.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,14 +15,19 @@ import torch
 from torch import Tensor
 
 from dopr_lightning.preconditioner.covariance import RunningMean, mean_over_rows, usable
-from dopr_lightning.preconditioner.inverse import damped_inverse, keep_last_good
+from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_cholesky, keep_last_good
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.packed import PackedSymmetric
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
 from dopr_lightning.preconditioner.stack import Stack, Statistics
 
-WORKSPACE = 1 << 26
-"""Entries of the square matrices that are factorised at once (256 MiB in fp32): what a refresh needs for a moment."""
+WORKSPACE = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Entries of the square matrices that are factorised at once, which is what a refresh needs for a moment: on a CPU what
+its caches hold, on a GPU what keeps it busy (256 MiB in fp32)."""
+
+PAYS_OFF = 3
+"""An inverse costs as much as the extra time of solving for so many times d_in rows of gradients (measured, CPU: a
+solve takes 1.3 times a product's time, and the inverse 0.8 times a product of d_in rows)."""
 
 SMALL = 1 << 18
 """Gradients up to this size share one batched product; for larger ones, copying them together costs more than the
@@ -29,7 +35,12 @@ calls it saves (1 MiB in fp32: they no longer fit a core's cache)."""
 
 
 class ExactStack(Stack):
-    """Packed covariances and their inverses, (blocks, d, d)."""
+    """Packed covariances and their solutions, (blocks, d, d): inverses, or Cholesky factors.
+
+    Attributes:
+        factors: Whether the solutions are factors.
+        solution: They themselves.
+    """
 
     solver = "exact"
 
@@ -38,6 +49,8 @@ class ExactStack(Stack):
         super().__init__(sorted(layers, key=_gradient_shape), statistics)
         runs = [list(run) for _, run in groupby(self.layers, _gradient_shape)]
         self._runs = [[self._index[layer] for layer in run] for run in runs]
+        rows = sum(layer.weight.numel() for layer in self.layers) / self.dim  # of the gradients as matrices
+        self.factors = rows * statistics.update_every < PAYS_OFF * self.dim * self.blocks
 
     @property
     def sums(self) -> Tensor:
@@ -49,15 +62,16 @@ class ExactStack(Stack):
 
     @property
     def shared(self) -> Tensor:
-        return self.inverse
+        return self.solution.mT  # contiguous, as messages must be
 
     def _allocate(self) -> None:
         # Sums, then their means: one packed copy of the covariances, unless they are averaged over refreshes.
         self._packed = PackedSymmetric(self.blocks, self.dim, dtype=self.dtype, device=self.device)
         self._running = RunningMean(self._packed.flat, self.options.ema) if self.options.ema else None
-        # Identities until a first inverse succeeds: such a layer's gradient stays as it is.
+        # Identities until a first solution succeeds: such a layer's gradient stays as it is.
         identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-        self.inverse = identity.expand(self.blocks, -1, -1).clone()
+        # Column by column, as LAPACK has factors: solving would copy others.
+        self.solution = identity.expand(self.blocks, -1, -1).clone().mT
 
     def _clear(self) -> None:
         self._packed.flat.zero_()
@@ -76,12 +90,14 @@ class ExactStack(Stack):
             self._packed.flat.copy_(self._running.value)
         damping = self._damping(self._packed.trace() if self._running is not None else traces)
         good = torch.zeros_like(valid)
-        chunk = max(1, WORKSPACE // self.dim**2)
+        chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
         for start in range(share.start, share.stop, chunk):
             part = slice(start, min(start + chunk, share.stop))
-            inverse, renewed = damped_inverse(self._packed.lower(part), damping[part])
+            solution, renewed = damped_cholesky(self._packed.lower(part), damping[part])
+            if not self.factors:
+                solution, renewed = inverse_from_cholesky(solution, renewed)
             good[part] = renewed & valid[part]
-            keep_last_good(inverse, self.inverse[part], good[part])
+            keep_last_good(solution, self.solution[part], good[part])
         return torch.stack([self.counts.double(), traces.double(), good.double()])
 
     def apply(self) -> None:
@@ -90,20 +106,24 @@ class ExactStack(Stack):
             gradients = [self._dense(i).gradient() for i in present]
             # Shards of equally shaped weights may differ in size.
             together = len(present) > 1 and len({gradient.shape for gradient in gradients}) == 1
-            if together and gradients[0].numel() <= SMALL:
+            if together and not self.factors and gradients[0].numel() <= SMALL:
                 self._apply_together(present, gradients, whole=len(present) == len(run))
                 continue
             for i, gradient in zip(present, gradients, strict=True):
-                self._dense(i).write(gradient.to(self.dtype) @ self.inverse[self.slices[i]])
+                self._dense(i).write(self._solve(gradient, self.solution[self.slices[i]]))
 
     def _apply_together(self, present: list[int], gradients: list[Tensor], whole: bool) -> None:
         if whole:
-            inverse = self.inverse[self.slices[present[0]].start : self.slices[present[-1]].stop]
+            solution = self.solution[self.slices[present[0]].start : self.slices[present[-1]].stop]
         else:
-            inverse = torch.cat([self.inverse[self.slices[i]] for i in present])
-        product = torch.cat(gradients).to(self.dtype) @ inverse
+            solution = torch.cat([self.solution[self.slices[i]] for i in present])
+        product = torch.cat(gradients).to(self.dtype) @ solution
         for i, part in zip(present, product.split([g.shape[0] for g in gradients]), strict=True):
             self._dense(i).write(part)
+
+    def _solve(self, gradient: Tensor, solution: Tensor) -> Tensor:
+        gradient = gradient.to(self.dtype)
+        return torch.cholesky_solve(gradient.mT, solution).mT if self.factors else gradient @ solution
 
     def adopt(self, other: Stack, inverse: Tensor) -> None:
         """Go on where another stack of the same layers stopped, with its inverses in its order, (blocks, d, d)."""
@@ -113,7 +133,20 @@ class ExactStack(Stack):
             self.refreshed_at[index] = other.refreshed_at[theirs]
             self.rows_seen[index] = other.rows_seen[theirs]
             self.failures[index] = other.failures[theirs]
-            self.inverse[self.slices[index]] = inverse[other.slices[theirs]]
+            self.failures_in_a_row[index] = other.failures_in_a_row[theirs]
+            self.solution[self.slices[index]] = inverse[other.slices[theirs]]
+        self.refreshes = other.refreshes
+        if any(step is not None for step in self.refreshed_at):
+            self.factors = False  # the adopted inverses may have to be kept beside new ones
+
+    def adopt_average(self, other: Stack, covariance: Tensor, weight: Tensor) -> None:
+        """Go on with another stack's average over refreshes, (blocks, d, d) and (blocks,) in its order."""
+        assert self._running is not None
+        for index, layer in enumerate(self.layers):
+            mine, theirs = self.slices[index], other.slices[other.layers.index(layer)]
+            self._packed.store(mine, covariance[theirs])
+            self._running.weight[mine] = weight[theirs]
+        self._running.value.copy_(self._packed.flat)
 
     def add_rows(self, layer: Layer, rows: Sequence[Tensor], counts: Tensor) -> None:
         """Count rows that another stack has extracted, (blocks, n, d) each, ``counts`` (blocks,) in all."""
@@ -127,14 +160,18 @@ class ExactStack(Stack):
         return self._packed.lower(self.slices[index])
 
     def spectrum(self, index: int) -> Spectrum | None:
-        if not self._allocated or self.rows_seen[index] == 0:
+        if not self._current[index]:
             return None
         return spectrum_of_matrix(self.covariance(index))
 
+    def _prepare_load(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        self.allocate()
+        self.factors = "factor" in tensors[0]  # as the saving run had it, whose cadence may have been another
+
     def _tensors(self, index: int) -> dict[str, Tensor]:
-        # The inverse itself, not only what it follows from: a layer may live on an inverse older than its covariance.
+        # Not only what the solution follows from: a layer may live on one older than its covariance.
         part = self.slices[index]
-        tensors = {"inverse": self.inverse[part]}
+        tensors = {"factor" if self.factors else "inverse": self.solution[part]}
         if self._running is not None:
             tensors |= {"covariance": self._running.value[part], "weight": self._running.weight[part]}
         return tensors

@@ -1,4 +1,4 @@
-"""Damped inverses in batched calls, and what to keep when one fails."""
+"""Factors and inverses of damped covariances in batched calls, and what to keep when one fails."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import torch
 from torch import Tensor
 
 
-def damped_inverse(covariance: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Inverses of :math:`\Sigma + \lambda I` without a host synchronisation.
+def damped_cholesky(covariance: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Cholesky factors of :math:`\Sigma + \lambda I` without a host synchronisation.
 
     Args:
         covariance: (blocks, d, d), of which the lower triangles are read; overwritten.
         damping: (blocks,).
 
     Returns:
-        The inverses, (blocks, d, d), and a mask (blocks,) of those that can be trusted: Cholesky found the matrix
-        positive definite and every entry is finite.
+        The lower factors, (blocks, d, d), and a mask (blocks,) of those that can be trusted: the matrix was positive
+        definite, which one with NaN or infinity is not.
     """
     covariance.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
     factor, info = torch.linalg.cholesky_ex(covariance)
-    good = info == 0  # NaN and infinity are not positive definite either
+    return factor, info == 0
+
+
+def inverse_from_cholesky(factor: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses, (blocks, d, d), of what :func:`damped_cholesky` factorised, and which of the ``good`` are finite."""
     # One singular factor would make the whole batched call raise; its inverse is not used.
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, identity))

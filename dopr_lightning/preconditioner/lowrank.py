@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dopr_lightning.preconditioner.covariance import RunningMean, mean_over_rows, usable
+from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.inverse import keep_last_good
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
@@ -69,6 +70,17 @@ class LowRankStack(Stack):
     def sums(self) -> Tensor:
         return self._sums
 
+    def to_exact(self) -> ExactStack:
+        """A stack with full covariances for the same layers, with the inverses and the average of this one."""
+        exact = ExactStack(self.layers, self.options)
+        exact.adopt(self, self.inverse())
+        if self._average is not None:
+            tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1, None, None]
+            leading = (self._basis * (self._eigenvalues[:, None] - tail)) @ self._basis.mT
+            identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
+            exact.adopt_average(self, leading + tail * identity, self._average.weight)
+        return exact
+
     def inverse(self) -> Tensor:
         """The approximate inverses as matrices, (blocks, d, d)."""
         identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
@@ -86,13 +98,17 @@ class LowRankStack(Stack):
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         failed = super().accept(outcome, step)
-        self._scales, errors, needed = list(outcome[3]), outcome[4], outcome[5]
+        _, _, _, scales, errors, needed, ample = outcome
+        self._scales = list(scales)
+        # Layers that were not renewed still use what they have.
+        most, enough = 0, max(self.ranks)
         for index, part in enumerate(self.slices):
             if self.refreshed_at[index] == step:
                 self.ranks[index] = min(int(max(needed[part])), self.tracked)
                 self.errors[index] = max(errors[part])
+                most, enough = max(most, int(max(needed[part]))), max(enough, int(max(ample[part])))
         if self.refreshes >= WARM_UP:
-            self._fit_tracked(int(max(needed)), int(max(outcome[6])))
+            self._fit_tracked(most, enough)
         return failed
 
     def spectrum(self, index: int) -> Spectrum | None:
@@ -107,9 +123,8 @@ class LowRankStack(Stack):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(self.blocks, *shape, dtype=self.dtype, device=self.device)
 
-        self._basis = random_basis(
-            self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype
-        )
+        start = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
+        self._basis = start.contiguous()  # as after a resize, for products to the last bit
         self._eigenvalues, self._coefficients = zeros(self.tracked), zeros(self.tracked)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
         self._trace, self._floor = zeros(), 1 + zeros()

@@ -51,12 +51,17 @@ class PackedSymmetric:
         return torch.stack([panel.diagonal(dim1=1, dim2=2).sum(-1) for panel in self._panels]).sum(0)
 
     def lower(self, blocks: slice) -> Tensor:
-        """Squares (blocks, d, d) whose lower triangles hold the entries: all that Cholesky and eigvalsh read."""
+        """Squares (blocks, d, d) whose lower triangles hold the entries; above is anything, which Cholesky ignores."""
         count = len(range(*blocks.indices(self.flat.shape[0])))
-        square = self.flat.new_zeros(count, self.dim, self.dim)
+        square = self.flat.new_empty(count, self.dim, self.dim)
         for start, width, panel in self._iterate():
             square[:, start:, start : start + width] = panel[blocks]
         return square
+
+    def store(self, blocks: slice, square: Tensor) -> None:
+        """Overwrite the matrices ``blocks`` with symmetric ones, (blocks, d, d)."""
+        for start, width, panel in self._iterate():
+            panel[blocks] = square[:, start:, start : start + width]
 
     def _iterate(self) -> Iterator[tuple[int, int, Tensor]]:
         return zip(self._starts, self._widths, self._panels, strict=True)

@@ -3,8 +3,8 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from logging import getLogger
 from typing import Any, get_args
 
@@ -18,10 +18,9 @@ from dopr_lightning.preconditioner.capture import Capture
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import find_coverage
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
-from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
-from dopr_lightning.preconditioner.sharding import reshard
+from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
 from dopr_lightning.preconditioner.stack import Failure, Stack, Statistics
 from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment
@@ -125,30 +124,29 @@ class ActivationPreconditioner:
             max_failures=max_failures,
         )
         self.bytes_sent = 0
-        self._update_every = update_every
+        self.update_every = update_every
         self._solver: Solver = solver
         self._max_failures = max_failures
         self._steps = 0
         self._due = False
+        self._unused: set[str] = set()  # layers without an inverse for whom an early refresh was in vain
         reshard(model)
         self._coverage = find_coverage(
             model, conv=conv, bias=bias, max_dim=max_dim, include=include, exclude=exclude, parameters=parameters
         )
         layers = self._coverage.layers
         self._group = process_group
-        statistics = Statistics(damping, damping_scale, ema, max_rows, max_error)
-        self._stacks = make_stacks(
-            layers, statistics, solver, update_every=update_every, pooled=world_size(self._group) > 1
-        )
+        statistics = Statistics(damping, damping_scale, ema, max_rows, max_error, update_every)
+        self._stacks = make_stacks(layers, statistics, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
-        self._alignment: dict[Layer, Alignment] = {}
+        self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
         self._capture = Capture(layers, self._count, lambda: self.collecting, self._audit)
 
     @property
     def collecting(self) -> bool:
         """Whether rows are being counted, that is, whether the next :meth:`step` refreshes the inverses."""
-        if self._steps % self._update_every == 0 or self._due:
+        if self._steps % self.update_every == 0 or self._due:
             return True
         return self._steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
 
@@ -167,24 +165,18 @@ class ActivationPreconditioner:
         """
         self._coverage.check_still_frozen()
         with torch.autocast(self._stacks[0].device.type, enabled=False):
-            if self.collecting:
+            refreshed = self.collecting
+            if refreshed:
                 self._refresh()
                 self._audit.report()
             if measure:
-                before = {layer: layer.gradient().clone() for layer in self._stack_of if layer.has_gradient}
-            with record_function("dopr::apply"):
+                before = {name: gradient.clone() for name, gradient in self._gradients()}
+            with _range("dopr::apply"):
                 for stack in self._stacks:
                     stack.apply()
             if measure:
-                self._alignment = {layer: alignment(old, layer.gradient()) for layer, old in before.items()}
-        # A layer first used between refreshes must not wait for the next one.
-        self._due = any(
-            layer.has_gradient
-            for stack in self._stacks
-            if None in stack.refreshed_at
-            for layer, step, failures in zip(stack.layers, stack.refreshed_at, stack.failures, strict=True)
-            if step is None and failures == 0
-        )
+                self._alignment = {name: alignment(before[name], new) for name, new in self._gradients()}
+        self._plan(refreshed)
         self._steps += 1
 
     def discard(self) -> None:
@@ -223,10 +215,9 @@ class ActivationPreconditioner:
         for stack in self._stacks:
             for index, layer in enumerate(stack.layers):
                 spectrum = stack.spectrum(index)
-                measured = self._alignment.get(layer)
                 rows += [
                     SummaryRow(
-                        parameter=name,
+                        parameter=label,
                         kind=layer.kind,
                         solver=stack.solver,
                         d_in=stack.dim,
@@ -235,18 +226,18 @@ class ActivationPreconditioner:
                         effective_rank=None if spectrum is None else spectrum.effective_rank,
                         rank=stack.ranks[index] if isinstance(stack, LowRankStack) else None,
                         error=stack.errors[index] if isinstance(stack, LowRankStack) else None,
-                        cosine=None if measured is None else float(measured.cosine),
-                        update_rms=None if measured is None else float(measured.rms),
+                        cosine=float(self._alignment[name].cosine) if name in self._alignment else None,
+                        update_rms=float(self._alignment[name].rms) if name in self._alignment else None,
                         failures=stack.failures[index],
                     )
-                    for name in layer.parameter_names
+                    for label, name in zip(layer.labels, layer.parameter_names, strict=True)
                 ]
         return Summary(sorted(rows, key=lambda row: self._coverage.order(row.parameter)))
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""
         layers = {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
-        return {"steps": self._steps, "due": self._due, "layers": layers}
+        return {"steps": self._steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
@@ -259,7 +250,7 @@ class ActivationPreconditioner:
         if saved and saved.keys() != known:
             difference = ", ".join(sorted(saved.keys() ^ known))
             raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
-        self._steps, self._due = state["steps"], state["due"]
+        self._steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         if not saved:
             return
         for stack in list(self._stacks):
@@ -275,12 +266,35 @@ class ActivationPreconditioner:
                 loaded = loaded.to_exact()
             self._replace(stack, loaded)
 
+    def _plan(self, refreshed: bool) -> None:
+        """A layer first used between refreshes must not wait for the next one."""
+        if self._steps % self.update_every == 0:
+            self._unused.clear()
+        without = [
+            layer
+            for stack in self._stacks
+            if None in stack.refreshed_at
+            for layer, step, failures in zip(stack.layers, stack.refreshed_at, stack.failures, strict=True)
+            if step is None and failures == 0 and layer.has_gradient
+        ]
+        if refreshed:  # in vain: a gradient of zeros, which some wrappers give to unused layers
+            self._unused.update(layer.name for layer in without)
+        self._due = any(layer.name not in self._unused for layer in without)
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of every gradient that is rewritten, by the parameter's public name."""
+        for layer in self._stack_of:
+            for name, parameter in layer.parameters.items():
+                if parameter.grad is not None:
+                    gradient = local(parameter.grad)
+                    yield name, gradient.to_dense() if gradient.is_sparse else gradient
+
     def _replace(self, old: Stack, new: Stack) -> None:
         self._stacks[self._stacks.index(old)] = new
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
     def _count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
-        with record_function("dopr::statistics"):
+        with _range("dopr::statistics"):
             stack = self._stack_of[layer]
             stack.add(layer, x, mask)
             if isinstance(stack, WoodburyStack) and stack.too_many_rows:
@@ -290,18 +304,18 @@ class ActivationPreconditioner:
         """Pool the sums over ranks and renew the inverses."""
         stacks = self._stacks
         for stack in stacks:
-            stack.begin()
-        with record_function("dopr::reduce"):
+            stack.close()
+        with _range("dopr::reduce"):
             reduction = Reduction([t for stack in stacks for t in (stack.counts, stack.sums)], self._group)
         shares = assign([s.blocks for s in stacks], [s.cost for s in stacks], world_size(self._group))
         mine = [share[rank(self._group)] for share in shares]
         outcomes = []
-        with record_function("dopr::solve"):
+        with _range("dopr::solve"):
             for index, stack in enumerate(stacks):
                 reduction.wait(2 * index)
                 reduction.wait(2 * index + 1)
                 outcomes.append(stack.refresh(mine[index]))
-        with record_function("dopr::reduce"):
+        with _range("dopr::reduce"):
             shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
             gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], self._group)
             renewed = Reduction([outcomes[i][2] for i, _ in shared], self._group)
@@ -326,13 +340,16 @@ class ActivationPreconditioner:
     def _fall_back(self, stack: LowRankStack) -> None:
         """The tolerance needs too many directions: the exact solver takes over, where it may."""
         if self._solver == "auto":
-            exact = ExactStack(stack.layers, stack.options)
-            exact.adopt(stack, stack.inverse())
-            self._replace(stack, exact)
+            self._replace(stack, stack.to_exact())
             log.info("%s", _describe(stack, "solver='auto' goes on with the exact solver"))
         elif not stack.warned:
             stack.warned = True
             log.warning("%s", _describe(stack, "raise max_error or damping, or take solver='auto'"))
+
+
+def _range(name: str) -> AbstractContextManager[Any]:
+    """A label for profilers, which costs nothing without one."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def _describe(stack: LowRankStack, consequence: str) -> str:

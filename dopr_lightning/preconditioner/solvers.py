@@ -21,16 +21,13 @@ STACKS: dict[str, type[Stack]] = {
 }
 
 
-def make_stacks(
-    layers: Sequence[Layer], statistics: Statistics, solver: Solver, *, update_every: int, pooled: bool
-) -> list[Stack]:
+def make_stacks(layers: Sequence[Layer], statistics: Statistics, solver: Solver, *, pooled: bool) -> list[Stack]:
     """Sort layers into stacks by the size, dtype and device of their covariance.
 
     Args:
         layers: All covered layers.
         statistics: How covariances are estimated and damped.
         solver: What the user asked for.
-        update_every: Steps per refresh, which decides what is cheaper.
         pooled: Whether rows are spread over ranks.
 
     Returns:
@@ -44,7 +41,9 @@ def make_stacks(
     def kind(layer: Layer) -> type[Stack]:
         if layer.diagonal:
             return DiagonalStack
-        if solver == "lowrank" or (solver == "auto" and low_rank_is_cheaper(layer.dim, FIRST_RANK, update_every)):
+        if solver == "lowrank" or (
+            solver == "auto" and low_rank_is_cheaper(layer.dim, FIRST_RANK, statistics.update_every)
+        ):
             return LowRankStack
         return ExactStack if pooled or statistics.ema else WoodburyStack
 

@@ -26,6 +26,7 @@ class Statistics:
         ema: Weight of past covariances.
         max_rows: Rows of one input that are used at most, evenly spread over it; None for all.
         max_error: Tolerance of the low-rank solver's certificate.
+        update_every: Steps per refresh.
     """
 
     damping: float
@@ -33,6 +34,7 @@ class Statistics:
     ema: float
     max_rows: int | None
     max_error: float
+    update_every: int
 
 
 class Stack(ABC):
@@ -70,9 +72,11 @@ class Stack(ABC):
         self.failures = [0] * len(self.layers)
         self.failures_in_a_row = [0] * len(self.layers)
         self.refreshes = 0
+        self._rows_added = [0] * len(self.layers)
         self._index = {layer: index for index, layer in enumerate(self.layers)}
         self._allocated = False
         self._open = False
+        self._current = [False] * len(self.layers)  # whether the sums hold the layer's covariance
 
     @property
     def device(self) -> torch.device:
@@ -100,16 +104,30 @@ class Stack(ABC):
             mask: Which rows count; ignored by a layer that sees another number of rows than the mask has.
         """
         self.begin()
-        part = self.slices[self._index[layer]]
-        self.counts[part] += self._add(layer, part, x, mask)
+        index = self._index[layer]
+        rows = self._add(layer, self.slices[index], x, mask)
+        # A mask's rows are counted on the device; others here, where it takes no kernel.
+        if isinstance(rows, Tensor):
+            self.counts[self.slices[index]] += rows
+        else:
+            self._rows_added[index] += rows
 
     def begin(self) -> None:
         """Start counting from zero, unless a window of rows is open already."""
         self.allocate()
         if not self._open:
             self.counts.zero_()
+            self._rows_added = [0] * len(self.layers)
+            self._current = [False] * len(self.layers)
             self._clear()
             self._open = True
+
+    def close(self) -> None:
+        """End the window: :attr:`sums` and :attr:`counts` hold all that this rank has counted."""
+        self.begin()
+        rows = [n for n, layer in zip(self._rows_added, self.layers, strict=True) for _ in range(layer.blocks)]
+        self.counts += torch.tensor(rows).to(self.device, non_blocking=True)
+        self._open = False
 
     def discard(self) -> None:
         """Forget the rows counted in the open window."""
@@ -125,7 +143,6 @@ class Stack(ABC):
             What :meth:`accept` needs to know on the host, (fields, blocks) in float64 on the device. Fields 0 to 2
             are the rows, the trace of the covariance, and whether this rank has renewed the inverse.
         """
-        self._open = False
         return self._refresh(share)
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
@@ -148,6 +165,7 @@ class Stack(ABC):
             if all(renewed[part]):
                 self.refreshed_at[index] = step
                 self.failures_in_a_row[index] = 0
+                self._current[index] = True
                 continue
             self.failures[index] += 1
             self.failures_in_a_row[index] += 1
@@ -240,7 +258,7 @@ class Stack(ABC):
     def _rows(self, layer: Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
         """The rows of a dense layer's input, (blocks, n, d), in the statistics' dtype, and how many count."""
         rows = self._dense(self._index[layer]).rows(x.to(self.dtype))
-        keep = None if mask is None or mask.numel() != rows.shape[1] else mask.flatten()
+        keep = None if mask is None or mask.numel() != rows.shape[1] else layer.positions(mask)
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:
             stride = -(-rows.shape[1] // limit)

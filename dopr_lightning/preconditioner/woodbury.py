@@ -58,6 +58,7 @@ class WoodburyStack(Stack):
         exact = ExactStack(self.layers, self.options)
         exact.adopt(self, inverse)
         exact.begin()
+        self.close()
         for layer, rows, part in zip(self.layers, self._rows_of, self.slices, strict=True):
             exact.add_rows(layer, rows, self.counts[part])
         return exact
@@ -97,6 +98,8 @@ class WoodburyStack(Stack):
 
     def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
         rows, count = self._rows(layer, x, mask)
+        if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            rows = rows.clone()  # the input's owner may fill it anew before the refresh
         self._rows_of[self._index[layer]].append(rows)
         return count
 
@@ -125,6 +128,15 @@ class WoodburyStack(Stack):
 
     def _prepare_load(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         self.allocate()
+        for layer, saved in zip(self.layers, tensors, strict=True):
+            shape = saved["factor"].shape if "factor" in saved else (layer.blocks, 0, self.dim)
+            if (shape[0], shape[2]) != (layer.blocks, self.dim):
+                raise ValueError(
+                    f"{layer.name}: the preconditioner's saved factor is of shape {tuple(shape)}, the model's has "
+                    f"({layer.blocks}, rows, {self.dim}); were conv, bias or max_dim different?"
+                )
+            if self.options.ema:
+                raise ValueError(f"{layer.name}: the preconditioner's state has no averages; was ema 0 then?")
         self._factors = [
             torch.empty_like(saved["factor"], device=self.device) if "factor" in saved else None for saved in tensors
         ]

@@ -1,7 +1,12 @@
 """DDP with real processes: equal to one process on the union of the batch, and bit-identical across ranks."""
 
+from __future__ import annotations
+
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,72 +18,297 @@ from torch.nn.parallel import DistributedDataParallel
 from dopr_lightning import ActivationPreconditioner
 
 STEPS = 50
+WIDTH = 72
+"""Of the widest layer: its packed covariance has two panels."""
+
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dopr_lightning.preconditioner"])
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact": {"damping": 0.1, "solver": "exact", "update_every": 3, "ema": 0.5},
+    "lowrank": {"damping": 0.1, "solver": "lowrank", "update_every": 3, "max_error": 0.02},
+    "accumulated": {"damping": 0.1, "solver": "auto", "update_every": 2, "bias": True, "max_dim": 40},
+}
 
 
 class Net(nn.Module):
-    """A convolution, an embedding, linear layers, and a layer that only rank 0 uses."""
+    """A convolution, an embedding, linear layers, a frozen one, and one of a width of its own that only rank 0 uses."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv1d(3, 8, 3)
         self.embedding = nn.Embedding(5, 8)
-        self.hidden = nn.Linear(8, 8)
-        self.sometimes = nn.Linear(8, 8)
-        self.readout = nn.Linear(8, 2)
+        self.hidden = nn.Linear(8, WIDTH)
+        self.sometimes = nn.Linear(WIDTH - 2, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.readout = nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor, token: Tensor, sometimes: bool) -> Tensor:
         h = torch.tanh(self.conv(x).mean(-1) + self.embedding(token))
         h = torch.tanh(self.hidden(h))
-        return self.readout(h + self.sometimes(h) if sometimes else h)
+        return self.readout(torch.tanh(self.frozen(h + self.sometimes(h[:, 2:]) if sometimes else h)))
 
 
-def data(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    rows = 6 + 3 * rank  # ranks see different numbers of rows
-    x = torch.randn(rows, 3, 7, generator=generator)
-    return x, torch.randint(5, (rows,), generator=generator)
+def size(rank: int) -> int:
+    return 6 + 3 * rank  # ranks see different numbers of rows
 
 
-def loss(model: nn.Module, step: int, rank: int, total: int) -> Tensor:
-    x, token = data(step, rank)
-    return model(x, token, rank == 0).square().sum() / total  # sums, so that uneven ranks are weighted alike
+def loss(model: nn.Module, step: int, rank: int, micro: int, total: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
+    x = torch.randn(size(rank), 3, 7, generator=generator)
+    token = torch.randint(5, (size(rank),), generator=generator)
+    output = model(x, token, rank == 0 and step % 2 == 0)
+    return output.square().sum() / total  # sums, so that uneven ranks are weighted alike
 
 
-def train(model: nn.Module, losses: list[Callable[[nn.Module, int], Tensor]], world: int) -> None:
+def train(
+    model: nn.Module, losses: list[Callable[[nn.Module, int], Tensor]], factor: int, options: dict[str, Any]
+) -> ActivationPreconditioner:
     """Steps on the summed gradients of ``losses``, functions of the model and the step."""
-    ap = ActivationPreconditioner(model, damping=0.1, update_every=3, ema=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    ap = ActivationPreconditioner(model, **options)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for step in range(STEPS):
         optimizer.zero_grad()
-        for function in losses:
-            (function(model, step) * world).backward()  # DDP divides by the world size
+        for i, function in enumerate(losses):
+            parallel = isinstance(model, DistributedDataParallel)
+            with model.no_sync() if parallel and i < len(losses) - 1 else nullcontext():
+                (function(model, step) * factor).backward()  # DDP divides by the world size
         ap.step()
         optimizer.step()
+    return ap
 
 
-def worker(rank: int, world: int, folder: str) -> None:
+def micro_batches(name: str) -> int:
+    return 2 if name == "accumulated" else 1
+
+
+def trained(rank: int, world: int, name: str) -> dict[str, Any]:
+    total = sum(size(r) for r in range(world))
+    model = DistributedDataParallel(Net(), find_unused_parameters=True)
+    losses = [lambda m, s, i=i: loss(m, s, rank, i, total) for i in range(micro_batches(name))]
+    ap = train(model, losses, world, SETTINGS[name])
+    return {"weights": model.module.state_dict(), "state": ap.state_dict(), "bytes": ap.bytes_sent}
+
+
+def counted(rank: int, world: int) -> dict[str, Any]:
+    """Bytes per step, the collectives' own count of them, and the blocks that this rank inverts."""
+    sent, inverted = [0], []
+    all_reduce, broadcast, cholesky = dist.all_reduce, dist.broadcast, torch.linalg.cholesky_ex
+
+    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            sent[0] += tensor.numel() * tensor.element_size()
+            return collective(tensor, *args, **kwargs)
+
+        return call
+
+    def factorise(matrix: Tensor) -> Any:
+        if solver == "exact":
+            inverted.append(tuple(matrix.shape[:2]))
+        return cholesky(matrix)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), nn.Linear(8, WIDTH), nn.Linear(WIDTH, 2))
+    model[1].requires_grad_(False)
+    outcomes = {}
+    for solver in ("exact", "lowrank"):
+        ap = ActivationPreconditioner(model, solver=solver, update_every=4, exclude=["2"])
+        per_step = []
+        dist.all_reduce, dist.broadcast = counting(all_reduce), counting(broadcast)
+        torch.linalg.cholesky_ex = factorise
+        for _ in range(6):
+            model(torch.ones(4, 8)).sum().backward()
+            sent[0], known = 0, ap.bytes_sent
+            ap.step()
+            per_step.append((ap.bytes_sent - known, sent[0]))
+        dist.all_reduce, dist.broadcast, torch.linalg.cholesky_ex = all_reduce, broadcast, cholesky
+        outcomes[solver] = per_step
+        ap.remove()
+    return outcomes | {"inverted": inverted}
+
+
+def failing(rank: int, world: int) -> dict[str, Any]:
+    """One rank sees NaN, at the second refresh."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(6, 3, bias=False), "b": nn.Linear(6, 3, bias=False)}).double()
+    ap = ActivationPreconditioner(model, damping=0.1, update_every=2, ema=0.5)
+    x = torch.randn(world, 8, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for step in range(4):
+        model.zero_grad()
+        mine = x[rank].clone()
+        if step == 2 and rank == 1:
+            mine[0, 0] = torch.nan
+        model["a"](mine).sum().backward()
+        model["a"].weight.grad = torch.ones(3, 6, dtype=torch.double)
+        ap.step()
+        results[step] = model["a"].weight.grad.clone()
+    summary = ap.summary()
+    return {"steps": results, "rows": [row.rows for row in summary], "failures": [row.failures for row in summary]}
+
+
+def early(rank: int, world: int) -> list[Tensor]:
+    """A layer is first used between refreshes, by the last rank alone; the gradients of that layer, step by step."""
+    torch.manual_seed(0)
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3, bias=False), nn.Linear(6, 3, bias=False)
+
+        def forward(self, x: Tensor, late: bool) -> Tensor:
+            return self.a(x) + self.b(x) if late else self.a(x)
+
+    model = DistributedDataParallel(Late().double(), find_unused_parameters=True)
+    ap = ActivationPreconditioner(model, damping=0.1, update_every=10)
+    gradients = []
+    for step in range(5):
+        model.zero_grad()
+        model(rows(step, rank), step >= 2 and rank == world - 1).square().sum().backward()
+        if step >= 2:
+            model.module.b.weight.grad.fill_(1)
+        ap.step()
+        if step >= 2:
+            gradients.append(model.module.b.weight.grad.clone())
+    return gradients
+
+
+def rows(step: int, rank: int) -> Tensor:
+    return torch.randn(5, 6, dtype=torch.double, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def worker(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    total = sum(6 + 3 * r for r in range(world))
-    model = DistributedDataParallel(Net(), find_unused_parameters=True)
-    train(model, [lambda m, s: loss(m, s, rank, total)], world)
-    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    outcomes: dict[str, Any] = {}
+    work: dict[str, Callable[[], Any]] = {name: lambda name=name: trained(rank, world, name) for name in SETTINGS}
+    work |= {
+        "counted": lambda: counted(rank, world),
+        "failing": lambda: failing(rank, world),
+        "early": lambda: early(rank, world),
+    }
+    for name, run in work.items():
+        try:
+            outcomes[name] = run()
+        except Exception:
+            outcomes[name] = RuntimeError(f"rank {rank}: {traceback.format_exc()}")
+            break
+    torch.save(outcomes, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ddp_equals_one_process_on_the_union_of_the_batch(world: int, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(world, str(tmp_path)), nprocs=world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    for other in ranks[1:]:
-        assert all(torch.equal(ranks[0][name], other[name]) for name in ranks[0])
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [CONTEXT.Process(target=worker, args=(rank, request.param, folder)) for rank in range(request.param)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    outcomes = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    for outcome in outcomes:
+        for error in outcome.values():
+            if isinstance(error, RuntimeError):
+                raise error
+    return outcomes
 
-    total = sum(6 + 3 * r for r in range(world))
+
+def assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same(found[name], value)
+    else:
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_ranks_are_bit_identical_after_fifty_steps(ranks: list[dict[str, Any]], name: str) -> None:
+    for other in ranks[1:]:
+        assert_same(other[name], ranks[0][name])
+    assert ranks[0][name]["state"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_ddp_equals_one_process_on_the_union_of_the_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    world = len(ranks)
+    total = sum(size(r) for r in range(world))
     model = Net()
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    train(model, [lambda m, s, r=r: loss(m, s, r, total) for r in range(world)], 1)
-    for name, value in model.state_dict().items():
-        moved = (value - start[name]).norm()
-        assert moved > 0
-        assert (ranks[0][name] - value).norm() <= 1e-5 * value.norm(), name
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = [lambda m, s, r=r, i=i: loss(m, s, r, i, total) for i in range(micro_batches(name)) for r in range(world)]
+    ap = train(model, losses, 1, SETTINGS[name])
+    for key, value in model.state_dict().items():
+        moved = (value - start[key]).norm()
+        assert (moved > 0) == (not key.startswith("frozen")), key
+        assert (ranks[0][name]["weights"][key] - value).norm() <= 1e-5 * value.norm(), key
+    pooled = ranks[0][name]["state"]["layers"]
+    for layer, state in ap.state_dict()["layers"].items():
+        assert pooled[layer]["rows_seen"] == state["rows_seen"], layer
+        assert pooled[layer]["refreshed_at"] == state["refreshed_at"], layer
+
+
+def test_the_unused_layer_and_the_uneven_batches_were_there(ranks: list[dict[str, Any]]) -> None:
+    layers = ranks[0]["exact"]["state"]["layers"]
+    assert layers["readout.weight"]["rows_seen"] == sum(size(r) for r in range(len(ranks)))
+    assert layers["sometimes.weight"]["rows_seen"] == size(0)
+
+
+def test_only_refreshes_send_and_bytes_sent_says_what(ranks: list[dict[str, Any]]) -> None:
+    """Layers 0, 3, 4 and 5 read 8 features, layer 6 reads 72; the frozen 1 and the excluded 2 send nothing."""
+    small, wide, single, count = 8, WIDTH, 4, 8
+    panels = [(wide, 64), (wide - 64, wide - 64)]  # rows and columns of what is kept of the wide covariance
+    packed = 4 * small**2 + sum(a * b for a, b in panels)
+    exact_bytes = single * (packed + 4 * small**2 + wide**2) + 5 * count + 5 * count  # counts, and what was renewed
+    tracked = {small: 8, wide: 48}
+    lowrank_bytes = single * (4 * (small * tracked[small] + 1) + wide * tracked[wide] + 1) + 5 * count
+    for rank in ranks:
+        for said, sent in rank["counted"]["exact"] + rank["counted"]["lowrank"]:
+            assert said == sent
+        assert [said for said, _ in rank["counted"]["exact"]] == [exact_bytes, 0, 0, 0, exact_bytes, 0]
+        warm_up = [lowrank_bytes] * 3
+        assert [said for said, _ in rank["counted"]["lowrank"]][:4] == [*warm_up, 0]
+
+
+def test_each_rank_inverts_its_share_only(ranks: list[dict[str, Any]]) -> None:
+    """The wide one, of 729 times the cost of a small one, on one rank; the small ones on the others."""
+    inverted: list[dict[int, int]] = []
+    for rank in ranks:
+        blocks: dict[int, int] = {}
+        for count, dim in rank["counted"]["inverted"]:
+            blocks[dim] = blocks.get(dim, 0) + count
+        inverted.append(blocks)
+    refreshes = 2
+    assert sum(blocks.get(WIDTH, 0) for blocks in inverted) == refreshes
+    assert sum(blocks.get(8, 0) for blocks in inverted) == 4 * refreshes
+    for blocks in inverted:
+        assert not (blocks.get(WIDTH, 0) and blocks.get(8, 0))
+        assert blocks.get(WIDTH, 0) or blocks.get(8, 0) == 4 * refreshes // (len(ranks) - 1)
+
+
+def test_nan_on_one_rank_keeps_the_last_good_inverse_on_all(ranks: list[dict[str, Any]]) -> None:
+    world = len(ranks)
+    x = torch.randn(world, 8, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
+    sigma = x.T @ x / len(x)
+    inverse = torch.linalg.inv(sigma + 0.1 * sigma.trace() * torch.eye(6, dtype=torch.double))
+    for rank in ranks:
+        for found in rank["failing"]["steps"].values():
+            torch.testing.assert_close(found, torch.ones(3, 6, dtype=torch.double) @ inverse)
+        assert rank["failing"]["rows"] == [8 * world, 0]
+        assert rank["failing"]["failures"] == [1, 0]
+
+
+def test_a_layer_first_used_by_one_rank_between_refreshes_has_an_inverse_on_all_at_the_next_step(
+    ranks: list[dict[str, Any]],
+) -> None:
+    x = rows(3, len(ranks) - 1)  # of the early refresh, in which the other ranks have no row to add
+    sigma = x.T @ x / len(x)
+    inverse = torch.linalg.inv(sigma + 0.1 * sigma.trace() * torch.eye(6, dtype=torch.double))
+    ones = torch.ones(3, 6, dtype=torch.double)
+    for rank in ranks:
+        first, second, third = rank["early"]
+        assert torch.equal(first, ones)
+        torch.testing.assert_close(second, ones @ inverse)
+        assert torch.equal(third, second)

@@ -263,7 +263,7 @@ def test_state_of_another_model_is_refused() -> None:
     wider.step()
     with pytest.raises(ValueError, match=r"differ in: 2\.weight"):
         wide.load_state_dict(wider.state_dict())
-    with pytest.raises(ValueError, match=r"0\.weight: the preconditioner.s saved inverse is of shape \(1, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"0\.weight: the preconditioner.s saved factor is of shape \(1, 6, 6\)"):
         small.load_state_dict(wider.state_dict())
 
 

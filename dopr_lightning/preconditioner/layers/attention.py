@@ -101,5 +101,11 @@ class AttentionOutput(_AttentionLayer):
             )
         self.dim = self.features + self.homogeneous
 
+    def positions(self, mask: Tensor) -> Tensor:
+        # Attention works on (T, B, E), whatever the order of its input.
+        (module,) = self.modules[:1]
+        assert isinstance(module, nn.MultiheadAttention)
+        return (mask.mT if module.batch_first and mask.dim() == 2 else mask).flatten()
+
     def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         raise NotImplementedError("a functional layer's input is no argument of its module's forward")

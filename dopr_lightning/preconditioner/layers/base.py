@@ -103,9 +103,20 @@ class Layer(ABC):
         return self.weight.grad is not None and (not self.homogeneous or self.bias.grad is not None)
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients are rewritten, wholly or in a span, by their public names."""
+        return {join(self._prefix, at.name): at.get() for at in (self._weight, self._bias) if at is not None}
+
+    @property
     def parameter_names(self) -> list[str]:
-        """Public names of the parameters whose gradients are rewritten."""
-        return [join(self._prefix, location.name) for location in (self._weight, self._bias) if location is not None]
+        """Public names of the :attr:`parameters`."""
+        return [join(self._prefix, at.name) for at in (self._weight, self._bias) if at is not None]
+
+    @property
+    def labels(self) -> list[str]:
+        """For a person, one per parameter: its name, with the :attr:`part` where the layer has but a span of it."""
+        names = self.parameter_names
+        return [name + self.name.removeprefix(names[0]) for name in names]
 
     @property
     def signature(self) -> Hashable:
@@ -115,6 +126,10 @@ class Layer(ABC):
         inputs of all their modules.
         """
         return type(self), self.blocks, self.dim, id(self.bias) if self.homogeneous else None
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """A mask of the input's positions in the order of the rows, (n,)."""
+        return mask.flatten()
 
     def check_sharding(self) -> None:  # noqa: B027 - nothing to refuse by default
         """Raise ValueError if the weight is sharded such that its gradient would have to be gathered."""

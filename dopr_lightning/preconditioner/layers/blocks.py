@@ -40,6 +40,9 @@ class BlockDiagonal(DenseLayer):
     def signature(self) -> Hashable:
         return super().signature, self.layer.signature
 
+    def positions(self, mask: Tensor) -> Tensor:
+        return self.layer.positions(mask)
+
     def check_sharding(self) -> None:
         self.layer.check_sharding()
 

@@ -1,0 +1,33 @@
+"""What ``--optimizers`` may say."""
+
+import pytest
+
+from dopr_lightning.errors import UserError
+from dopr_lightning.experiments.arms import Arm, parse_arms
+
+
+def test_arms_may_carry_options_of_dopr() -> None:
+    plain, exact = parse_arms("adamw, dopr-adamw+solver=exact+update_every=10")
+    assert plain == Arm("adamw", dopr=False)
+    assert exact.name == "dopr-adamw+solver=exact+update_every=10"
+    assert exact.arguments(lr=0.1, damping=0.02) == [
+        "--model.optimizer.base=adamw",
+        "--model.optimizer.lr=0.1",
+        "--trainer.callbacks+=dopr_lightning.DoPr",
+        "--trainer.callbacks.damping=0.02",
+        "--trainer.callbacks.solver=exact",
+        "--trainer.callbacks.update_every=10",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("adamw+solver=exact", "options after \\+ are DoPr's, as in dopr-adamw\\+update_every=10"),
+        ("dopr-adam", "unknown optimizer 'dopr-adam'"),
+        ("adamw,adamw", "named twice"),
+    ],
+)
+def test_mistakes_are_named(names: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_arms(names)
