@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dopr_lightning.callback import DoPr as DoPr
     from dopr_lightning.optim import configure_optimizers as configure_optimizers
     from dopr_lightning.preconditioner import ActivationPreconditioner as ActivationPreconditioner
+    from dopr_lightning.preconditioner import register_layer as register_layer
 
 __version__ = "0.1.0"
 
@@ -19,9 +20,10 @@ _HOME = {
     "ActivationPreconditioner": "dopr_lightning.preconditioner",
     "DoPr": "dopr_lightning.callback",
     "configure_optimizers": "dopr_lightning.optim",
+    "register_layer": "dopr_lightning.preconditioner",
 }
 
-__all__ = ["ActivationPreconditioner", "DoPr", "configure_optimizers"]
+__all__ = ["ActivationPreconditioner", "DoPr", "configure_optimizers", "register_layer"]
 
 
 def __getattr__(name: str) -> Any:

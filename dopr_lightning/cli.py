@@ -19,6 +19,9 @@ Train a policy and judge it by rollouts:
 Find out whether an optimizer helps:
   compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot
 
+Find out what it costs:
+  bench      a step with and without it, measured here; or predicted for a model, ranks and GPUs you do not have yet
+
 Prepare data:
   demos      check and register demonstrations, downloading them where needed
 
@@ -77,6 +80,12 @@ def _compare(verb: str, arguments: list[str]) -> None:
     main(arguments)
 
 
+def _bench(verb: str, arguments: list[str]) -> None:
+    from dopr_lightning.bench.main import main
+
+    main(arguments)
+
+
 def _demos(verb: str, arguments: list[str]) -> None:
     from dopr_lightning.data.demos import main
 
@@ -88,5 +97,6 @@ VERBS: dict[str, Callable[[str, list[str]], None]] = {
     "validate": _train,
     "test": _train,
     "compare": _compare,
+    "bench": _bench,
     "demos": _demos,
 }

@@ -57,3 +57,13 @@ def test_reading_the_matrices_leaves_them_as_they_are() -> None:
     before = matrices.flat.clone()
     matrices.lower(slice(0, 1)).fill_(1e9)  # as damped_inverse overwrites it
     assert torch.equal(matrices.flat, before)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_stored_matrices_replace_those_of_their_blocks(dim: int) -> None:
+    matrices, rows = packed(3, dim), draw(3, 4, dim)
+    matrices.add_gram(slice(0, 3), rows)
+    stored = draw(2, 2 * dim, dim, seed=1)
+    matrices.store(slice(1, 3), stored.mT @ stored)
+    expected = torch.cat([rows[:1].mT @ rows[:1], stored.mT @ stored])
+    torch.testing.assert_close(matrices.lower(slice(0, 3)).tril(), expected.tril())

@@ -1,0 +1,1 @@
+"""What does preconditioning cost, here and elsewhere?"""

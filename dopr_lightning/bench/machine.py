@@ -1,0 +1,123 @@
+"""How fast is this machine at what the preconditioner does?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dopr_lightning.preconditioner.stack import subtract_low_rank
+from dopr_lightning.preconditioner.subspace import nystrom, random_basis
+
+TRACKED = 48
+"""Columns of the skinny products: what the low-rank solver starts with."""
+
+COLD = 1 << 25
+"""Bytes that no core's own cache holds."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the cost model multiplies FLOPs and bytes with.
+
+    Attributes:
+        square: FLOP/s of float32 products of square matrices: what the FLOP floor assumes of everything.
+        skinny: FLOP/s of float32 products with few columns, as the low-rank solver has them: of one column more.
+        touch: Seconds per entry of a gradient that a low-rank update takes besides: reading and writing it.
+        factor: FLOP/s of Cholesky factors, d^3 / 3 each.
+        inverse: FLOP/s of inverses from them, 2 d^3 / 3 each.
+        nystrom: FLOP/s of one Nystrom step, 8 d k^2, in float64.
+        small: Seconds of one Nystrom step beyond its products, k x k Cholesky and eigenvalues, at k = 48.
+        bandwidth: Bytes/s of copies, reads and writes both counted.
+        call: Seconds of one small operator, which Python and the dispatcher take.
+        network: Bytes/s at which one rank sends and receives; None where there is but one.
+        latency: Seconds of one collective beyond its bytes.
+    """
+
+    square: float
+    skinny: float
+    touch: float
+    factor: float
+    inverse: float
+    nystrom: float
+    small: float
+    bandwidth: float
+    call: float
+    network: float | None = None
+    latency: float = 0.0
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) -> Rates:
+    """Measure, in about a second.
+
+    Args:
+        device: Where.
+        dim: Of the products' matrices: near the widest of the model that is judged, since caches matter.
+        repeats: Of each measurement, of which the median counts.
+    """
+
+    def seconds(function: Callable[[], object]) -> float:
+        function()
+        times = []
+        for _ in range(repeats):
+            synchronise(device)
+            start = time.perf_counter()
+            function()
+            synchronise(device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    a, b = normal(dim, dim), normal(dim, dim)
+    square = 2 * dim**3 / seconds(lambda: torch.mm(a, b))
+    # Many gradients in turn: a real one was written a while ago and is in no core's cache.
+    gradients = [normal(1, dim, dim) for _ in range(max(4, COLD // (4 * dim**2)))]
+
+    def update(rank: int) -> float:
+        """Seconds per entry of a gradient."""
+        left, right = normal(1, dim, rank), normal(1, rank, dim) / dim
+        taken = seconds(lambda: [subtract_low_rank(gradient, left, right, 0.5) for gradient in gradients])
+        return taken / len(gradients) / dim**2
+
+    few, many = update(TRACKED // 3), update(TRACKED)
+    # Rounding and noise aside, no skinny product is faster than a square one.
+    skinny = min(square, 4 * (TRACKED - TRACKED // 3) / max(many - few, 1e-15))
+    touch = max(0.0, many - 4 * TRACKED / skinny)
+    size = min(dim, 512)
+    matrix = torch.eye(size, device=device)[None]
+    cholesky = torch.linalg.cholesky(matrix)
+    factor = size**3 / 3 / seconds(lambda: torch.linalg.cholesky_ex(matrix))
+    inverse = 2 * size**3 / 3 / seconds(lambda: torch.cholesky_inverse(cholesky))
+    short, long = (seconds(partial(_nystrom, d, device)) for d in (64, 2048))
+    nystrom_rate = 8 * (2048 - 64) * TRACKED**2 / max(long - short, 1e-9)
+    x = normal(1 << 23)
+    y = torch.empty_like(x)
+    bandwidth = 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    one = torch.ones(1, device=device)
+    call = seconds(lambda: [one.mul_(1) for _ in range(200)]) / 200
+    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, short, bandwidth, call)
+
+
+def _nystrom(dim: int, device: torch.device) -> Tensor:
+    basis = _BASES.get((dim, str(device)))
+    if basis is None:
+        basis = random_basis(1, dim, TRACKED, seed=0, device=device, dtype=torch.float32)
+        _BASES[dim, str(device)] = basis
+    decay = torch.linspace(1, 0.1, TRACKED, device=device)
+    return nystrom(basis, basis * decay, torch.full((1,), float(TRACKED), device=device))[1]
+
+
+_BASES: dict[tuple[int, str], Tensor] = {}

@@ -1,0 +1,261 @@
+"""``dopr bench``: AdamW beside DoPr-AdamW in one run, split and beside its floor; or predicted, for any model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dopr_lightning.errors import Parser, UserError
+
+if TYPE_CHECKING:
+    from dopr_lightning.preconditioner.solvers import Solver
+
+SOLVERS = ("exact", "lowrank", "auto")
+
+QUICK = ("mlp-256", "mlp-512")
+"""What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, or with ``--model`` predict.
+
+    Raises:
+        UserError: A mistake in the arguments, found before anything is measured.
+    """
+    options = _parser().parse_args(arguments)
+    for name in ("update_every", "threads", "ranks", "rows", "shards"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    # Read when torch is loaded: its profiler talks on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if options.model is not None:
+        from dopr_lightning.bench.elsewhere import main as predict
+
+        predict(options)
+        return
+    _measure(options)
+
+
+def _measure(options: Any) -> None:
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from dopr_lightning.bench.measure import threads
+    from dopr_lightning.bench.report import plot, print_tables
+    from dopr_lightning.bench.workloads import workloads
+    from dopr_lightning.experiments.report import versions
+    from dopr_lightning.experiments.runner import cores
+    from dopr_lightning.experiments.trial import write_json
+
+    names = options.models.split(",") if options.models else QUICK if options.quick else None
+    chosen = workloads(names, _sizes(options.batch) if options.batch else None)
+    if options.quick:  # the smallest batch of each
+        chosen = list({workload.name: workload for workload in reversed(chosen)}.values())[::-1]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that PyTorch can use")
+    count = options.threads or cores()
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "settings": {
+            "solver": options.solver,
+            "update_every": options.update_every,
+            "threads": count,
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+            "autocast": options.autocast,
+            "quick": options.quick,
+        },
+        "versions": versions(),
+        "rows": [],
+        "communication": [],
+    }
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with threads(count), Progress(*columns, transient=True) as progress:
+        everything = progress.add_task("bench", total=len(chosen) + (options.ranks > 1))
+        for workload in chosen:
+            task = progress.add_task(f"{workload.name}, batch {workload.batch_size}", total=None)
+            row = _row(workload, options, partial(progress.advance, task))
+            results["rows"].append(row)
+            write_json(results, output / "results.json")  # an interrupted run keeps what it has
+            progress.remove_task(task)
+            progress.advance(everything)
+            ratio = row["ratio"]["median"]
+            progress.console.print(f"{workload.name}, batch {workload.batch_size}: {ratio:.3f} x AdamW")
+        if options.ranks > 1:
+            results["communication"] = _communicate(chosen[0], options)
+            progress.advance(everything)
+    write_json(results, output / "results.json")
+    plot(results, output / "bench.png")
+    print_tables(results)
+    print(f"plot: {output / 'bench.png'}   numbers: {output / 'results.json'}")
+
+
+def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
+    """Everything about one workload."""
+    import torch
+
+    from dopr_lightning.bench.cholesky import PlainCholesky
+    from dopr_lightning.bench.machine import measure_rates
+    from dopr_lightning.bench.measure import Arm, Limits, Quartiles, paired_intervals, peak_bytes, phases
+    from dopr_lightning.bench.plan import held_bytes, observed
+    from dopr_lightning.bench.predict import predict
+    from dopr_lightning.preconditioner import ActivationPreconditioner
+
+    device = torch.device(options.device)
+    autocast = torch.bfloat16 if options.autocast == "bf16" else None
+    batches = workload.batches(16, device)
+    arm = partial(Arm, workload, device, autocast)
+    limits = Limits(2, 3, 0.0) if options.quick else Limits(3, 30, 30.0)
+
+    every = options.update_every
+    dopr = arm(lambda model: ActivationPreconditioner(model, solver=options.solver, update_every=every))
+    base = arm(None)
+    times = []
+    for pair in paired_intervals([base, dopr], batches, every, limits):
+        times.append(pair)
+        advance()
+    preconditioner = dopr.preconditioner
+    assert isinstance(preconditioner, ActivationPreconditioner)
+    planned = observed(preconditioner)
+    rates = measure_rates(device, max(layer.shape.dim for layer in planned))
+    split = phases(dopr, batches, length=every)
+    held = held_bytes(preconditioner)  # a whole number of intervals has passed: the next step is a refresh
+    base_peak, dopr_peak = peak_bytes(base, batches[0], 0), peak_bytes(dopr, batches[0], held)
+    overhead = Quartiles.of([after - before for before, after in times])
+    split["other"] = overhead.median - sum(split.values())
+    prediction = predict(planned, rates, update_every=every)
+    del base, dopr, preconditioner
+
+    three = [
+        arm(None),
+        arm(PlainCholesky),
+        arm(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
+    ]
+    exact_times = []
+    for triple in paired_intervals(three, batches, 1, replace(limits, most=10 * limits.most)):
+        exact_times.append(triple)
+        advance()
+    exact = three[2].preconditioner
+    assert isinstance(exact, ActivationPreconditioner)
+    exact_plan = observed(exact)
+    columns = list(zip(*exact_times, strict=True))
+    return {
+        "model": workload.name,
+        "batch": workload.batch_size,
+        "goal": workload.goal if (options.solver, every) == ("auto", 10) else None,
+        "intervals": len(times),
+        "base_seconds": asdict(Quartiles.of([before for before, _ in times])),
+        "dopr_seconds": asdict(Quartiles.of([after for _, after in times])),
+        "ratio": asdict(Quartiles.of([after / before for before, after in times])),
+        "overhead_seconds": overhead.median,
+        "phases": split,
+        "rates": asdict(rates),
+        "flops": prediction.flops,
+        "floor_seconds": prediction.floor,
+        "base_peak_bytes": base_peak,
+        "dopr_peak_bytes": dopr_peak,
+        "held_bytes": held,
+        "predicted": {
+            "seconds": prediction.total,
+            "phases": prediction.seconds,
+            "held_bytes": prediction.held,
+        },
+        "layers": [asdict(layer.shape) | asdict(layer.method) for layer in planned],
+        "exact": {
+            "steps": len(exact_times),
+            "base_seconds": asdict(Quartiles.of(columns[0])),
+            "plain_seconds": asdict(Quartiles.of(columns[1])),
+            "exact_seconds": asdict(Quartiles.of(columns[2])),
+            "ratio": asdict(Quartiles.of([after / before for _, before, after in exact_times])),
+            "over_base": asdict(Quartiles.of([after / before for before, _, after in exact_times])),
+            "held_bytes": held_bytes(exact),
+            "goal_bytes": _goal_bytes(exact_plan),
+        },
+    }
+
+
+def _goal_bytes(planned: Sequence[Any]) -> int:
+    """One packed copy of all covariances, one copy of their inverses."""
+    from dopr_lightning.preconditioner.cost import packed_size
+
+    dense = [layer.shape for layer in planned if layer.method.solver != "diagonal"]
+    return sum(4 * shape.blocks * (packed_size(shape.dim) + shape.dim**2) for shape in dense)
+
+
+def _communicate(workload: Any, options: Any) -> list[dict[str, Any]]:
+    """Bytes between ranks, with either solver."""
+    from dopr_lightning.bench.communication import bytes_per_step
+    from dopr_lightning.bench.elsewhere import H100
+    from dopr_lightning.bench.predict import predict
+
+    every, ranks = options.update_every, options.ranks
+    solvers: tuple[Solver, ...] = ("exact", "lowrank")
+    measured = bytes_per_step(workload, ranks=ranks, solvers=solvers, update_every=every)
+    return [
+        {
+            "model": workload.name,
+            "ranks": ranks,
+            "solver": solver,
+            "bytes_per_step": sent,
+            # The rates do not enter the bytes.
+            "predicted": predict(planned, H100, update_every=every, ranks=ranks).sent,
+            "tracked": max(layer.method.tracked for layer in planned),
+        }
+        for solver, (sent, planned) in zip(solvers, measured, strict=True)
+    ]
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UserError(f"--batch {text}: give sizes separated by commas, 256,1024")
+    return sizes
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dopr bench",
+        allow_abbrev=False,
+        description="Measure what preconditioning adds to a step of AdamW, on two copies of a model that step in turn: "
+        "medians over whole intervals between refreshes, split into statistics, reduce, solve, apply, beside the "
+        "FLOP floor and a prediction; and the exact solver at every step beside plain Cholesky. With --model only "
+        "this machine is measured: a prediction for any model, ranks, solver and cadence.",
+        epilog="example: dopr bench --quick, or dopr bench --model llama-3.1-8b --ranks 512 --rates h100",
+    )
+    parser.add_argument(
+        "--models", help="comma-separated; default: all (mlp-256 .. mlp-2048, unet, transformer-512, resnet18)"
+    )
+    parser.add_argument("--batch", help="comma-separated batch sizes; default: each model's own, 256,1024 for policies")
+    parser.add_argument("--solver", choices=SOLVERS, default="auto", help="default: %(default)s")
+    parser.add_argument("--update-every", type=int, default=10, help="steps per refresh; default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--autocast", choices=("none", "bf16"), default="none", help="of the forward; default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="small models, few intervals: seconds, and noisy")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="count bytes between so many processes too; default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="default: %(default)s")
+    prediction = parser.add_argument_group("prediction")
+    prediction.add_argument(
+        "--model", help="llama-3.1-8b, a name as in --models, or package.module:function that makes one"
+    )
+    prediction.add_argument(
+        "--rows", type=int, default=8192, help="per rank and step, tokens say; default: %(default)s"
+    )
+    prediction.add_argument(
+        "--shards", type=int, default=1, help="ranks that share each gradient; default: %(default)s"
+    )
+    prediction.add_argument("--rates", choices=("measured", "h100"), default="measured", help="default: this machine's")
+    return parser

@@ -1,0 +1,197 @@
+"""Steps with and without preconditioning in turn, so that whatever disturbs one disturbs the other."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from dopr_lightning.bench.machine import synchronise
+from dopr_lightning.bench.predict import PHASES
+from dopr_lightning.bench.workloads import Batch, Workload
+
+LEARNING_RATE = 1e-4
+"""Small: the models train as usual, and none diverges."""
+
+
+WARM_UP = 4
+"""Steps at least before any is timed: the low-rank solver refreshes at each of the first three."""
+
+
+class Preconditioner(Protocol):
+    """What rewrites gradients between backward and the optimizer's step."""
+
+    def step(self) -> None: ...
+
+
+class Arm:
+    """One copy of a model with its optimizer, AdamW.
+
+    Args:
+        workload: The model.
+        device: Where it is trained.
+        autocast: Dtype of its forward, None for its own.
+        precondition: Makes the preconditioner; None for plain AdamW.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        precondition: Callable[[nn.Module], Preconditioner] | None,
+    ) -> None:
+        self.model = workload.model(device)
+        self.device, self.autocast = device, autocast
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE)
+        self.preconditioner = None if precondition is None else precondition(self.model)
+
+    def step(self, batch: Batch) -> None:
+        """One training step."""
+        inputs, target = batch
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = F.mse_loss(self.model(*inputs).float(), target)
+        loss.backward()
+        if self.preconditioner is not None:
+            self.preconditioner.step()
+        self.optimizer.step()
+
+    def seconds(self, batch: Batch) -> float:
+        """One training step, timed."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        self.step(batch)
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Of paired measurements."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """The quartiles of some values; of one, that value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long to measure: at least and at most so many intervals, none begun after ``budget`` seconds."""
+
+    least: int
+    most: int
+    budget: float
+
+
+def paired_intervals(
+    arms: Sequence[Arm], batches: Sequence[Batch], length: int, limits: Limits
+) -> Iterator[list[float]]:
+    """Mean seconds per step of each arm, interval after interval.
+
+    All arms make the same step before any makes the next, in an order that rotates. Up to five intervals are made
+    beforehand and not timed, within the budget: they hold the solvers' warm-up, the first allocations, and most of the
+    time in which the low-rank solver finds out how many directions the data needs.
+
+    Args:
+        arms: To compare.
+        batches: Used in turn.
+        length: Steps of an interval: a multiple of the steps between refreshes, so that their cost is counted in full.
+        limits: How many intervals.
+    """
+    source = itertools.cycle(batches)
+    start = time.perf_counter()
+    for interval in range(5):
+        if interval * length >= WARM_UP and time.perf_counter() - start > limits.budget:
+            break
+        for _ in range(length):
+            batch = next(source)
+            for arm in arms:
+                arm.step(batch)
+    start = time.perf_counter()
+    for interval in range(limits.most):
+        if interval >= limits.least and time.perf_counter() - start > limits.budget:
+            return
+        totals = [0.0] * len(arms)
+        for step in range(length):
+            batch = next(source)
+            for turn in range(len(arms)):
+                index = (turn + step + interval) % len(arms)
+                totals[index] += arms[index].seconds(batch)
+        yield [total / length for total in totals]
+
+
+def phases(arm: Arm, batches: Sequence[Batch], *, length: int) -> dict[str, float]:
+    """Mean seconds per step that the preconditioner's phases take, from a profile of one interval."""
+    activities = [ProfilerActivity.CPU]
+    if arm.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        for _, batch in zip(range(length), itertools.cycle(batches), strict=False):
+            arm.step(batch)
+        synchronise(arm.device)
+    found = dict.fromkeys(PHASES, 0.0)
+    for event in profiler.key_averages():
+        phase = event.key.removeprefix("dopr::")
+        if event.key.startswith("dopr::") and phase in found:
+            # On a GPU the host only queues the work; the range itself shows up there, too.
+            total = event.device_time_total if arm.device.type == "cuda" else event.cpu_time_total
+            found[phase] += total / 1e6 / length
+    return found
+
+
+def peak_bytes(arm: Arm, batch: Batch, held: int) -> int:
+    """Bytes of all tensors at the worst moment of one step.
+
+    Args:
+        arm: Its next step should be a refresh.
+        batch: The step's.
+        held: What the preconditioner holds beforehand.
+
+    Returns:
+        On a GPU the allocator's peak. On the CPU parameters, optimizer state and ``held``, and on top of them what the
+        allocator's calls during the step add up to at most; tensors that the step replaces are counted beside the new
+        ones to its end, so a refresh is slightly overestimated.
+    """
+    arm.optimizer.zero_grad()
+    if arm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(arm.device)
+        arm.step(batch)
+        synchronise(arm.device)
+        return torch.cuda.max_memory_allocated(arm.device)
+    tensors: list[Any] = [*arm.model.parameters(), *arm.model.buffers()]
+    tensors += [x for state in arm.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        arm.step(batch)
+    results = profiler.profiler
+    assert results is not None
+    assert results.kineto_results is not None
+    changes = [event.nbytes() for event in results.kineto_results.events() if event.name() == "[memory]"]
+    return held + sum(x.nbytes for x in tensors) + max(0, *itertools.accumulate(changes))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

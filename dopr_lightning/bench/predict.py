@@ -1,0 +1,137 @@
+"""From FLOPs and bytes to seconds: what will a step cost?
+
+The FLOPs, bytes and memory are counts (:mod:`dopr_lightning.preconditioner.cost`). The seconds take ten rates,
+measured in the same run or assumed, and two counts of operator calls, taken from a profile of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dopr_lightning.bench.machine import TRACKED, Rates
+from dopr_lightning.bench.plan import Planned
+from dopr_lightning.preconditioner.distributed import assign
+
+PHASES = ("statistics", "reduce", "solve", "apply")
+
+CALLS = {"step": 16, "refresh": 80}
+"""Small operators' worth of host time per layer: at every step (finding the gradient, one or two products, putting it
+back), and on a refresh besides (the hooks and nodes in forward and backward, counting, accepting)."""
+
+SUBSTITUTION = 1.3
+"""Time of two triangular substitutions, in products of as many FLOPs (measured on CPU)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one rank, on average over the steps between refreshes.
+
+    Attributes:
+        seconds: Per step, by phase.
+        floor: Seconds per step if all FLOPs went at the speed of square products and nothing else took time.
+        flops: Per step.
+        held: Bytes between steps.
+        sent: Bytes per step handed to collectives.
+    """
+
+    seconds: dict[str, float]
+    floor: float
+    flops: float
+    held: int
+    sent: float
+
+    @property
+    def total(self) -> float:
+        """Seconds per step that preconditioning adds."""
+        return sum(self.seconds.values())
+
+
+def predict(planned: Sequence[Planned], rates: Rates, *, update_every: int, ranks: int = 1) -> Prediction:
+    """What preconditioning adds to a step.
+
+    Args:
+        planned: The layers.
+        rates: Of the machine.
+        update_every: Steps per refresh.
+        ranks: Ranks that pool statistics and share exact inverses.
+    """
+    costs = [layer.cost for layer in planned]
+    step, refresh = (number * rates.call for number in CALLS.values())
+    statistics = sum(_statistics(layer, rates) for layer in planned) + refresh * len(planned)
+    apply = sum(_apply(layer, rates) for layer in planned) + step * len(planned)
+    solve, share = _solve(planned, rates, ranks)
+    pooled = ranks > 1
+    sent = sum(cost.summed + cost.gathered for cost in costs) if pooled else 0
+    reduce = 0.0
+    if pooled and rates.network is not None:
+        # A ring passes a sum round twice, a broadcast once.
+        travel = sum(2 * cost.summed + cost.gathered for cost in costs) * (ranks - 1) / ranks
+        reduce = travel / rates.network + 3 * rates.latency
+    flops = share + sum(cost.statistics for cost in costs)
+    flops = flops / update_every + sum(cost.apply for cost in costs)
+    return Prediction(
+        seconds={
+            "statistics": statistics / update_every,
+            "reduce": reduce / update_every,
+            "solve": solve / update_every,
+            "apply": apply,
+        },
+        floor=flops / rates.square,
+        flops=flops,
+        held=sum(cost.held for cost in costs),
+        sent=sent / update_every,
+    )
+
+
+def _statistics(layer: Planned, rates: Rates) -> float:
+    speed = rates.skinny if layer.method.solver == "lowrank" else rates.square
+    passes = {"lowrank": 1, "woodbury": 2}.get(layer.method.solver, 0) + 2 * layer.copies_rows
+    rows = 4.0 * layer.shape.blocks * layer.shape.rows * layer.shape.dim
+    if layer.method.solver == "diagonal":
+        rows = 8.0 * layer.shape.rows
+    return layer.cost.statistics / speed + passes * rows / rates.bandwidth
+
+
+def _apply(layer: Planned, rates: Rates) -> float:
+    entries = layer.shape.blocks * layer.shape.m * layer.shape.dim
+    copies = 4 * layer.copies_rows * 4.0 * entries / rates.bandwidth
+    if layer.method.solver in ("lowrank", "woodbury"):  # in place
+        return layer.cost.apply / rates.skinny + entries * rates.touch + copies
+    speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
+    return layer.cost.apply / speed + 3 * 4.0 * entries / rates.bandwidth + copies
+
+
+def _solve(planned: Sequence[Planned], rates: Rates, ranks: int) -> tuple[float, float]:
+    """Seconds of one refresh on the busiest rank, and its FLOPs: exact inverses are shared, the rest is done by all."""
+    exact = [layer for layer in planned if layer.method.solver == "exact"]
+    groups = sorted({layer.shape.dim for layer in exact}, reverse=True)
+    counts = [sum(layer.shape.blocks for layer in exact if layer.shape.dim == dim) for dim in groups]
+    shares = assign(counts, [float(dim) ** 3 for dim in groups], ranks)
+    busiest = max(
+        (
+            sum(
+                len(range(share[r].start, share[r].stop)) * float(dim) ** 3
+                for dim, share in zip(groups, shares, strict=True)
+            )
+            for r in range(ranks)
+        ),
+        default=0.0,
+    )
+    # Some keep factors, a third of the FLOPs: the busiest rank is taken to have as many of them as any.
+    cubes = sum(layer.shape.blocks * layer.shape.dim**3.0 for layer in exact)
+    kept = sum(layer.cost.solve for layer in exact) / max(1.0, cubes)
+    seconds = busiest * (1 / (3 * rates.factor) + max(0.0, kept - 1 / 3) / rates.inverse)
+    flops = busiest * kept
+    for layer in planned:
+        if layer.method.solver == "exact":
+            continue
+        flops += layer.cost.solve
+        if layer.method.solver == "lowrank":
+            seconds += (
+                layer.cost.solve / rates.nystrom
+                + layer.shape.blocks * rates.small * (layer.method.tracked / TRACKED) ** 2
+            )
+        else:
+            seconds += layer.cost.solve / rates.square
+    return seconds, flops
