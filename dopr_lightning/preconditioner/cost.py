@@ -13,8 +13,8 @@ summed over ranks (numbers)   d^2 (1/2 + 1/(2p))    d k + 1                     
 gathered from ranks           d^2                   0                           -
 ============================  ====================  ==========================  =======================
 
-p is the number of panels of a packed covariance (:class:`~dopr_lightning.preconditioner.packed.PackedSymmetric`): 8,
-or fewer where they would be narrower than 64. d^3 / 3 is a Cholesky factor, kept in place of the inverse where that
+p is the number of panels of a packed covariance (:class:`~dopr_lightning.preconditioner.packed.PackedSymmetric`): 4,
+or fewer where they would be narrower than 128. d^3 / 3 is a Cholesky factor, kept in place of the inverse where that
 would be used too seldom. For an Embedding (``"diagonal"``) everything is linear in d.
 """
 

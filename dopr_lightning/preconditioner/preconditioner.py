@@ -100,7 +100,7 @@ class ActivationPreconditioner:
         update_every: int = 1,
         ema: float = 0.0,
         solver: Solver = "auto",
-        max_error: float = 0.15,
+        max_error: float = 0.2,
         conv: ConvCovariance = "channel",
         bias: bool = False,
         max_dim: int | None = None,

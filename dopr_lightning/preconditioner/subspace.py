@@ -101,27 +101,24 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
         U, orthonormal, leading direction first, (B, d, k), in the dtype of ``basis``; its eigenvalues, (B, k), at
         least 0, in that of ``trace``; and which blocks can be trusted, (B,). A block with NaN or infinity, with a
         trace of 0 or below, or with an image that no covariance has (not positive semidefinite, beyond rounding)
-        cannot; its U is ``basis``, or the first vectors of the identity, and its eigenvalues are 0.
+        cannot; its U is ``basis``, and its eigenvalues are 0.
     """
-    # A sum is finite only if its terms are, and writes no mask.
-    good = trace.isfinite() & (trace > 0) & (image.sum((-2, -1)) + basis.sum((-2, -1))).isfinite()
+    good = trace.isfinite() & (trace > 0)
     scale = torch.where(good, trace, 1)
     # In units of the trace. The shift keeps the core definite where the image has fewer dimensions than columns, and
     # where its rows were rounded to TF32 or bfloat16; directions below it cannot be told apart and need not be.
     shift = 100 * torch.finfo(torch.float32).eps
-    k = basis.shape[-1]
-    vectors = torch.where(good[:, None, None], basis, torch.eye(basis.shape[-2], k).to(basis))
-    image = torch.where(good[:, None, None], image, 0)
-    image = torch.add(image / scale[:, None, None], vectors, alpha=shift)
+    image = (image / scale[:, None, None]).add_(basis, alpha=shift)
     # Float64 for what is orthonormal only by cancellation, products of the image with itself and the new vectors, and
     # for all that is k x k.
-    core = (vectors.mT @ image).double()
+    core = (basis.mT @ image).double()
     wide = image.double()
     gram = wide.mT @ wide
     factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
-    good = good & (info == 0)
+    # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
+    good = good & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
     # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
-    identity = torch.eye(k, dtype=factor.dtype, device=factor.device)
+    identity = torch.eye(basis.shape[-1], dtype=factor.dtype, device=factor.device)
     factor = torch.where(good[:, None, None], factor, identity)
     gram = torch.where(good[:, None, None], gram, identity)
     # With root = image factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
@@ -131,7 +128,7 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
     values, rotation = values.flip(-1), rotation.flip(-1)
     rotation = rotation / values.clamp(min=shift / 2).sqrt()[:, None, :]
     leading = (wide @ torch.linalg.solve_triangular(factor.mT, rotation, upper=True)).to(basis.dtype)
-    leading = torch.where(good[:, None, None], leading, vectors)
+    leading = torch.where(good[:, None, None], leading, basis)
     eigenvalues = torch.where(good[:, None], (values - shift).clamp(min=0), 0) * scale[:, None]
     return leading, eigenvalues.to(trace.dtype), good
 

@@ -93,7 +93,7 @@ def test_the_exact_solver_holds_its_covariances_packed_and_one_copy_of_inverses(
     arm = Arm(workload, CPU, None, lambda model: ActivationPreconditioner(model, solver="exact"))
     arm.step(workload.batches(1, CPU)[0])
     layers = [module.in_features for module in arm.model.modules() if isinstance(module, nn.Linear)]
-    assert held_bytes(arm.preconditioner) <= 1.001 * sum(4 * (d * (d + max(64, d / 8)) / 2 + d * d) for d in layers)
+    assert held_bytes(arm.preconditioner) <= 1.001 * sum(4 * (d * (d + max(128, d / 4)) / 2 + d * d) for d in layers)
 
 
 def test_plain_cholesky_makes_the_same_update() -> None:
@@ -198,7 +198,7 @@ def test_llama_has_its_parameters_and_its_costs() -> None:
     assert flops == 6 * 1000 * (total - 128256 * 4096)  # the embedding is a lookup
     narrow, wide = 6 * 32 + 1, 32  # covariances of 4096 and of 14336
     exact = predict(plan(model, rows, solver="exact", ranks=8), H100, update_every=10, ranks=8)
-    packed = 1 / 2 + 1 / 16
+    packed = 1 / 2 + 1 / 8  # of the square, in four panels
     assert exact.held == pytest.approx(4 * (narrow * 4096**2 + wide * 14336**2) * (packed + 1), rel=1e-3)
     low = predict(plan(model, rows, solver="lowrank", ranks=8), H100, update_every=10, ranks=8)
     embedding = 4 * 128256
