@@ -20,7 +20,8 @@ from dopr_lightning.preconditioner.solvers import Solver
 class DoPr(pl.Callback):
     """Precondition every gradient with its layer's activation covariance before the optimizer takes its step.
 
-    The rewrite happens in ``on_before_optimizer_step``: gradients are unscaled and averaged over ranks there, the
+    The rewrite happens in ``on_before_optimizer_step``: gradients are averaged over ranks and unscaled there (but for
+    fused optimizers, which unscale in their step; M scales along), the
     window of accumulated batches is complete, and gradient clipping, which comes after, sees what the optimizer will
     see. Under data parallelism covariances are pooled over ranks, so ranks stay bit-identical. The state travels in
     Lightning's checkpoints. A step that a gradient scaler skips (``precision="16-mixed"``) leaves no trace.
@@ -85,11 +86,13 @@ class DoPr(pl.Callback):
             "max_dim": max_dim,
             "max_rows": max_rows,
             "max_failures": max_failures,
+            "include": include,
+            "exclude": exclude,
         }
         check_options(**checked)
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1 step, got {log_every}")
-        self.options: dict[str, Any] = {**checked, "bias": bias, "include": include, "exclude": exclude}
+        self.options: dict[str, Any] = {**checked, "bias": bias}
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
         # What a checkpoint held, until a fit uses it; what a fit ended with, for a checkpoint saved after it.
@@ -165,8 +168,10 @@ class DoPr(pl.Callback):
 
     def _stop(self) -> None:
         if self.preconditioners:
-            self._state = self.state_dict()
-            self._remove()
+            try:
+                self._state = self.state_dict()
+            finally:
+                self._remove()
 
     def _remove(self) -> None:
         for preconditioner in self.preconditioners:
@@ -177,6 +182,8 @@ class DoPr(pl.Callback):
 
 def _will_skip(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Whether the scaler found infinities when it unscaled, and so will not let the optimizer step."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: Lightning leaves unscaling to its step
+        scaler._check_inf_per_device(optimizer)
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return any(bool(value) for value in found.values())
 

@@ -124,7 +124,7 @@ class _Tap:
         # it would be a constant of the graph and every block would be compiled anew.
         key = next(_keys)
         self.key = torch.tensor(key)
-        _taps[key] = self
+        _tap_of_key[key] = self
 
     def wanted(self, module: nn.Module) -> bool:
         """Whether this call of the module may be of a training step that wants rows."""
@@ -144,7 +144,7 @@ class _Tap:
 
 
 _keys = count()
-_taps: WeakValueDictionary[int, _Tap] = WeakValueDictionary()
+_tap_of_key: WeakValueDictionary[int, _Tap] = WeakValueDictionary()
 
 
 class _CountRows(torch.autograd.Function):
@@ -183,7 +183,7 @@ class _CountRows(torch.autograd.Function):
 @torch.library.custom_op("dopr_lightning::count_rows", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def count_rows(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
     """Compiled graphs call this in their backward. It takes the gradient so that it can be nowhere else."""
-    tap = _taps.get(int(key))
+    tap = _tap_of_key.get(int(key))
     if tap is not None:
         tap.capture.show_audit(tap.layer, x, gradient)
         tap.capture.count(tap.layer, x, mask)

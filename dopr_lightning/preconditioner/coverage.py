@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning.preconditioner.layers import (
@@ -73,7 +74,9 @@ def find_coverage(
         NothingToPreconditionError: Nothing is left to cover.
         ValueError: A weight is sharded such that its gradient would have to be gathered.
     """
-    root = model.module if isinstance(model, DistributedDataParallel) else model
+    root = model
+    while isinstance(root, (DistributedDataParallel, OptimizedModule)):
+        root = root.module if isinstance(root, DistributedDataParallel) else root._orig_mod
     chosen = None if parameters is None else {id(parameter) for parameter in parameters}
     reasons: dict[str, str] = {}
     frozen: list[Layer] = []
@@ -85,8 +88,9 @@ def find_coverage(
         for layer in layers:
             reason = refused
             if not layer.weight.requires_grad:
-                reason = FROZEN
-                frozen.append(layer)
+                if refused is None:
+                    frozen.append(layer)
+                reason = refused or FROZEN
             elif chosen is not None and id(layer.weight) not in chosen:
                 reason = "its parameters belong to another optimizer"
             if reason is None:

@@ -19,7 +19,7 @@ from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.packed import PackedSymmetric
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
-from dopr_lightning.preconditioner.stack import Stack, Statistics
+from dopr_lightning.preconditioner.stack import Stack, StackOptions
 
 WORKSPACE = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Entries of the square matrices that are factorised at once, which is what a refresh needs for a moment: on a CPU what
@@ -44,13 +44,13 @@ class ExactStack(Stack):
 
     solver = "exact"
 
-    def __init__(self, layers: Sequence[Layer], statistics: Statistics) -> None:
+    def __init__(self, layers: Sequence[Layer], options: StackOptions) -> None:
         # Layers whose gradients have one shape stand side by side: their inverses are then a view, not a copy.
-        super().__init__(sorted(layers, key=_gradient_shape), statistics)
+        super().__init__(sorted(layers, key=_gradient_shape), options)
         runs = [list(run) for _, run in groupby(self.layers, _gradient_shape)]
         self._runs = [[self._index[layer] for layer in run] for run in runs]
         rows = sum(layer.weight.numel() for layer in self.layers) / self.dim  # of the gradients as matrices
-        self.factors = rows * statistics.update_every < PAYS_OFF * self.dim * self.blocks
+        self.factors = rows * options.update_every < PAYS_OFF * self.dim * self.blocks
 
     @property
     def sums(self) -> Tensor:

@@ -4,7 +4,7 @@ Under damping relative to the trace only a few tens of eigenvalues exceed :math:
 inverse is a multiple of the identity but for them (:mod:`~dopr_lightning.preconditioner.subspace`). A refresh
 accumulates :math:`\Sigma U = \frac{1}{n} Z^\top (Z U)` over micro-batches and ranks, where U is the last refresh's
 basis: 4 n k d_in FLOPs and O(d_in k) memory and traffic. A step costs 4 d_out d_in r, a share 2 r / (3 n) of forward
-and backward: both independent of the width.
+and backward whatever the width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.inverse import keep_last_good
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
-from dopr_lightning.preconditioner.stack import Failure, Stack, Statistics, subtract_low_rank
+from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import (
     coefficients,
     nystrom,
@@ -56,8 +56,8 @@ class LowRankStack(Stack):
 
     solver = "lowrank"
 
-    def __init__(self, layers: Sequence[Layer], statistics: Statistics) -> None:
-        super().__init__(layers, statistics)
+    def __init__(self, layers: Sequence[Layer], options: StackOptions) -> None:
+        super().__init__(layers, options)
         self.ranks = [0] * len(self.layers)
         self.errors = [math.nan] * len(self.layers)
         self.limit = max(self.dim // 4, min(FIRST_RANK, self.dim))
@@ -74,11 +74,11 @@ class LowRankStack(Stack):
         """A stack with full covariances for the same layers, with the inverses and the average of this one."""
         exact = ExactStack(self.layers, self.options)
         exact.adopt(self, self.inverse())
-        if self._average is not None:
+        if self._running is not None:
             tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1, None, None]
             leading = (self._basis * (self._eigenvalues[:, None] - tail)) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-            exact.adopt_average(self, leading + tail * identity, self._average.weight)
+            exact.adopt_average(self, leading + tail * identity, self._running.weight)
         return exact
 
     def inverse(self) -> Tensor:
@@ -128,8 +128,8 @@ class LowRankStack(Stack):
         )
         self._eigenvalues, self._coefficients = zeros(self.tracked), zeros(self.tracked)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
-        self._trace, self._floor = zeros(), 1 + zeros()
-        self._average = RunningMean(self._trace, self.options.ema) if self.options.ema else None
+        self._trace, self._floor, self._error = zeros(), 1 + zeros(), zeros() + math.nan
+        self._running = RunningMean(self._trace, self.options.ema) if self.options.ema else None
         self._make_sums()
         self._derive()
 
@@ -156,7 +156,7 @@ class LowRankStack(Stack):
         test, image, trace = self._test.mT, self._image.mT, self._trace_sums
         valid = usable(self.counts, trace)
         new_trace = trace
-        if self._average is not None:
+        if self._running is not None:
             image, new_trace = self._blend(test, image, trace, valid)
         basis, eigenvalues, good = nystrom(test, image, new_trace)
         damping = self._damping(new_trace)
@@ -177,19 +177,18 @@ class LowRankStack(Stack):
             (new_coefficients, self._coefficients),
             (safe_trace, self._trace),
             (floor, self._floor),
+            (error.gather(1, rank[:, None])[:, 0], self._error),
         ):
             keep_last_good(new, last, good)
         self._derive()
-        expected = error.gather(1, rank[:, None])[:, 0]
         needed, ample = torch.where(good, needed, 0), torch.where(good, ample, 0)
-        expected = torch.where(good, expected, torch.nan)
-        fields = [self.counts, trace, good, 1 / self._floor, expected, rank, needed, ample]
+        fields = [self.counts, trace, good, 1 / self._floor, self._error, rank, needed, ample]
         return torch.stack([field.double() for field in fields])
 
     def _blend(self, test: Tensor, image: Tensor, trace: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Image and trace of the average over refreshes, of which the past is known as basis, eigenvalues and tail."""
-        assert self._average is not None
-        share = self._average.share(valid)
+        assert self._running is not None
+        share = self._running.share(valid)
         coordinates = self._basis.mT @ test
         tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1, None, None]
         past = tail * test + self._basis @ ((self._eigenvalues[..., None] - tail) * coordinates)
@@ -239,6 +238,7 @@ class LowRankStack(Stack):
         super().load_state_dict(state)
         self._derive()
         self._scales = (1 / self._floor).tolist()
+        self.errors = [float(self._error[part].max()) for part in self.slices]
         ranks = self._coefficients.count_nonzero(-1).tolist()
         self.ranks = [max(ranks[part]) for part in self.slices]
 
@@ -250,7 +250,8 @@ class LowRankStack(Stack):
             "coefficients": self._coefficients,
             "trace": self._trace,
             "floor": self._floor,
+            "error": self._error,
         }
-        if self._average is not None:
-            tensors["weight"] = self._average.weight
+        if self._running is not None:
+            tensors["weight"] = self._running.weight
         return {name: tensor[part] for name, tensor in tensors.items()}

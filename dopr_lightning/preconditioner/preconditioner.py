@@ -22,7 +22,7 @@ from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
-from dopr_lightning.preconditioner.stack import Failure, Stack, Statistics
+from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions
 from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
@@ -57,8 +57,8 @@ class ActivationPreconditioner:
         update_every: Refresh statistics and inverses every this many :meth:`step` calls. Steps between refreshes
             capture nothing and send nothing. 1 is the paper's choice; 10 keeps the results at a fraction of the cost.
         ema: Weight of past covariances at a refresh, in [0, 1). 0, this refresh's rows alone, is the paper's choice.
-        solver: ``"exact"``; ``"lowrank"``, whose cost does not grow with the width; or ``"auto"``, per size of layer
-            the cheaper of the two that keeps to ``max_error``.
+        solver: ``"exact"``; ``"lowrank"``, whose share of a step does not grow with the width; or ``"auto"``, per size
+            of layer the cheaper of the two that keeps to ``max_error``.
         max_error: Relative error of M that the low-rank solver's certificate may show; it takes as many directions as
             that needs. Ignored by ``"exact"``.
         conv: ``"channel"`` or ``"patch"`` covariance for convolutions, see
@@ -122,6 +122,8 @@ class ActivationPreconditioner:
             max_dim=max_dim,
             max_rows=max_rows,
             max_failures=max_failures,
+            include=include,
+            exclude=exclude,
         )
         self.bytes_sent = 0
         self.update_every = update_every
@@ -136,8 +138,15 @@ class ActivationPreconditioner:
         )
         layers = self._coverage.layers
         self._group = process_group
-        statistics = Statistics(damping, damping_scale, ema, max_rows, max_error, update_every)
-        self._stacks = make_stacks(layers, statistics, solver, pooled=world_size(process_group) > 1)
+        options = StackOptions(
+            damping=damping,
+            damping_scale=damping_scale,
+            ema=ema,
+            max_rows=max_rows,
+            max_error=max_error,
+            update_every=update_every,
+        )
+        self._stacks = make_stacks(layers, options, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
         self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
@@ -302,18 +311,22 @@ class ActivationPreconditioner:
 
     def _refresh(self) -> None:
         """Pool the sums over ranks and renew the inverses."""
+        if world_size(self._group) > 1:  # the process group may be younger than this preconditioner
+            for stack in list(self._stacks):
+                if isinstance(stack, WoodburyStack):
+                    self._replace(stack, stack.to_exact())
         stacks = self._stacks
         for stack in stacks:
             stack.close()
         with _range("dopr::reduce"):
-            reduction = Reduction([t for stack in stacks for t in (stack.counts, stack.sums)], self._group)
+            reduction = Reduction([*(s.counts for s in stacks), *(s.sums for s in stacks)], self._group)
         shares = assign([s.blocks for s in stacks], [s.cost for s in stacks], world_size(self._group))
         mine = [share[rank(self._group)] for share in shares]
         outcomes = []
         with _range("dopr::solve"):
             for index, stack in enumerate(stacks):
-                reduction.wait(2 * index)
-                reduction.wait(2 * index + 1)
+                reduction.wait(index)
+                reduction.wait(len(stacks) + index)
                 outcomes.append(stack.refresh(mine[index]))
         with _range("dopr::reduce"):
             shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
@@ -324,7 +337,7 @@ class ActivationPreconditioner:
             gathering.wait()
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
         # The one place where the host waits for the device: once per refresh, whatever the number of layers.
-        values = torch.cat([outcome.flatten() for outcome in outcomes]).tolist()
+        values = torch.cat([outcome.flatten().to(outcomes[0].device) for outcome in outcomes]).tolist()
         for stack, outcome in zip(list(stacks), outcomes, strict=True):
             fields, blocks = outcome.shape
             head, values = values[: fields * blocks], values[fields * blocks :]
@@ -401,8 +414,13 @@ def check_options(
     max_dim: int | None,
     max_rows: int | None,
     max_failures: int,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
 ) -> None:
     """Raise ValueError for an option out of range, before anything is built."""
+    for name, globs in {"include": include, "exclude": exclude}.items():
+        if isinstance(globs, str):
+            raise ValueError(f"{name} must be a list of globs, got the string {globs!r}; write [{globs!r}]")
     if not (0 < damping < math.inf):
         raise ValueError(f"damping must be positive, got {damping}; 0.01 is a good start")
     if not 0 <= ema < 1:

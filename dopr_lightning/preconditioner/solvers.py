@@ -11,7 +11,7 @@ from dopr_lightning.preconditioner.diagonal import DiagonalStack
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.lowrank import FIRST_RANK, LowRankStack
-from dopr_lightning.preconditioner.stack import Stack, Statistics
+from dopr_lightning.preconditioner.stack import Stack, StackOptions
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
 Solver = Literal["exact", "lowrank", "auto"]
@@ -21,12 +21,12 @@ STACKS: dict[str, type[Stack]] = {
 }
 
 
-def make_stacks(layers: Sequence[Layer], statistics: Statistics, solver: Solver, *, pooled: bool) -> list[Stack]:
+def make_stacks(layers: Sequence[Layer], options: StackOptions, solver: Solver, *, pooled: bool) -> list[Stack]:
     """Sort layers into stacks by the size, dtype and device of their covariance.
 
     Args:
         layers: All covered layers.
-        statistics: How covariances are estimated and damped.
+        options: How covariances are estimated and damped.
         solver: What the user asked for.
         pooled: Whether rows are spread over ranks.
 
@@ -42,10 +42,10 @@ def make_stacks(layers: Sequence[Layer], statistics: Statistics, solver: Solver,
         if layer.diagonal:
             return DiagonalStack
         if solver == "lowrank" or (
-            solver == "auto" and low_rank_is_cheaper(layer.dim, FIRST_RANK, statistics.update_every)
+            solver == "auto" and low_rank_is_cheaper(layer.dim, FIRST_RANK, options.update_every)
         ):
             return LowRankStack
-        return ExactStack if pooled or statistics.ema else WoodburyStack
+        return ExactStack if pooled or options.ema else WoodburyStack
 
     groups = [list(group) for _, group in groupby(sorted(layers, key=key), key=key)]
-    return [kind(group[0])(group, statistics) for group in groups]
+    return [kind(group[0])(group, options) for group in groups]

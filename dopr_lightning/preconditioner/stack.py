@@ -17,7 +17,7 @@ from dopr_lightning.preconditioner.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
-class Statistics:
+class StackOptions:
     """How a covariance is estimated and damped, the same for every stack.
 
     Attributes:
@@ -45,7 +45,7 @@ class Stack(ABC):
 
     Args:
         layers: The layers. A grouped convolution contributes one block per group.
-        statistics: How covariances are estimated and damped.
+        options: How covariances are estimated and damped.
 
     Attributes:
         blocks: Covariances in the stack.
@@ -60,9 +60,9 @@ class Stack(ABC):
     solver: ClassVar[str]
     counts: Tensor
 
-    def __init__(self, layers: Sequence[Layer], statistics: Statistics) -> None:
+    def __init__(self, layers: Sequence[Layer], options: StackOptions) -> None:
         self.layers = list(layers)
-        self.options = statistics
+        self.options = options
         self.dim = layers[0].dim
         ends = list(accumulate((layer.blocks for layer in self.layers), initial=0))
         self.slices = [slice(start, end) for start, end in pairwise(ends)]
@@ -174,7 +174,7 @@ class Stack(ABC):
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """By the layer's name, what it takes to go on bit for bit."""
-        if not self._allocated:
+        if self.refreshes == 0:
             return {}
         return {
             layer.name: {
@@ -182,7 +182,10 @@ class Stack(ABC):
                 "refreshes": self.refreshes,
                 "refreshed_at": self.refreshed_at[index],
                 "rows_seen": self.rows_seen[index],
-                "tensors": {name: tensor.clone() for name, tensor in self._tensors(index).items()},
+                "failures": self.failures[index],
+                "failures_in_a_row": self.failures_in_a_row[index],
+                # On the host: a checkpoint must not need the device's memory.
+                "tensors": {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors(index).items()},
             }
             for index, layer in enumerate(self.layers)
         }
@@ -195,6 +198,8 @@ class Stack(ABC):
             self.refreshes = saved["refreshes"]
             self.refreshed_at[index] = saved["refreshed_at"]
             self.rows_seen[index] = saved["rows_seen"]
+            self.failures[index] = saved["failures"]
+            self.failures_in_a_row[index] = saved["failures_in_a_row"]
             for name, tensor in self._tensors(index).items():
                 value = saved["tensors"].get(name)
                 if value is None or value.shape != tensor.shape:

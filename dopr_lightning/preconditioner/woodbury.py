@@ -4,7 +4,7 @@ r"""Exact solver for few rows: with fewer rows than half the dimension, the rows
           = \tfrac{1}{\lambda} \left(G - (G V^\top) V\right), \quad
           V = L^{-1} Z / \sqrt{n}, \quad L L^\top = \tfrac{1}{n} Z Z^\top + \lambda I
 
-by the Woodbury identity: n^2 d_in + n^3 / 3 FLOPs to factorise and 4 n d_out d_in to apply, in place of d_in^3 and
+by the Woodbury identity: 3 n^2 d_in + n^3 / 3 FLOPs to factorise and 4 n d_out d_in to apply, in place of d_in^3 and
 2 d_out d_in^2, and n d_in numbers in place of d_in^2. Exact, but only while one refresh's rows are all there is: not
 for an average over refreshes, and not where rows are spread over ranks, which would have to send each other theirs.
 """
@@ -20,7 +20,7 @@ from dopr_lightning.preconditioner.covariance import usable
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
-from dopr_lightning.preconditioner.stack import Failure, Stack, Statistics, subtract_low_rank
+from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
 
 
 class WoodburyStack(Stack):
@@ -32,8 +32,8 @@ class WoodburyStack(Stack):
 
     solver = "woodbury"
 
-    def __init__(self, layers: Sequence[Layer], statistics: Statistics) -> None:
-        super().__init__(layers, statistics)
+    def __init__(self, layers: Sequence[Layer], options: StackOptions) -> None:
+        super().__init__(layers, options)
         self._rows_of: list[list[Tensor]] = [[] for _ in layers]
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
         # Before the first refresh: no factor, and a scale of 1, which leaves the gradient as it is.
@@ -98,8 +98,9 @@ class WoodburyStack(Stack):
 
     def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
         rows, count = self._rows(layer, x, mask)
-        if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-            rows = rows.clone()  # the input's owner may fill it anew before the refresh
+        storage = rows.untyped_storage()
+        if storage.data_ptr() == x.untyped_storage().data_ptr() or storage.nbytes() > rows.nbytes:
+            rows = rows.clone()  # the input's owner may fill it anew before the refresh; a few rows must not keep all
         self._rows_of[self._index[layer]].append(rows)
         return count
 

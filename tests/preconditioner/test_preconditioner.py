@@ -5,6 +5,7 @@ import gc
 import logging
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -371,3 +372,57 @@ def test_a_trainable_bias_of_a_frozen_weight_is_left_alone() -> None:
     before = model[0].bias.grad.clone()
     ap.step()
     assert torch.equal(model[0].bias.grad, before)
+
+
+def test_globs_are_lists() -> None:
+    """Iterated by letter, ``exclude="0"`` would do and ``include="bo*"`` cover everything."""
+    for name in ("include", "exclude"):
+        with pytest.raises(ValueError, match=f"^{name} must be a list of globs, got the string 'head'"):
+            ActivationPreconditioner(mlp(5, 3), **{name: "head"})
+
+
+def test_an_excluded_layer_may_be_unfrozen() -> None:
+    model = mlp(5, 4, 3)
+    model[0].requires_grad_(False)
+    ap = ActivationPreconditioner(model, exclude=["0"])
+    model[0].requires_grad_(True)
+    backward(model, batch(0))
+    before = model[0].weight.grad.clone()
+    ap.step()
+    assert torch.equal(model[0].weight.grad, before)
+
+
+def test_names_are_the_models_own_however_it_is_wrapped(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.compile(nn.parallel.DistributedDataParallel(mlp(5, 4, 3)), backend="eager")
+        ap = ActivationPreconditioner(wrapped, exclude=["0"])
+        assert [row.parameter for row in ap.summary() if row.covered] == ["2.weight"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_failures_survive_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model, max_failures=3)
+    for seed in range(2):
+        backward(model, torch.full_like(batch(seed), torch.nan))
+        ap.step()
+    resumed = ActivationPreconditioner(model, max_failures=3)
+    resumed.load_state_dict(ap.state_dict())
+    ap.remove()
+    assert resumed.summary()[0].failures == 2
+    caplog.clear()
+    backward(model, torch.full_like(batch(2), torch.nan))
+    with pytest.raises(RuntimeError, match="3 refreshes in a row"):
+        resumed.step()
+    assert not caplog.records
+
+
+def test_a_state_saved_before_the_first_step_is_empty_and_loads() -> None:
+    model = mlp(5, 4, 3)
+    ap = ActivationPreconditioner(model)
+    model[0](batch(0)).sum().backward()  # a window that only the first layer has opened
+    other = ActivationPreconditioner(mlp(5, 4, 3))
+    other.load_state_dict(ap.state_dict())
+    assert ap.state_dict()["layers"] == {}

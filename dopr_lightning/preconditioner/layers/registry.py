@@ -141,12 +141,8 @@ def not_covered(name: str, module: nn.Module, layers: Sequence[Layer]) -> dict[s
                 reasons[public] = f"{type(module).__name__} is not a layer type with an activation covariance"
             elif local_name in refused:
                 reasons[public] = refused[local_name]
-            elif parameter.endswith("bias"):
-                reasons[public] = (
-                    "the base optimizer takes it: bias=False, or a bias that no homogeneous coordinate fits"
-                )
             else:
-                reasons[public] = "the base optimizer takes it: it multiplies none of the layer's rows"
+                reasons[public] = BIAS if parameter.endswith("bias") else OTHER
     return reasons
 
 
