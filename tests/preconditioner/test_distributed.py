@@ -174,12 +174,28 @@ def early(rank: int, world: int) -> list[Tensor]:
     return gradients
 
 
+def made_before_the_process_group() -> tuple[nn.Linear, ActivationPreconditioner]:
+    """Few rows for the width: on one process it would keep these rather than a covariance."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 3).double()
+    return model, ActivationPreconditioner(model, damping=0.1)
+
+
+def of_one_process(model: nn.Linear, ap: ActivationPreconditioner, rank: int) -> Tensor:
+    """The rewritten gradient, the same before on all ranks."""
+    model(torch.randn(5, 40, dtype=torch.double, generator=torch.Generator().manual_seed(rank))).sum().backward()
+    model.weight.grad = torch.ones(3, 40, dtype=torch.double)
+    ap.step()
+    return model.weight.grad.clone()
+
+
 def rows(step: int, rank: int) -> Tensor:
     return torch.randn(5, 6, dtype=torch.double, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
 def worker(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    old = made_before_the_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     outcomes: dict[str, Any] = {}
     work: dict[str, Callable[[], Any]] = {name: lambda name=name: trained(rank, world, name) for name in SETTINGS}
@@ -187,6 +203,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
         "counted": lambda: counted(rank, world),
         "failing": lambda: failing(rank, world),
         "early": lambda: early(rank, world),
+        "old": lambda: of_one_process(*old, rank),
     }
     for name, run in work.items():
         try:
@@ -311,3 +328,16 @@ def test_a_layer_first_used_by_one_rank_between_refreshes_has_an_inverse_on_all_
         assert torch.equal(first, ones)
         torch.testing.assert_close(second, ones @ inverse)
         assert torch.equal(third, second)
+
+
+def test_a_preconditioner_older_than_the_process_group_pools_all_the_same(ranks: list[dict[str, Any]]) -> None:
+    x = torch.cat(
+        [torch.randn(5, 40, dtype=torch.double, generator=torch.Generator().manual_seed(r)) for r in range(len(ranks))]
+    )
+    sigma = x.T @ x / len(x)
+    expected = torch.ones(3, 40, dtype=torch.double) @ torch.linalg.inv(
+        sigma + 0.1 * sigma.trace() * torch.eye(40, dtype=torch.double)
+    )
+    for outcome in ranks:
+        torch.testing.assert_close(outcome["old"], expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(outcome["old"], ranks[0]["old"])
