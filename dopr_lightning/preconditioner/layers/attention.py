@@ -5,36 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from dopr_lightning.preconditioner.layers.base import ConvCovariance, MatrixLayer
+from dopr_lightning.preconditioner.layers.base import ConvCovariance
+from dopr_lightning.preconditioner.layers.linear import LinearMap
 from dopr_lightning.preconditioner.layers.parameters import NotCoveredError
 
 
-class _AttentionLayer(MatrixLayer):
-    """One of the linear maps of :class:`torch.nn.MultiheadAttention`: its rows are the positions of one sequence."""
-
-    kind = "attention"
-    features: int
-
-    def vectors(self, x: Tensor) -> Tensor:
-        return x.reshape(1, -1, self.features)
-
-    def to_matrix(self, gradient: Tensor) -> Tensor:
-        return gradient[None]
-
-    def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        return matrix[0]
-
-
-class _InputProjection(_AttentionLayer):
+class _InputProjection(LinearMap):
     """The projection of query, key or value: a third of ``in_proj_weight``, or its own weight if kdim or vdim differ.
 
     Positions that a ``key_padding_mask`` hides are rows as well: mask them with the preconditioner's own mask. The
     ``bias_k`` and ``bias_v`` of ``add_bias_kv`` are further sequence elements, which multiply no row.
     """
 
+    kind = "attention"
     part: ClassVar[str]
     _position: ClassVar[int]
 
@@ -79,9 +64,10 @@ class Value(_InputProjection):
     _position = 2
 
 
-class AttentionOutput(_AttentionLayer):
+class AttentionOutput(LinearMap):
     """``out_proj``, whose forward is never called: the attention passes its weight to a functional linear."""
 
+    kind = "attention"
     functional = True
     part = "output"
     submodules = ("out_proj",)

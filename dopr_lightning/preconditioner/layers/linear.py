@@ -1,4 +1,4 @@
-"""A Linear layer: every leading position is a row."""
+"""Linear maps: every leading position of the input is a row."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from torch import Tensor, nn
 from dopr_lightning.preconditioner.layers.base import ConvCovariance, MatrixLayer
 
 
-class Linear(MatrixLayer):
-    """:class:`torch.nn.Linear` with any leading dimensions: every leading position is a row."""
+class LinearMap(MatrixLayer):
+    """y = W z at every leading position, with a weight (outputs, features) as it stands."""
 
-    kind = "linear"
-
-    def __init__(self, name: str, module: nn.Linear, *, conv: ConvCovariance, bias: bool) -> None:
-        shape = module.out_features, module.in_features
-        super().__init__(name, module, shape=shape, bias="bias" if bias else None)
-        self.features = module.in_features
-        self.dim = self.features + self.homogeneous
+    features: int
 
     def vectors(self, x: Tensor) -> Tensor:
         return x.reshape(1, -1, self.features)
@@ -27,3 +21,15 @@ class Linear(MatrixLayer):
 
     def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         return matrix[0]
+
+
+class Linear(LinearMap):
+    """:class:`torch.nn.Linear` with any leading dimensions."""
+
+    kind = "linear"
+
+    def __init__(self, name: str, module: nn.Linear, *, conv: ConvCovariance, bias: bool) -> None:
+        shape = module.out_features, module.in_features
+        super().__init__(name, module, shape=shape, bias="bias" if bias else None)
+        self.features = module.in_features
+        self.dim = self.features + self.homogeneous
