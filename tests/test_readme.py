@@ -20,6 +20,7 @@ DOPR = [command for command in COMMANDS if command.startswith("dopr ")]
 SMALL = {
     "compare": ["--optimizers=adamw,dopr-muon", "--seeds=0", "--episodes=2", "--workers=1", "--trainer.max_steps=60"],
     "fit": ["--trainer.max_steps=110", "--trainer.limit_train_batches=40", "--rollout.episodes=2"],
+    "bench": ["--models=mlp-256", "--threads=1"],
     "demos": [],
 }
 
