@@ -59,7 +59,7 @@ def print_table(results: Mapping[str, Any]) -> None:
     for arm in results["arms"]:
         low, high = arm["ci95"]
         table.add_row(
-            arm["name"],
+            arm["name"].replace("+", "\n+"),
             f"{arm['lr']:.2g}",
             str(len(arm["seeds"])),
             f"{_mean(arm['val_loss']):.4g}",
@@ -93,7 +93,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     left.set_title("validation loss (lower is better)", fontsize=10)
     right.set_title(f"closed-loop {metric} (higher is better)", fontsize=10)
     for axes in (left, right):
-        axes.set_xticks(range(len(arms)), names, rotation=20)
+        axes.set_xticks(range(len(arms)), [name.replace("+", "\n+") for name in names], rotation=20, fontsize=8)
     budget = results["budget"]
     figure.suptitle(
         f"{results['task']}, {budget['steps']} steps; dots: seeds, bars: means, lines: 95 % intervals", fontsize=9
