@@ -62,7 +62,7 @@ class ExactStack(Stack):
 
     @property
     def shared(self) -> Tensor:
-        return self.solution.mT  # contiguous, as messages must be
+        return self.solution
 
     def _allocate(self) -> None:
         # Sums, then their means: one packed copy of the covariances, unless they are averaged over refreshes.
@@ -70,8 +70,7 @@ class ExactStack(Stack):
         self._running = RunningMean(self._packed.flat, self.options.ema) if self.options.ema else None
         # Identities until a first solution succeeds: such a layer's gradient stays as it is.
         identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-        # Column by column, as LAPACK has factors: solving would copy others.
-        self.solution = identity.expand(self.blocks, -1, -1).clone().mT
+        self.solution = identity.expand(self.blocks, -1, -1).clone()
 
     def _clear(self) -> None:
         self._packed.flat.zero_()
@@ -82,18 +81,21 @@ class ExactStack(Stack):
         return count
 
     def _refresh(self, share: slice) -> Tensor:
-        mean_over_rows(self._packed.flat, self.counts)
-        traces = self._packed.trace()
+        # The sums stay sums, unless they are averaged over refreshes: dividing them is left to who reads them.
+        self._per_row = 1 / self.counts.clamp(min=1).to(self.dtype)
+        traces = self._packed.trace() * self._per_row
         valid = usable(self.counts, traces)
         if self._running is not None:
+            mean_over_rows(self._packed.flat, self.counts)
             self._running.update(self._packed.flat, valid)
             self._packed.flat.copy_(self._running.value)
+            self._per_row.fill_(1)
         damping = self._damping(self._packed.trace() if self._running is not None else traces)
         good = torch.zeros_like(valid)
         chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
         for start in range(share.start, share.stop, chunk):
             part = slice(start, min(start + chunk, share.stop))
-            solution, renewed = damped_cholesky(self._packed.lower(part), damping[part])
+            solution, renewed = damped_cholesky(self._packed.lower(part, self._per_row), damping[part])
             if not self.factors:
                 solution, renewed = inverse_from_cholesky(solution, renewed)
             good[part] = renewed & valid[part]
@@ -123,7 +125,9 @@ class ExactStack(Stack):
 
     def _solve(self, gradient: Tensor, solution: Tensor) -> Tensor:
         gradient = gradient.to(self.dtype)
-        return torch.cholesky_solve(gradient.mT, solution).mT if self.factors else gradient @ solution
+        if self.factors:
+            return torch.cholesky_solve(gradient.mT, solution.mT, upper=True).mT  # in LAPACK's order, without copies
+        return gradient @ solution
 
     def adopt(self, other: Stack, inverse: Tensor) -> None:
         """Go on where another stack of the same layers stopped, with its inverses in its order, (blocks, d, d)."""
@@ -157,7 +161,7 @@ class ExactStack(Stack):
 
     def covariance(self, index: int) -> Tensor:
         """Lower triangles of the covariances of layer ``index`` at the last refresh, (blocks, d, d)."""
-        return self._packed.lower(self.slices[index])
+        return self._packed.lower(self.slices[index], self._per_row)
 
     def spectrum(self, index: int) -> Spectrum | None:
         if not self._current[index]:

@@ -7,28 +7,30 @@ from torch import Tensor
 
 
 def damped_cholesky(covariance: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Cholesky factors of :math:`\Sigma + \lambda I` without a host synchronisation.
+    r"""Cholesky factors of :math:`\Sigma + \lambda I`, in place and without a host synchronisation.
 
     Args:
-        covariance: (blocks, d, d), of which the lower triangles are read; overwritten.
+        covariance: (blocks, d, d), row by row, of which the lower triangles are read; overwritten.
         damping: (blocks,).
 
     Returns:
-        The lower factors, (blocks, d, d), and a mask (blocks,) of those that can be trusted: the matrix was positive
-        definite, which one with NaN or infinity is not.
+        The lower factors, which are ``covariance``, and a mask (blocks,) of those that can be trusted: the matrix was
+        positive definite, which one with NaN or infinity is not.
     """
     covariance.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    return factor, info == 0
+    info = torch.empty(covariance.shape[0], dtype=torch.int32, device=covariance.device)
+    columns = covariance.mT  # LAPACK's order, in which lower is upper: no copy to another one
+    torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
+    return covariance, info == 0
 
 
 def inverse_from_cholesky(factor: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
     """Inverses, (blocks, d, d), of what :func:`damped_cholesky` factorised, and which of the ``good`` are finite."""
     # One singular factor would make the whole batched call raise; its inverse is not used.
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, identity))
+    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, identity).mT, upper=True)
     # A sum is finite only if all its terms are, and reads the inverses once where isfinite() writes three masks.
-    return inverse, good & inverse.sum((-2, -1)).isfinite()
+    return inverse.mT, good & inverse.sum((-2, -1)).isfinite()
 
 
 def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> None:

@@ -50,12 +50,15 @@ class PackedSymmetric:
         """Traces, (count,)."""
         return torch.stack([panel.diagonal(dim1=1, dim2=2).sum(-1) for panel in self._panels]).sum(0)
 
-    def lower(self, blocks: slice) -> Tensor:
-        """Squares (blocks, d, d) whose lower triangles hold the entries; above is anything, which Cholesky ignores."""
-        count = len(range(*blocks.indices(self.flat.shape[0])))
-        square = self.flat.new_empty(count, self.dim, self.dim)
+    def lower(self, blocks: slice, scale: Tensor) -> Tensor:
+        """The matrices ``blocks`` as squares, (blocks, d, d), times ``scale``, one per matrix there is, (count,).
+
+        Only the lower triangles are written; above is anything, which Cholesky and eigvalsh do not read.
+        """
+        scale = scale[blocks].to(self.flat.dtype)[:, None, None]
+        square = self.flat.new_empty(scale.shape[0], self.dim, self.dim)
         for start, width, panel in self._iterate():
-            square[:, start:, start : start + width] = panel[blocks]
+            torch.mul(panel[blocks], scale, out=square[:, start:, start : start + width])
         return square
 
     def store(self, blocks: slice, square: Tensor) -> None:

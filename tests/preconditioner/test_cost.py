@@ -90,7 +90,7 @@ def product(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **_:
     return 2 * math.prod(a) * b[-1]
 
 
-def substitutions(b: tuple[int, ...], factor: tuple[int, ...], **_: object) -> int:
+def substitutions(b: tuple[int, ...], factor: tuple[int, ...], upper: bool, **_: object) -> int:
     """FLOPs of two triangular solves, forward and backward."""
     return 2 * math.prod(b) * factor[-1]
 

@@ -103,10 +103,10 @@ def counted(rank: int, world: int) -> dict[str, Any]:
 
         return call
 
-    def factorise(matrix: Tensor) -> Any:
+    def factorise(matrix: Tensor, **options: Any) -> Any:
         if solver == "exact":
             inverted.append(tuple(matrix.shape[:2]))
-        return cholesky(matrix)
+        return cholesky(matrix, **options)
 
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), nn.Linear(8, WIDTH), nn.Linear(WIDTH, 2))
