@@ -37,7 +37,7 @@ class DiagonalStack(Stack):
         self._sums[part.start].index_add_(0, tokens, is_row.to(self.dtype))
         return is_row.sum()
 
-    def _refresh(self, share: slice) -> Tensor:
+    def refresh(self, share: slice) -> Tensor:
         mean_over_rows(self._sums, self.counts)
         traces = self._sums.sum(-1)
         valid = usable(self.counts, traces)

@@ -80,7 +80,7 @@ class ExactStack(Stack):
         self._packed.add_gram(part, rows)
         return count
 
-    def _refresh(self, share: slice) -> Tensor:
+    def refresh(self, share: slice) -> Tensor:
         # The sums stay sums, unless they are averaged over refreshes: dividing them is left to who reads them.
         self._per_row = 1 / self.counts.clamp(min=1).to(self.dtype)
         traces = self._packed.trace() * self._per_row

@@ -150,7 +150,7 @@ class LowRankStack(Stack):
         self._trace_sums[part] += torch.linalg.vector_norm(rows, dim=(1, 2)).square()
         return count
 
-    def _refresh(self, share: slice) -> Tensor:
+    def refresh(self, share: slice) -> Tensor:
         mean_over_rows(self._image, self.counts)
         mean_over_rows(self._trace_sums, self.counts)
         test, image, trace = self._test.mT, self._image.mT, self._trace_sums

@@ -133,6 +133,7 @@ class Stack(ABC):
         """Forget the rows counted in the open window."""
         self._open = False
 
+    @abstractmethod
     def refresh(self, share: slice) -> Tensor:
         """Turn the summed statistics into new inverses.
 
@@ -143,7 +144,6 @@ class Stack(ABC):
             What :meth:`accept` needs to know on the host, (fields, blocks) in float64 on the device. Fields 0 to 2
             are the rows, the trace of the covariance, and whether this rank has renewed the inverse.
         """
-        return self._refresh(share)
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         """Note what a refresh brought.
@@ -247,9 +247,6 @@ class Stack(ABC):
     @abstractmethod
     def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
         """Add to the sums of the blocks ``part``; returns the number of rows."""
-
-    @abstractmethod
-    def _refresh(self, share: slice) -> Tensor: ...
 
     @abstractmethod
     def _tensors(self, index: int) -> dict[str, Tensor]:

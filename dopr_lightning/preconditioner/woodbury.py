@@ -104,7 +104,7 @@ class WoodburyStack(Stack):
         self._rows_of[self._index[layer]].append(rows)
         return count
 
-    def _refresh(self, share: slice) -> Tensor:
+    def refresh(self, share: slice) -> Tensor:
         outcome = torch.zeros(3, self.blocks, dtype=torch.float64, device=self.device)
         outcome[0] = self.counts
         for index, (rows, part) in enumerate(zip(self._rows_of, self.slices, strict=True)):
