@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dopr_lightning.preconditioner.packed import NARROWEST, PANELS
+from dopr_lightning.preconditioner.packed import panels
 
 COUNT = 8
 """Bytes of a row count (int64), which every covariance has, and of the flag (float64) that tells of its inverse."""
@@ -142,8 +142,7 @@ def _times(
 
 def packed_size(dim: int) -> int:
     """Numbers in one packed covariance: about d^2 (1/2 + 1/(2p)) in p panels."""
-    width = max(NARROWEST, -(-dim // PANELS))
-    return sum((dim - start) * min(width, dim - start) for start in range(0, dim, width))
+    return sum((dim - start) * width for start, width in panels(dim))
 
 
 def apply_flops(m: int, dim: int, rank: int | None) -> float:

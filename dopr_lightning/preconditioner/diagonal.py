@@ -33,7 +33,7 @@ class DiagonalStack(Stack):
         assert isinstance(layer, DiagonalLayer)
         tokens, is_row = layer.tokens(x)
         if mask is not None and mask.numel() == tokens.numel():
-            is_row = is_row & mask.flatten()
+            is_row = is_row & layer.positions(mask)
         self._sums[part.start].index_add_(0, tokens, is_row.to(self.dtype))
         return is_row.sum()
 

@@ -65,7 +65,7 @@ class ExactStack(Stack):
         return self.solution
 
     def _allocate(self) -> None:
-        # Sums, then their means: one packed copy of the covariances, unless they are averaged over refreshes.
+        # One packed copy of the covariances, unless they are averaged over refreshes.
         self._packed = PackedSymmetric(self.blocks, self.dim, dtype=self.dtype, device=self.device)
         self._running = RunningMean(self._packed.flat, self.options.ema) if self.options.ema else None
         # Identities until a first solution succeeds: such a layer's gradient stays as it is.

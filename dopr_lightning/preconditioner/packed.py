@@ -17,6 +17,12 @@ NARROWEST = 128
 """More or narrower panels waste throughput (measured, CPU: these take 60 to 80 % of the whole square's time)."""
 
 
+def panels(dim: int) -> list[tuple[int, int]]:
+    """First column and width of each panel; a panel that starts at column s has the d - s rows from there on."""
+    width = max(NARROWEST, -(-dim // PANELS))
+    return [(start, min(width, dim - start)) for start in range(0, dim, width)]
+
+
 class PackedSymmetric:
     """``count`` symmetric matrices of size ``dim``.
 
@@ -32,10 +38,8 @@ class PackedSymmetric:
 
     def __init__(self, count: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dim = dim
-        width = max(NARROWEST, -(-dim // PANELS))
-        self._starts = list(range(0, dim, width))
-        self._widths = [min(width, dim - start) for start in self._starts]
-        sizes = [(dim - start) * width for start, width in zip(self._starts, self._widths, strict=True)]
+        self._starts, self._widths = zip(*panels(dim), strict=True)
+        sizes = [(dim - start) * width for start, width in panels(dim)]
         self.flat = torch.zeros(count, sum(sizes), dtype=dtype, device=device)
         parts = zip(self.flat.split(sizes, dim=1), self._starts, self._widths, strict=True)
         self._panels = [part.unflatten(1, (dim - start, width)) for part, start, width in parts]
