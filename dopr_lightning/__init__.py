@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dopr_lightning.callback import DoPr as DoPr
+    from dopr_lightning.mup import MupSpec as MupSpec
     from dopr_lightning.optim import configure_optimizers as configure_optimizers
+    from dopr_lightning.optim import mup_table as mup_table
     from dopr_lightning.preconditioner import ActivationPreconditioner as ActivationPreconditioner
     from dopr_lightning.preconditioner import register_layer as register_layer
 
@@ -19,11 +21,13 @@ __version__ = "0.1.0"
 _HOME = {
     "ActivationPreconditioner": "dopr_lightning.preconditioner",
     "DoPr": "dopr_lightning.callback",
+    "MupSpec": "dopr_lightning.mup",
     "configure_optimizers": "dopr_lightning.optim",
+    "mup_table": "dopr_lightning.optim",
     "register_layer": "dopr_lightning.preconditioner",
 }
 
-__all__ = ["ActivationPreconditioner", "DoPr", "configure_optimizers", "register_layer"]
+__all__ = ["ActivationPreconditioner", "DoPr", "MupSpec", "configure_optimizers", "mup_table", "register_layer"]
 
 
 def __getattr__(name: str) -> Any:

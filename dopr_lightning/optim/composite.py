@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+_RATIO_TOLERANCE = 1e-6
+"""How far, relative to the peak rate, groups may stray from muP's ratios: far above rounding, far below a mistake."""
+
 
 class CompositeOptimizer(Optimizer):
     """Steps its parts in turn; parameter groups and state are theirs, seen as one.
@@ -22,7 +25,9 @@ class CompositeOptimizer(Optimizer):
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = list(parts)
         self._bound = False
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        groups = [group for part in self.parts for group in part.param_groups]
+        self._peak = max(float(group["lr"]) / group.get("lr_mult", 1.0) for group in groups)
+        super().__init__(groups, {})
         self._bound = True
         self._share()
 
@@ -35,11 +40,12 @@ class CompositeOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must know its parts; copied together, they go on sharing groups and state.
-        return {**super().__getstate__(), "parts": self.parts, "_bound": self._bound}
+        return {**super().__getstate__(), "parts": self.parts, "_bound": self._bound, "_peak": self._peak}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every part; ``closure``, if any, is evaluated once, before them."""
+        self._check_rates()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -48,8 +54,36 @@ class CompositeOptimizer(Optimizer):
             part.step()
         return loss
 
+    def _check_rates(self) -> None:
+        """Refuse rates that no longer have muP's ratios, which many schedulers and tools silently destroy.
+
+        Raises:
+            ValueError: They do not. Rates that are tensors are not looked at: reading them would wait for the device.
+        """
+        groups = [group for group in self.param_groups if "lr_mult" in group and isinstance(group["lr"], float)]
+        rates = [group["lr"] / group["lr_mult"] for group in groups]
+        if rates and max(rates) - min(rates) > _RATIO_TOLERANCE * self._peak:
+            low, high = rates.index(min(rates)), rates.index(max(rates))
+            raise ValueError(
+                f"the learning rates of {groups[low]['param_names'][0]} and {groups[high]['param_names'][0]} no longer "
+                "have the ratio that muP gave them. Whatever set them must scale each group's own rate: LambdaLR does; "
+                "OneCycleLR needs max_lr=[group['lr'] for group in optimizer.param_groups], CosineAnnealingLR "
+                "eta_min=0; lr_find cannot"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave."""
+        """Load what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: It is of another parametrisation: the groups' rates had other ratios.
+        """
+        saved = [group.get("lr_mult") for group in state_dict["param_groups"]]
+        ours = [group.get("lr_mult") for group in self.param_groups]
+        if len(saved) == len(ours) and saved != ours:
+            raise ValueError(
+                f"the checkpoint's groups have learning-rate multipliers {saved}, this optimizer's {ours}; resume with "
+                "the muP base that the run was started with"
+            )
         super().load_state_dict(state_dict)
         self._share()
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dopr_lightning.mup import MupSpec, WeightDecayRule
 from dopr_lightning.optim.bases import resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
-from dopr_lightning.optim.roles import parameter_roles
+from dopr_lightning.optim.plan import Assignment, plan
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def make_optimizer(
     lr: float,
     weight_decay: float = 0.0,
     roles: Mapping[str, str] | None = None,
+    mup: MupSpec | None = None,
+    weight_decay_rule: WeightDecayRule = "independent",
     **options: Any,
 ) -> Optimizer:
     """One Optimizer for all trainable parameters of ``model``.
@@ -32,47 +35,55 @@ def make_optimizer(
     Args:
         model: Any module.
         base: ``"adamw"``, ``"muon"`` (torch's Muon on hidden matrices, its update's RMS matched to AdamW's; AdamW with
-            the same rate on the rest), ``"sgd"`` (momentum 0.9), or an Optimizer class.
-        lr: Peak learning rate.
+            the same rate on the rest), ``"adamuon"`` (likewise), ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"``
+            (momentum 0.9), or an Optimizer class.
+        lr: Peak learning rate; under muP that of the base width.
         weight_decay: For matrices; biases, norms and other vectors are never decayed.
         roles: Overrides of :func:`~dopr_lightning.optim.roles.parameter_roles`, globs on parameter names to roles.
+        mup: Scale rates, weight decay and eps with the width, so that those of the base width serve at any. The groups
+            carry their multiplier as ``"lr_mult"``. None: standard parametrisation, the same numbers for all.
+        weight_decay_rule: How weight decay follows the learning rate under muP, see
+            :func:`~dopr_lightning.mup.rules.weight_decay`.
         **options: Further keywords of the base's algorithm, ``betas=(0.9, 0.95)`` say.
 
     Raises:
-        ValueError: Unknown base, role or option, a rate that is not positive, or nothing to train.
+        ValueError: Unknown base, role, rule or option, a rate that is not positive, nothing to train, a spec of another
+            model, or a base whose scaling with the width is not known.
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
     chosen = resolve(base)
-    role_of = parameter_roles(model, roles)
-    if not role_of:
-        raise ValueError(f"{type(model).__name__} has no trainable parameter")
+    entries = plan(model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, options=options)
 
-    def part(algorithm: type[Optimizer], names: list[str], defaults: Mapping[str, Any]) -> list[Optimizer]:
-        groups = [
-            {
-                "params": [model.get_parameter(name) for name in chosen_names],
-                "param_names": chosen_names,
-                "weight_decay": decay,
+    def part(algorithm: type[Optimizer], main: bool, defaults: Mapping[str, Any]) -> list[Optimizer]:
+        alike: dict[tuple[Any, ...], list[Assignment]] = {}
+        for entry in entries:
+            if entry.main is main:
+                key = (not entry.decays, entry.lr, entry.weight_decay, entry.eps)
+                alike.setdefault(key, []).append(entry)
+        groups = []
+        for (vectors, lr_mult, decay_mult, _), members in sorted(alike.items(), key=lambda kind: kind[0][0]):
+            group = {
+                "params": [model.get_parameter(entry.name) for entry in members],
+                "param_names": [entry.name for entry in members],
+                "lr": lr * lr_mult,
+                "weight_decay": 0.0 if vectors else weight_decay * decay_mult,
             }
-            for chosen_names, decay in (
-                ([name for name in names if role_of[name] != "vector"], weight_decay),
-                ([name for name in names if role_of[name] == "vector"], 0.0),
-            )
-            if chosen_names
-        ]
+            groups.append(group | ({"lr_mult": lr_mult, "eps_mult": members[0].eps} if mup else {}))
         try:
-            return [algorithm(groups, lr=lr, **defaults)] if groups else []  # type: ignore[call-arg]
+            made = [algorithm(groups, lr=lr, **defaults)] if groups else []  # type: ignore[call-arg]
         except TypeError as error:
             raise ValueError(f"{algorithm.__name__} does not accept these options: {error}") from error
+        for group in (group for optimizer in made for group in optimizer.param_groups):
+            if "eps" in group:
+                group["eps"] *= group.pop("eps_mult", 1.0)
+        return made
 
-    main = [name for name, role in role_of.items() if chosen.roles is None or role in chosen.roles]
-    rest = [name for name in role_of if name not in set(main)]
     defaults = dict(chosen.options)
     if options.get("fused"):
         defaults.pop("foreach", None)  # torch refuses both
     return CompositeOptimizer(
-        part(chosen.algorithm, main, defaults | options) + part(chosen.rest, rest, chosen.rest_options)
+        part(chosen.algorithm, True, defaults | options) + part(chosen.rest, False, chosen.rest_options)
     )
 
 
@@ -86,19 +97,23 @@ def configure_optimizers(
     warmup_steps: int = 0,
     total_steps: int | None = None,
     roles: Mapping[str, str] | None = None,
+    mup: MupSpec | None = None,
+    weight_decay_rule: WeightDecayRule = "independent",
     **options: Any,
 ) -> OptimizerLRScheduler:
     """Return this from ``LightningModule.configure_optimizers``.
 
     Args:
         module: The LightningModule, ``self``.
-        base: See :func:`make_optimizer`, as for ``lr``, ``weight_decay``, ``roles`` and ``options``.
-        lr: Peak learning rate.
+        base: See :func:`make_optimizer`, as for ``lr``, ``weight_decay``, ``roles``, ``mup`` and ``options``.
+        lr: Peak learning rate; under muP that of the base width.
         weight_decay: For matrices only.
         schedule: ``"constant"`` or ``"cosine"`` (to 0 at the last step), after ``warmup_steps`` of linear warm-up.
         warmup_steps: Optimizer steps.
         total_steps: Optimizer steps of the whole training. None: the Trainer's own estimate.
         roles: Overrides of the parameters' roles.
+        mup: Scale rates, weight decay and eps with the width.
+        weight_decay_rule: How weight decay follows the learning rate under muP.
         **options: Further keywords of the base's algorithm.
 
     Example:
@@ -106,7 +121,16 @@ def configure_optimizers(
         ...     def configure_optimizers(self):
         ...         return configure_optimizers(self, base="muon", lr=3e-3, schedule="cosine", warmup_steps=500)
     """
-    optimizer = make_optimizer(module, base, lr=lr, weight_decay=weight_decay, roles=roles, **options)
+    optimizer = make_optimizer(
+        module,
+        base,
+        lr=lr,
+        weight_decay=weight_decay,
+        roles=roles,
+        mup=mup,
+        weight_decay_rule=weight_decay_rule,
+        **options,
+    )
     steps = module.trainer.estimated_stepping_batches if total_steps is None else total_steps
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

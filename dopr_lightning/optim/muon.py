@@ -20,7 +20,7 @@ class Muon(torch.optim.Muon):
         groups = [dict(g) if isinstance(g, dict) else {"params": [g]} for g in params]
         originals = [list(group["params"]) for group in groups]
         for group, parameters in zip(groups, originals, strict=True):
-            group["params"] = [_matrix(p.detach()) for p in parameters]
+            group["params"] = [as_matrix(p.detach()) for p in parameters]
         super().__init__(groups, **options)  # checks what it is given: matrices
         for group, parameters in zip(self.param_groups, originals, strict=True):
             group["params"] = parameters
@@ -34,18 +34,23 @@ class Muon(torch.optim.Muon):
     ) -> bool:
         complex_found = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
         # Views: what is written into them reaches the parameter and its state.
-        params_with_grad[:] = map(_matrix, params_with_grad)
+        params_with_grad[:] = map(as_matrix, params_with_grad)
         grads[:] = [grad.reshape(p.shape) for grad, p in zip(grads, params_with_grad, strict=True)]
-        muon_momentum_bufs[:] = map(_matrix, muon_momentum_bufs)
+        muon_momentum_bufs[:] = map(as_matrix, muon_momentum_bufs)
         return complex_found
 
 
-def _matrix(parameter: Tensor) -> Tensor:
+def as_matrix(parameter: Tensor, algorithm: str = "Muon") -> Tensor:
+    """A view of ``parameter`` as a matrix, flattened behind its first dimension.
+
+    Raises:
+        ValueError: It has fewer than two dimensions, or its memory layout allows no such view.
+    """
     if parameter.dim() < 2:
-        raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
+        raise ValueError(f"{algorithm} takes matrices, not a parameter of shape {tuple(parameter.shape)}")
     if not parameter.is_contiguous():
         raise ValueError(
-            f"Muon sees a kernel of shape {tuple(parameter.shape)} as a matrix, which its memory layout "
+            f"{algorithm} sees a kernel of shape {tuple(parameter.shape)} as a matrix, which its memory layout "
             "(channels_last?) does not allow; make the parameter contiguous"
         )
     return parameter.view(parameter.shape[0], -1)

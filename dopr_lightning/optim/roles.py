@@ -11,7 +11,9 @@ from torch import nn
 Role = Literal["hidden", "input", "readout", "vector", "embedding"]
 
 
-def parameter_roles(model: nn.Module, overrides: Mapping[str, str] | None = None) -> dict[str, Role]:
+def parameter_roles(
+    model: nn.Module, overrides: Mapping[str, str] | None = None, known: Mapping[str, str] | None = None
+) -> dict[str, Role]:
     """The role of every trainable parameter.
 
     ``embedding``: the weight of an :class:`torch.nn.Embedding`. ``vector``: anything with fewer than two dimensions
@@ -23,6 +25,8 @@ def parameter_roles(model: nn.Module, overrides: Mapping[str, str] | None = None
     Args:
         model: Any module.
         overrides: Globs on whole parameter names to roles, ``{"decoder.*": "readout"}``; they win, the last one most.
+        known: Roles read off the shapes of a narrow and a wide model (a MupSpec's), by parameter name; ``"fixed"`` says
+            nothing. They win over what is guessed or declared here.
 
     Returns:
         Parameter name to role, in the model's order.
@@ -50,6 +54,7 @@ def parameter_roles(model: nn.Module, overrides: Mapping[str, str] | None = None
         if "embedding" not in roles.values():  # else the embedding is the input
             roles[matrices[0]] = "input"
 
+    roles.update((name, role) for name, role in (known or {}).items() if name in roles and role != "fixed")  # type: ignore[misc]
     for pattern, role in (overrides or {}).items():
         matching = [name for name in roles if fnmatchcase(name, pattern)]
         if role not in get_args(Role):

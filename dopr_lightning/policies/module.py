@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.mup import MupSpec, WeightDecayRule
 from dopr_lightning.optim import configure_optimizers
 from dopr_lightning.optim.bases import resolve
 from dopr_lightning.optim.schedules import Schedule
@@ -46,6 +48,19 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class MupConfig:
+    """muP: the learning rate, weight decay and damping of the base width serve at the network's own.
+
+    Args:
+        base: The network's keywords that scale with the width, at the base width: ``{"width": 64}``.
+        weight_decay: How weight decay follows the learning rate, see :func:`dopr_lightning.mup.rules.weight_decay`.
+    """
+
+    base: dict[str, Any]
+    weight_decay: WeightDecayRule = "independent"
+
+
 class PolicyModule(L.LightningModule):
     """A policy over action chunks.
 
@@ -65,13 +80,15 @@ class PolicyModule(L.LightningModule):
         horizon: Actions predicted at once; the first belongs to the oldest observation of the window.
         act: Actions executed before observing again.
         optimizer: The optimizer and its schedule.
+        mup: muP, from which base width. None: standard parametrisation.
         observation_normalizer: ``"minmax"`` or ``"standard"``, see :class:`Normalizer`.
         action_normalizer: The same for actions.
         seed: Seeds the training noise.
 
     Raises:
-        UserError: ``horizon`` is too short for ``observe`` and ``act``.
-        ValueError: The optimizer's base is unknown.
+        UserError: ``horizon`` is too short for ``observe`` and ``act``, or the network has no such keywords as
+            ``mup.base`` names.
+        ValueError: The optimizer's base is unknown, or muP has no rule for the network.
     """
 
     def __init__(
@@ -84,6 +101,7 @@ class PolicyModule(L.LightningModule):
         horizon: int = 1,
         act: int = 1,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008  # read only
+        mup: MupConfig | None = None,
         observation_normalizer: Mode = "minmax",
         action_normalizer: Mode = "minmax",
         seed: int = 0,
@@ -104,7 +122,13 @@ class PolicyModule(L.LightningModule):
         self.algorithm = algorithm
         self.optimizer_config = optimizer
         self.seed = seed
-        self.network = network(observation_dim, action_dim, observe, horizon, algorithm.denoises)
+        sizes = (observation_dim, action_dim, observe, horizon, algorithm.denoises)
+        self.network = network(*sizes)
+        self.mup = None
+        if mup is not None:
+            self.mup = _spec(partial(network, *sizes), mup.base)
+            self.mup.initialize(self.network)
+        self.mup_config = mup
         self.observation_normalizer = Normalizer(observation_dim, observation_normalizer)
         self.action_normalizer = Normalizer(action_dim, action_normalizer)
 
@@ -126,12 +150,23 @@ class PolicyModule(L.LightningModule):
             self.observation_normalizer.fit(statistics["observation"])
             self.action_normalizer.fit(statistics["action"])
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the base shapes: a learning rate means nothing without them."""
+        checkpoint["mup"] = None if self.mup is None else self.mup.state_dict()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another size.
+        """Refuse a checkpoint of another size or parametrisation.
 
         Raises:
-            UserError: Names an array whose shapes differ.
+            UserError: Names an array whose shapes differ, or the muP base that does.
         """
+        theirs, ours = checkpoint.get("mup"), None if self.mup is None else self.mup.state_dict()
+        if theirs != ours:
+            said = ["none" if spec is None else str(spec["base"]) for spec in (theirs, ours)]
+            raise UserError(
+                f"the checkpoint was trained with the muP base {said[0]}, and this policy has {said[1]}; give "
+                "--model.mup.base as it was, or none"
+            )
         saved = checkpoint["state_dict"]
         for name, value in self.state_dict().items():
             if name in saved and saved[name].shape != value.shape:
@@ -201,6 +236,8 @@ class PolicyModule(L.LightningModule):
             weight_decay=c.weight_decay,
             schedule=c.schedule,
             warmup_steps=c.warmup_steps,
+            mup=self.mup,
+            weight_decay_rule=self.mup_config.weight_decay if self.mup_config else "independent",
             **c.options,
         )
 
@@ -209,6 +246,13 @@ class PolicyModule(L.LightningModule):
         action = self.action_normalizer(batch["action"])
         seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0])
         return self.algorithm.loss(self.network, observation, action, torch.Generator().manual_seed(seed))
+
+
+def _spec(factory: Callable[..., ActionNetwork], base: Mapping[str, Any]) -> MupSpec:
+    try:
+        return MupSpec.from_factory(factory, **base)
+    except TypeError as error:
+        raise UserError(f"mup.base {dict(base)}: {error}; name keywords of the network that scale with it") from error
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,0 +1,95 @@
+"""Which part of a base optimizer takes a parameter, and with which multipliers? The table that groups are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
+from dopr_lightning.optim.bases import Base, resolve
+from dopr_lightning.optim.roles import parameter_roles
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What becomes of one parameter. The multipliers are 1 without muP.
+
+    Args:
+        name: In the model.
+        shape: Its sizes.
+        role: See :func:`~dopr_lightning.optim.roles.parameter_roles`.
+        main: Whether the base's own algorithm takes it, or the one for the rest.
+        decays: Whether weight decay applies: to matrices, not to vectors.
+        lr: Multiplier of the learning rate.
+        weight_decay: Multiplier of the weight decay.
+        eps: Multiplier of eps, where the algorithm has one.
+        initial_value: What :meth:`MupSpec.initialize` multiplies its initial values by.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    main: bool
+    decays: bool
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    initial_value: float = 1.0
+
+
+def plan(
+    model: nn.Module,
+    base: str | type[Optimizer],
+    *,
+    roles: Mapping[str, str] | None = None,
+    mup: MupSpec | None = None,
+    weight_decay_rule: WeightDecayRule = "independent",
+    options: Mapping[str, Any] | None = None,
+) -> list[Assignment]:
+    """An entry per trainable parameter of ``model``, in its order; arguments as of :func:`make_optimizer`.
+
+    Raises:
+        ValueError: Unknown base, role or rule, nothing to train, a spec of another model, or a base whose scaling with
+            the width is not known.
+    """
+    chosen = resolve(base)
+    role_of = parameter_roles(model, roles, known=mup.roles(model) if mup else None)
+    if not role_of:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter")
+    growth = mup.growth(model) if mup else {}
+    initial = mup.multiplier_of_initial_values(model) if mup else {}
+    found = []
+    for name, role in role_of.items():
+        main = chosen.roles is None or role in chosen.roles
+        multipliers: dict[str, float] = {}
+        if mup:
+            update = _update(chosen, base, main, options or {})
+            # Rounded, so that what differs by rounding alone shares a group.
+            lr = float(f"{rules.learning_rate(growth[name], *update):.12g}")
+            multipliers = {
+                "lr": lr,
+                "weight_decay": rules.weight_decay(lr, weight_decay_rule),
+                "eps": rules.eps(growth[name]),
+                "initial_value": initial[name],
+            }
+        shape = tuple(model.get_parameter(name).shape)
+        found.append(Assignment(name, shape, role, main, decays=role != "vector", **multipliers))
+    return found
+
+
+def _update(
+    chosen: Base, base: object, main: bool, options: Mapping[str, Any]
+) -> tuple[rules.Growth, Mapping[str, Any]]:
+    """How the algorithm's update grows, and the options that it hangs on."""
+    if not main:
+        return chosen.rest_growth, chosen.rest_options
+    if chosen.growth is None:
+        raise ValueError(
+            f"how {getattr(base, '__name__', base)}'s update grows with the width is not known, and muP needs to know; "
+            "register a dopr_lightning.optim.Base in BASES that says so (growth=), and name that"
+        )
+    return chosen.growth, {**chosen.options, **options}

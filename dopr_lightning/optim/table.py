@@ -1,0 +1,47 @@
+"""What muP does to every parameter, as a table for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dopr_lightning.mup import MupSpec, WeightDecayRule
+from dopr_lightning.optim.plan import Assignment, plan
+
+
+def mup_table(
+    model: nn.Module,
+    base: str | type[Optimizer],
+    mup: MupSpec,
+    *,
+    weight_decay_rule: WeightDecayRule = "independent",
+    **options: Any,
+) -> str:
+    """A row per kind of parameter that muP treats alike; print it.
+
+    Args:
+        model: Of the width that is to be trained, on any device, the meta device too.
+        base: As for :func:`~dopr_lightning.optim.make_optimizer`, like the remaining arguments.
+        mup: The spec of the model's family.
+        weight_decay_rule: See :func:`~dopr_lightning.mup.rules.weight_decay`.
+        **options: The base's keywords, as far as its scaling hangs on them (``adjust_lr_fn`` of Muon).
+
+    Returns:
+        Columns: role; whether the base or AdamW steps it; how many parameters (tensors) and one of them; multipliers of
+        learning rate, weight decay, eps and initial values.
+    """
+    kinds: dict[tuple[Any, ...], list[Assignment]] = {}
+    for entry in plan(model, base, mup=mup, weight_decay_rule=weight_decay_rule, options=options):
+        decay = entry.weight_decay if entry.decays else 0.0
+        kinds.setdefault((entry.role, entry.main, entry.lr, decay, entry.eps, entry.initial_value), []).append(entry)
+    name = base if isinstance(base, str) else base.__name__
+    rows = [("role", "by", "tensors", "for example", "lr", "weight decay", "eps", "initial value")]
+    for (role, main, *multipliers), entries in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
+        first = entries[0]
+        example = f"{first.name} {'x'.join(map(str, first.shape))}"
+        row = (role, name if main else "rest", str(len(entries)), example, *(f"x {m:.4g}" for m in multipliers))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
