@@ -1,35 +1,67 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.policies.networks import ActionNetwork, ConditionalUnet1d, ResidualMLP
+from dopr_lightning.policies.networks import (
+    ActionNetwork,
+    ActionTransformer,
+    ConditionalUnet1d,
+    ResidualMLP,
+    VisionMLP,
+    VisionTransformer,
+    VisionUnet1d,
+    VisualObservation,
+)
 from dopr_lightning.policies.networks.time_embedding import TIME_FEATURES, sinusoidal_embedding
 
 OBS, A, TO, T, B = 5, 3, 2, 8, 4
+CAMERAS = ("agent", "hand")
 
+Network = type[ActionNetwork]
 
-def mlp(denoise: bool) -> ActionNetwork:
-    return ResidualMLP(OBS, A, TO, T, denoise, width=16, depth=2)
+MLP = {"width": 16, "depth": 2}
+UNET = {"channels": [8, 16, 16], "groups": 4, "condition_dim": 16}
+TRANSFORMER = {"width": 16, "depth": 2, "heads": 2, "mlp_ratio": 2}
+EYES = {"cameras": CAMERAS, "encoder_width": 8, "crop": 40}
+KEYWORDS: dict[Network, dict[str, Any]] = {
+    ResidualMLP: MLP,
+    ConditionalUnet1d: UNET,
+    ActionTransformer: TRANSFORMER,
+    VisionMLP: MLP | EYES,
+    VisionUnet1d: UNET | EYES,
+    VisionTransformer: TRANSFORMER | EYES,
+}
+"""Of every network, small."""
 
-
-def unet(denoise: bool) -> ActionNetwork:
-    return ConditionalUnet1d(OBS, A, TO, T, denoise, channels=(8, 16, 16), groups=4, condition_dim=16)
-
-
-BUILDERS: list[Callable[[bool], ActionNetwork]] = [mlp, unet]
-both_networks = pytest.mark.parametrize("build", BUILDERS)
+STATE_NETWORKS = [ResidualMLP, ConditionalUnet1d, ActionTransformer]
+state_networks = pytest.mark.parametrize("kind", STATE_NETWORKS)
+all_networks = pytest.mark.parametrize("kind", KEYWORDS)
 both_modes = pytest.mark.parametrize("denoise", [True, False])
 
 
-def seeded(build: Callable[[bool], ActionNetwork], denoise: bool) -> ActionNetwork:
+def build(kind: Network, denoise: bool, growth: int = 1) -> ActionNetwork:
+    """A small network, its widths multiplied by ``growth``."""
+    keywords = dict(KEYWORDS[kind])
+    for key in kind.scales:
+        value = keywords[key]
+        keywords[key] = [growth * v for v in value] if isinstance(value, list) else growth * value
+    return kind(OBS, A, TO, T, denoise, **keywords)
+
+
+def seeded(kind: Network, denoise: bool) -> ActionNetwork:
+    """A network in general position: what its initialisation set to zero, where gradients vanish, is moved away."""
     torch.manual_seed(0)
-    return build(denoise).double()
+    network = build(kind, denoise).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
 
 
 def inputs(denoise: bool, batch: int = B) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -40,35 +72,60 @@ def inputs(denoise: bool, batch: int = B) -> tuple[Tensor | None, Tensor | None,
     return (action, time, observation) if denoise else (None, None, observation)
 
 
-@both_networks
+def observed(kind: Network, state: Tensor) -> Tensor | VisualObservation:
+    """The state, beside images where the network takes them: a function of the rows' indices."""
+    if "cameras" not in KEYWORDS[kind]:
+        return state
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(state), TO, 3, 44, 46)
+    return {"state": state, "images": {name: torch.rand(shape, generator=generator).double() for name in CAMERAS}}
+
+
+def rows_of(observation: Tensor | VisualObservation, rows: slice) -> Tensor | VisualObservation:
+    if isinstance(observation, Tensor):
+        return observation[rows]
+    return {"state": observation["state"][rows], "images": {k: v[rows] for k, v in observation["images"].items()}}
+
+
+@all_networks
 @both_modes
-def test_shape_and_determinism_under_a_seed(build: Callable[[bool], ActionNetwork], denoise: bool) -> None:
-    out = seeded(build, denoise)(*inputs(denoise))
+def test_shape_and_determinism_under_a_seed(kind: Network, denoise: bool) -> None:
+    action, time, state = inputs(denoise)
+
+    def output() -> Tensor:
+        network = seeded(kind, denoise)
+        return network(action, time, network.encode(observed(kind, state)))
+
+    out = output()
     assert out.shape == (B, T, A)
-    assert torch.equal(seeded(build, denoise)(*inputs(denoise)), out)
+    assert torch.equal(output(), out)
 
 
-@both_networks
+@all_networks
 @both_modes
-def test_gradients_reach_every_parameter(build: Callable[[bool], ActionNetwork], denoise: bool) -> None:
-    network = seeded(build, denoise)
-    network(*inputs(denoise)).square().sum().backward()
+def test_gradients_reach_every_parameter(kind: Network, denoise: bool) -> None:
+    network = seeded(kind, denoise)
+    action, time, state = inputs(denoise)
+    network(action, time, network.encode(observed(kind, state))).square().sum().backward()
     dead = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12]
     assert dead == []
 
 
-@both_networks
+@all_networks
 @both_modes
-def test_rows_do_not_see_each_other(build: Callable[[bool], ActionNetwork], denoise: bool) -> None:
-    network = seeded(build, denoise)
-    together = network(*inputs(denoise))
-    alone = network(*(None if x is None else x[2:3] for x in inputs(denoise)))
+def test_rows_do_not_see_each_other(kind: Network, denoise: bool) -> None:
+    network = seeded(kind, denoise)
+    action, time, state = inputs(denoise)
+    together = network(action, time, network.encode(observed(kind, state)))
+    row = slice(2, 3)
+    seen = network.encode(rows_of(observed(kind, state), row))
+    alone = network(None if action is None else action[row], None if time is None else time[row], seen)
     torch.testing.assert_close(alone[0], together[2], atol=1e-12, rtol=1e-12)
 
 
-@both_networks
-def test_every_input_matters(build: Callable[[bool], ActionNetwork]) -> None:
-    network = seeded(build, True)
+@state_networks
+def test_every_input_matters(kind: Network) -> None:
+    network = seeded(kind, True)
     given = inputs(True)
     out = network(*given)
     for index in range(3):
@@ -79,17 +136,17 @@ def test_every_input_matters(build: Callable[[bool], ActionNetwork]) -> None:
         assert (network(*changed) - out).abs().amax() > 1e-4
     # In both modes each observation of the window matters.
     for denoise in (True, False):
-        network = seeded(build, denoise)
+        network = seeded(kind, denoise)
         action, time, observation = inputs(denoise)
         observation.requires_grad_()
         gradient = torch.autograd.grad(network(action, time, observation).square().sum(), observation)[0]
         assert (gradient.abs().amax(dim=(0, 2)) > 1e-8).all()
 
 
-@both_networks
+@state_networks
 @both_modes
-def test_gradients_against_finite_differences(build: Callable[[bool], ActionNetwork], denoise: bool) -> None:
-    network = seeded(build, denoise)
+def test_gradients_against_finite_differences(kind: Network, denoise: bool) -> None:
+    network = seeded(kind, denoise)
     given = inputs(denoise, batch=2)
     observation = given[2].requires_grad_()
     assert torch.autograd.gradcheck(lambda o: network(given[0], given[1], o), [observation], fast_mode=True)
@@ -101,30 +158,56 @@ def test_gradients_against_finite_differences(build: Callable[[bool], ActionNetw
     assert torch.autograd.gradcheck(of_parameter, [parameter.detach().requires_grad_()], fast_mode=True)
 
 
-@both_networks
+@all_networks
 @both_modes
-def test_roles_name_the_weights_at_fixed_dimensions(build: Callable[[bool], ActionNetwork], denoise: bool) -> None:
-    """Doubling every width doubles the fan-in and fan-out of a weight, save where its role says it is fixed."""
-    narrow = build(denoise)
-    wide: ActionNetwork
-    if isinstance(narrow, ResidualMLP):
-        wide = ResidualMLP(OBS, A, TO, T, denoise, width=32, depth=2)
-    else:
-        wide = ConditionalUnet1d(OBS, A, TO, T, denoise, channels=(16, 32, 32), groups=4, condition_dim=32)
+def test_roles_name_the_weights_at_fixed_dimensions(kind: Network, denoise: bool) -> None:
+    """Doubling what scales doubles the fan-in and fan-out of a weight, save where its role says it is fixed."""
+    narrow, wide = build(kind, denoise), build(kind, denoise, growth=2)
     roles = narrow.parameter_roles()
     assert wide.parameter_roles() == roles
     for (name, a), b in zip(narrow.named_parameters(), wide.parameters(), strict=True):
         if a.ndim < 2:
             assert name not in roles
             continue
-        growth = (b.shape[0] // a.shape[0], b.shape[1] // a.shape[1])
+        growth = (b.shape[0] / a.shape[0], b.shape[1] / a.shape[1])
         assert growth == {"input": (2, 1), "readout": (1, 2), None: (2, 2)}[roles.get(name)], name
+        assert a.shape[2:] == b.shape[2:]
     assert "readout.weight" in roles
+    assert set(roles) <= {name for name, _ in narrow.named_parameters()}
 
 
-@both_networks
-def test_wrong_shapes_name_both(build: Callable[[bool], ActionNetwork]) -> None:
-    network = seeded(build, True)
+@all_networks
+def test_numbers_of_groups_and_heads_stay_when_the_width_grows(kind: Network) -> None:
+    def numbers(network: ActionNetwork) -> list[int]:
+        return [getattr(m, key) for m in network.modules() for key in ("num_groups", "heads") if hasattr(m, key)]
+
+    assert numbers(build(kind, True)) == numbers(build(kind, True, growth=2))
+    assert numbers(build(kind, True)) or kind is ResidualMLP
+
+
+@all_networks
+def test_context_is_added_to_the_embedded_observations(kind: Network) -> None:
+    """It acts as a change of the observations with the same embedding does."""
+    network = seeded(kind, False)
+    embed = getattr(network, "input" if isinstance(network, ResidualMLP) else "observation")
+    state, other = (inputs(False)[2] * factor for factor in (1.0, 0.5))
+    context = (other - state).flatten(1) @ embed.weight.T
+    assert context.shape == (B, network.context_dim)
+    torch.testing.assert_close(network.compute(None, None, state, context), network.compute(None, None, other))
+
+
+@state_networks
+def test_images_are_refused_by_networks_without_cameras(kind: Network) -> None:
+    network = build(kind, False)
+    state = torch.zeros(B, TO, OBS)
+    assert network.encode(state) is state
+    with pytest.raises(UserError, match="takes no images; use VisionMLP"):
+        network.encode({"state": state, "images": {}})
+
+
+@state_networks
+def test_wrong_shapes_name_both(kind: Network) -> None:
+    network = seeded(kind, True)
     action, time, observation = inputs(True)
     assert action is not None
     with pytest.raises(UserError, match=r"observations of shape \(batch, 2, 5\), got \(4, 1, 5\)"):
@@ -133,13 +216,13 @@ def test_wrong_shapes_name_both(build: Callable[[bool], ActionNetwork]) -> None:
         network(action[..., :2], time, observation)
 
 
-@both_networks
-def test_calls_against_the_mode_are_refused(build: Callable[[bool], ActionNetwork]) -> None:
+@state_networks
+def test_calls_against_the_mode_are_refused(kind: Network) -> None:
     action, time, observation = inputs(True)
     with pytest.raises(UserError, match="denoise=True it needs both"):
-        seeded(build, True)(None, None, observation)
+        seeded(kind, True)(None, None, observation)
     with pytest.raises(UserError, match="denoise=False it takes neither"):
-        seeded(build, False)(action, time, observation)
+        seeded(kind, False)(action, time, observation)
 
 
 @pytest.mark.parametrize(

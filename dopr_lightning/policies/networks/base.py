@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from dopr_lightning.errors import UserError
 
 Role = Literal["input", "readout"]
+
+
+class VisualObservation(TypedDict):
+    """What a policy with cameras observes; see :class:`~dopr_lightning.policies.networks.vision.Vision`."""
+
+    state: Tensor
+    images: Mapping[str, Tensor]
 
 
 class ActionNetwork(nn.Module, ABC):
@@ -19,8 +28,11 @@ class ActionNetwork(nn.Module, ABC):
     inputs for the noisy action and the time, without it these inputs do not exist (they are not fed zeros),
     so that no weight is dead and regression is the plain network of the paper.
 
+    A chunk takes one :meth:`encode` and as many forwards, on what that returned, as the sampler has steps.
+
     Subclasses name their first layer ``input`` where it has one and their last layer ``readout``, register
-    the layers in the order of the forward pass, and implement :meth:`compute` and :meth:`parameter_roles`.
+    the layers in the order of the forward pass, set :attr:`context_dim` and :attr:`scales`, and implement
+    :meth:`compute` and :meth:`parameter_roles`.
 
     Args:
         observation_dim: O, size of one observation.
@@ -29,9 +41,18 @@ class ActionNetwork(nn.Module, ABC):
         horizon: T, actions returned.
         denoise: Whether a noisy action and a time are inputs: the algorithm's ``denoises``.
 
+    Attributes:
+        scales: The constructor's keywords, integers or lists of them, that grow together with the network's width;
+            the first is what is called its width. Everything else stays as it is.
+        context_dim: Size of the embedded observations, which :meth:`compute` adds ``context`` to. It grows with the
+            width.
+
     Raises:
         UserError: A size is below 1.
     """
+
+    scales: ClassVar[tuple[str, ...]]
+    context_dim: int
 
     def __init__(self, observation_dim: int, action_dim: int, observe: int, horizon: int, denoise: bool) -> None:
         super().__init__()
@@ -42,13 +63,29 @@ class ActionNetwork(nn.Module, ABC):
         self.horizon = horizon
         self.denoise = denoise
 
+    def encode(self, observation: Tensor | VisualObservation, generator: torch.Generator | None = None) -> Tensor:
+        """Turn what is observed into what :meth:`forward` takes, once for all steps of a sampler.
+
+        Args:
+            observation: Normalised observations, oldest first, (B, To, O); or what a subclass takes in its place.
+            generator: On the CPU: source of random augmentation, for training; None for none.
+
+        Raises:
+            UserError: The observation has images, which this network does not take.
+        """
+        if not isinstance(observation, Tensor):
+            name = type(self).__name__
+            raise UserError(f"{name} takes no images; use VisionMLP, VisionUnet1d or VisionTransformer")
+        return observation
+
     def forward(self, action: Tensor | None, time: Tensor | None, observation: Tensor) -> Tensor:
         """Return an action chunk, or its velocity, (B, T, A).
 
         Args:
             action: The noisy action, (B, T, A); None unless ``denoise``.
             time: Its time in [0, 1], (B,); None unless ``denoise``.
-            observation: Normalised observations, oldest first, (B, To, O).
+            observation: What :meth:`encode` returned: the normalised observations, oldest first, (B, To, O), unless
+                a subclass says otherwise.
 
         Raises:
             UserError: A shape differs from what the network was built for, or the noisy action and time are
@@ -60,21 +97,38 @@ class ActionNetwork(nn.Module, ABC):
                 f"{type(self).__name__}: a noisy action and a time: built with denoise={self.denoise} it {need}; "
                 "set denoise to the algorithm's `denoises`"
             )
-        self._check_shape("observations", observation, self.observe, self.observation_dim)
+        seen = self.unpack(observation)
         if action is not None:
-            self._check_shape("actions", action, self.horizon, self.action_dim)
-        return self.compute(action, time, observation)
+            self.check_shape("actions", action, (self.horizon, self.action_dim))
+        return self.compute(action, time, *seen)
 
-    def _check_shape(self, what: str, value: Tensor, length: int, dim: int) -> None:
-        if value.ndim != 3 or value.shape[1:] != (length, dim):
+    def unpack(self, observation: Tensor) -> tuple[Tensor, ...]:
+        """Check what :meth:`encode` returned, and split it into ``observation`` and ``context`` of :meth:`compute`."""
+        self.check_shape("observations", observation, (self.observe, self.observation_dim))
+        return (observation,)
+
+    def check_shape(self, what: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise a UserError unless ``value`` is a batch of ``shape``."""
+        if value.shape[1:] != shape:
             raise UserError(
-                f"{type(self).__name__}: built for {what} of shape (batch, {length}, {dim}), got "
+                f"{type(self).__name__}: built for {what} of shape (batch, {', '.join(map(str, shape))}), got "
                 f"{tuple(value.shape)}; the data and the network's sizes must agree"
             )
 
     @abstractmethod
-    def compute(self, action: Tensor | None, time: Tensor | None, observation: Tensor) -> Tensor:
-        """Do the work of :meth:`forward` on checked arguments."""
+    def compute(
+        self, action: Tensor | None, time: Tensor | None, observation: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """Do the work of :meth:`forward` on checked arguments.
+
+        Args:
+            action: See :meth:`forward`.
+            time: See :meth:`forward`.
+            observation: (B, To, O).
+            context: What else is observed, (B, context_dim), to be added to the embedded observations. A sum, not a
+                concatenation: its size grows with the width and that of the observations does not, and for muP no
+                weight may read both.
+        """
 
     @abstractmethod
     def parameter_roles(self) -> dict[str, Role]:

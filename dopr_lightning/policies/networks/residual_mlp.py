@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,8 @@ class ResidualMLP(ActionNetwork):
         UserError: A size is below 1.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ("width",)
+
     def __init__(
         self,
         observation_dim: int,
@@ -57,18 +61,24 @@ class ResidualMLP(ActionNetwork):
     ) -> None:
         super().__init__(observation_dim, action_dim, observe, horizon, denoise)
         check_positive(self, width=width, depth=depth)
+        self.context_dim = width
         inputs = observe * observation_dim + (horizon * action_dim + TIME_FEATURES if denoise else 0)
         self.input = nn.Linear(inputs, width)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.readout = nn.Linear(width, horizon * action_dim)
 
-    def compute(self, action: Tensor | None, time: Tensor | None, observation: Tensor) -> Tensor:
-        """See :meth:`ActionNetwork.forward`."""
+    def compute(
+        self, action: Tensor | None, time: Tensor | None, observation: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`ActionNetwork.compute`."""
         x = observation.flatten(1)
         if action is not None and time is not None:
             x = torch.cat([x, action.flatten(1), sinusoidal_embedding(time)], dim=1)
-        x = self.readout(self.norm(self.blocks(self.input(x))))
+        x = self.input(x)
+        if context is not None:
+            x = x + context
+        x = self.readout(self.norm(self.blocks(x)))
         return x.unflatten(1, (self.horizon, self.action_dim))
 
     def parameter_roles(self) -> dict[str, Role]:

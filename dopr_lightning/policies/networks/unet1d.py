@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class ConditionalUnet1d(ActionNetwork):
             ``horizon`` cannot be halved that often.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ("channels", "condition_dim")
+
     positions: Tensor
 
     def __init__(
@@ -118,6 +120,7 @@ class ConditionalUnet1d(ActionNetwork):
         if kernel_size % 2 == 0:
             raise UserError(f"ConditionalUnet1d: kernel_size must be odd to keep the length, got {kernel_size}")
 
+        self.context_dim = condition_dim
         sizes = Sizes(kernel_size, groups, condition_dim)
         self.observation = nn.Linear(observe * observation_dim, condition_dim)
         if denoise:
@@ -140,9 +143,13 @@ class ConditionalUnet1d(ActionNetwork):
         self.final = ConvBlock(channels[0], channels[0], sizes)
         self.readout = nn.Conv1d(channels[0], action_dim, 1)
 
-    def compute(self, action: Tensor | None, time: Tensor | None, observation: Tensor) -> Tensor:
-        """See :meth:`ActionNetwork.forward`."""
+    def compute(
+        self, action: Tensor | None, time: Tensor | None, observation: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`ActionNetwork.compute`."""
         condition = self.observation(observation.flatten(1))
+        if context is not None:
+            condition = condition + context
         if action is not None and time is not None:
             x = action.transpose(1, 2)
             condition = condition + self.time(sinusoidal_embedding(time))
