@@ -19,6 +19,10 @@ Train a policy and judge it by rollouts:
 Find out whether an optimizer helps:
   compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot
 
+Tune narrow, train wide:
+  sweep        widths x learning rates, weight decays, damping: best values, drift, regret, and a wide run's YAML
+  coord-check  do updates and activations keep their size over widths? Exit status 1 if not
+
 Find out what it costs:
   bench      a step with and without it, measured here; or predicted for a model, ranks and GPUs you do not have yet
 
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dopr: unknown verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
-        VERBS[verb](verb, rest)
+        return VERBS[verb](verb, rest) or 0
     except KeyboardInterrupt:
         print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
         return 130
@@ -60,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _is_users(error: Exception) -> bool:
@@ -80,6 +83,18 @@ def _compare(verb: str, arguments: list[str]) -> None:
     main(arguments)
 
 
+def _sweep(verb: str, arguments: list[str]) -> None:
+    from dopr_lightning.experiments.sweep.main import main
+
+    main(arguments)
+
+
+def _coordinate_check(verb: str, arguments: list[str]) -> int:
+    from dopr_lightning.experiments.coordinate_check import main
+
+    return main(arguments)
+
+
 def _bench(verb: str, arguments: list[str]) -> None:
     from dopr_lightning.bench.main import main
 
@@ -92,11 +107,13 @@ def _demos(verb: str, arguments: list[str]) -> None:
     main(arguments)
 
 
-VERBS: dict[str, Callable[[str, list[str]], None]] = {
+VERBS: dict[str, Callable[[str, list[str]], int | None]] = {
     "fit": _train,
     "validate": _train,
     "test": _train,
     "compare": _compare,
+    "sweep": _sweep,
+    "coord-check": _coordinate_check,
     "bench": _bench,
     "demos": _demos,
 }

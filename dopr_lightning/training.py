@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import warnings
 import zipfile
 from argparse import ArgumentError
@@ -12,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from dopr_lightning import proxy
 from dopr_lightning.configs import available, locate
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
@@ -71,12 +74,17 @@ class CLI(LightningCLI):
             raise UserError(f"{_reason(error)}; see: dopr fit --help") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
+        """Parse, fill in what a sweep found, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
 
         Raises:
-            UserError: The file is missing, or is not what ``torch.save`` writes.
+            UserError: The checkpoint is missing, or is not what ``torch.save`` writes; the sweep is of another
+                configuration, or a value is given that it gives too.
         """
         super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else self.config
+        if config.get("mup.from_sweep") is not None:
+            self._take_from_sweep(config, sys.argv[1:] if args is None else args)
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
             return
@@ -84,6 +92,30 @@ class CLI(LightningCLI):
             raise UserError(f"--ckpt_path {path}: no such file")
         if not zipfile.is_zipfile(path):
             raise UserError(f"--ckpt_path {path}: damaged, or not a checkpoint")
+
+    def _take_from_sweep(self, config: Namespace, args: Sequence[str]) -> None:
+        """Put a sweep's numbers into the configuration, which then no longer depends on the sweep's folder."""
+        for flag in (arg.partition("=")[0] for arg in args):
+            if flag.startswith(proxy.SETS):
+                raise UserError(
+                    f"{flag} and {proxy.FLAG} say the same thing; leave one out, or change the sweep's "
+                    f"{proxy.OVERLAY} and stack that"
+                )
+        folder = Path(config["mup.from_sweep"])
+        found = proxy.recommended(folder, self.plain_config())
+        config["mup.from_sweep"] = None
+        config["model.optimizer.lr"] = found["lr"]
+        config["model.optimizer.weight_decay"] = found["weight_decay"]
+        config["model.mup"] = Namespace(found["mup"])
+        if found["damping"] is not None:
+            config["trainer.callbacks"][-1]["init_args.damping"] = found["damping"]
+
+    def plain_config(self) -> dict[str, Any]:
+        """The whole configuration of the verb as plain values."""
+        text = self.parser.dump(self.config, format="json", skip_validation=True, skip_link_targets=False)
+        verb, plain = self.config.get("subcommand"), json.loads(text)
+        plain = plain[verb] if verb else plain
+        return {key: value for key, value in plain.items() if key != "mup"}  # where other values came from
 
     def instantiate_classes(self) -> None:
         """Build everything.
@@ -112,6 +144,13 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(RolloutEvaluation, "rollout")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_argument(
+            proxy.FLAG,
+            type=str | None,
+            default=None,
+            help="the --output of a dopr sweep of this configuration: train with the learning rate, weight decay and "
+            "damping it found on narrower networks, under its muP",
+        )
         # The last state to resume from, at every validation: rollouts are noisy, so choosing the best is left to you.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
         for name in ("observation_dim", "action_dim"):
@@ -133,8 +172,7 @@ class _ParseOnly(CLI):
 
 def resolve(arguments: Sequence[str]) -> dict[str, Any]:
     """The whole configuration that ``arguments`` (of a verb) amount to, as plain values, without building anything."""
-    cli = _ParseOnly(arguments, run=False)
-    return json.loads(cli.parser.dump(cli.config, format="json", skip_validation=True, skip_link_targets=False))
+    return _ParseOnly(arguments, run=False).plain_config()
 
 
 class _SaveConfig(SaveConfigCallback):

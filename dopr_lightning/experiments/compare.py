@@ -37,8 +37,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     options, overrides = _parser().parse_known_args(arguments)
     arms = parse_arms(options.optimizers)
-    seeds = _numbers("--seeds", options.seeds, int)
-    rates = _numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
+    seeds = numbers("--seeds", options.seeds, int)
+    rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
     if not all(0 < rate < math.inf for rate in rates):
@@ -166,14 +166,19 @@ def _parser() -> Parser:
     return parser
 
 
-def _numbers(flag: str, text: str, kind: type[T]) -> list[T]:
+def numbers(flag: str, text: str, kind: type[T]) -> list[T]:
+    """The numbers in the text of a comma-separated option.
+
+    Raises:
+        UserError: They are none, or one is there twice.
+    """
     try:
-        numbers = [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{flag} {text}: give numbers separated by commas, 0,1,2") from None
-    if len(set(numbers)) < len(numbers):
+    if len(set(found)) < len(found):
         raise UserError(f"{flag} {text}: a number is given twice")
-    return numbers
+    return found
 
 
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from queue import Empty
 from typing import Any
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.trial import Record, Trial, load_record, run_trial
+from dopr_lightning.experiments.display import Display
+from dopr_lightning.experiments.trial import DivergedError, Record, Report, Trial, load_record, run_trial
+
+Engine = Callable[[Sequence[Trial], Display], dict[str, Record | str]]
+"""Runs trials and tells the display; returns for each trial's name its record or, in a line, why it failed."""
+
+KILLED = "a worker process was killed, perhaps for memory (fewer --workers need less)"
+"""What is said of a trial that failed through no fault of its own."""
 
 
 def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
@@ -35,37 +42,58 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
     return [outcome for outcome in outcomes if isinstance(outcome, Record)]
 
 
-def attempt_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
+def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = None) -> list[Record | str]:
     """For each trial its record or, in a line, why it failed; the log.txt in its folder says more.
+
+    Args:
+        trials: Of different names and folders.
+        workers: Trials at once.
+        engine: Runs those that have not finished; by default worker processes on this machine.
 
     Raises:
         UserError: A folder holds a record of other settings.
     """
-    outcomes: dict[str, Record | str | None] = {trial.name: load_record(trial) for trial in trials}
-    missing = [trial for trial in trials if outcomes[trial.name] is None]
+    found = {trial.name: load_record(trial) for trial in trials}
+    outcomes = {name: outcome for name, outcome in found.items() if outcome is not None}
+    missing = [trial for trial in trials if trial.name not in outcomes]
     if missing:
-        context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager, _Display(trials, missing) as display:
-            queue: Any = manager.Queue()
-            with ProcessPoolExecutor(
-                min(workers, len(missing)), context, initializer=_prepare, initargs=(workers,)
-            ) as pool:
-                futures = {pool.submit(_attempt, trial, queue): trial for trial in missing}
-                pending = set(futures)
-                while pending:
-                    display.drain(queue)
-                    done = [future for future in futures if future in pending and future.done()]
-                    for future in done:
-                        name, result = futures[future].name, _outcome(future)
-                        outcomes[name] = result
-                        display.finished(name, result)
-                    pending.difference_update(done)
-    return [outcome for trial in trials if (outcome := outcomes[trial.name]) is not None]
+        with Display(trials, outcomes, workers) as display:
+            outcomes |= (engine or _in_processes)(missing, display)
+    return [outcomes[trial.name] for trial in trials]
+
+
+def attempt(trial: Trial, report: Report) -> Record | str:
+    """The record, or why there is none. Exceptions stay in the worker: not all of them can be sent."""
+    try:
+        return run_trial(trial, report)
+    except Exception as error:
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        with (trial.folder / "log.txt").open("a") as log:
+            traceback.print_exc(file=log)
+        said = " ".join(str(error).split())
+        return said if isinstance(error, DivergedError) else f"{type(error).__name__}: {said}"
 
 
 def cores() -> int:
     """Cores this process may use, which in a container can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(trials: Sequence[Trial], display: Display) -> dict[str, Record | str]:
+    outcomes: dict[str, Record | str] = {}
+    context = multiprocessing.get_context("spawn")
+    workers = display.left.parallel
+    with context.Manager() as manager:
+        queue: Any = manager.Queue()
+        with ProcessPoolExecutor(min(workers, len(trials)), context, initializer=_prepare, initargs=(workers,)) as pool:
+            pending = {pool.submit(_attempt, trial, queue): trial.name for trial in trials}
+            while pending:
+                _drain(queue, display)
+                for future in [future for future in pending if future.done()]:
+                    name = pending.pop(future)
+                    outcomes[name] = _outcome(future)
+                    display.finished(name, outcomes[name])
+    return outcomes
 
 
 def _prepare(workers: int) -> None:
@@ -81,73 +109,22 @@ def _prepare(workers: int) -> None:
 
 
 def _attempt(trial: Trial, queue: Any) -> Record | str:
-    """The record, or why there is none. Exceptions stay in the worker: not all of them can be sent."""
-    try:
-        return run_trial(trial, lambda *progress: queue.put(progress))
-    except Exception as error:
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        with (trial.folder / "log.txt").open("a") as log:
-            traceback.print_exc(file=log)
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    queue.put((trial.name, 0, 1))
+    return attempt(trial, lambda *progress: queue.put(progress))
+
+
+def _drain(queue: Any, display: Display) -> None:
+    """Show what the workers report in half a second: quick ones never pause, and what has ended waits to be told."""
+    end = time.monotonic() + 0.5
+    while (left := end - time.monotonic()) > 0:
+        try:
+            display.progress(*queue.get(timeout=left))
+        except Empty:
+            return
 
 
 def _outcome(future: Future[Record | str]) -> Record | str:
     try:
         return future.result()
     except BrokenExecutor:
-        return "a worker process was killed, perhaps for memory (fewer --workers need less)"
-
-
-class _Display:
-    """A bar for all trials and one for each under way; plain lines where there is no terminal."""
-
-    def __init__(self, trials: Sequence[Trial], missing: Sequence[Trial]) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._terminal = sys.stdout.isatty()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            transient=True,
-            disable=not self._terminal,
-        )
-        self._all = self._progress.add_task("runs", total=len(trials), completed=len(trials) - len(missing))
-        self._bars: dict[str, Any] = {}
-        self._done, self._total = len(trials) - len(missing), len(trials)
-        if self._done:
-            self._progress.console.print(f"{self._done} of {self._total} runs were finished before; they are reused")
-
-    def __enter__(self) -> _Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def drain(self, queue: Any) -> None:
-        """Show what the workers report; waits up to half a second for it."""
-        try:
-            while True:
-                name, step, steps = queue.get(timeout=0.5)
-                bar = self._bars.get(name)
-                if bar is None:
-                    bar = self._bars[name] = self._progress.add_task(name, total=steps)
-                self._progress.update(bar, completed=step)
-        except Empty:
-            return
-
-    def finished(self, name: str, outcome: Record | str) -> None:
-        """Replace a trial's bar by a line."""
-        self._done += 1
-        if name in self._bars:
-            self._progress.remove_task(self._bars.pop(name))
-        self._progress.update(self._all, completed=self._done)
-        if isinstance(outcome, Record):
-            said = f"val loss {outcome.val_loss:.4g}, closed loop {outcome.mean:.4g}, {outcome.train_seconds:.0f} s"
-        else:
-            said = outcome
-        print_line = self._progress.console.print if self._terminal else print
-        print_line(f"[{self._done}/{self._total}] {name}: {said}".replace("[", "\\[" if self._terminal else "["))
-        sys.stdout.flush()
+        return KILLED

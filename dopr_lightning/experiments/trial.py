@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +15,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.proxy import differences
 
 SETTINGS = "settings.json"
+DIVERGED = "diverged.json"
+
+
+class DivergedError(UserError):
+    """The numbers left the range of floats: a result, of which the same run would only give the same."""
+
 
 Report = Callable[[str, int, int], None]
 """Called with (trial, steps done, steps in all)."""
@@ -32,6 +41,8 @@ class Trial:
         seed: Of weights, batches and noise.
         first_seed: Of the judged rollouts.
         episodes: Judged rollouts.
+        cost: Of training, in any unit, to estimate how long it takes from how long others took.
+        keep_checkpoints: Whether they stay once there is a record.
     """
 
     name: str
@@ -41,6 +52,8 @@ class Trial:
     seed: int
     first_seed: int
     episodes: int
+    cost: float = 1.0
+    keep_checkpoints: bool = True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,18 +84,21 @@ class Record:
 
     @property
     def mean(self) -> float:
-        """Mean of the metric over episodes."""
-        return sum(self.episodes) / len(self.episodes)
+        """Mean of the metric over episodes; NaN without any."""
+        return sum(self.episodes) / len(self.episodes) if self.episodes else math.nan
 
 
-def load_record(trial: Trial) -> Record | None:
-    """The record of a trial that has finished, else None.
+def load_record(trial: Trial) -> Record | str | None:
+    """The record of a trial that has finished or, in a line, how it diverged; else None.
 
     Raises:
         UserError: The folder holds a run, finished or not, with other settings.
     """
     path = trial.folder / "record.json"
     if not path.exists():
+        diverged = trial.folder / DIVERGED
+        if diverged.exists() and (found := json.loads(diverged.read_text()))["settings"] == trial.settings:
+            return found["message"]
         check_settings(trial.folder, trial.settings)
         return None
     record = Record(**json.loads(path.read_text()))
@@ -112,19 +128,35 @@ def note_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> UserError:
-    return UserError(f"{folder} holds a run with other settings ({_difference(old, new)}); choose another --output")
+    # The configuration's keys are known by their own names, "model.optimizer.lr".
+    changed = differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config",))
+    return UserError(f"{folder} holds a run with other settings ({changed}); choose another --output")
 
 
 def run_trial(trial: Trial, report: Report) -> Record:
     """Train, from the last checkpoint if there is one, then judge the EMA weights by rollouts on fixed seeds.
 
     Everything that would be printed goes to ``log.txt`` in the trial's folder.
+
+    Raises:
+        DivergedError: The training loss, or what was trained, is not finite. That is kept as a record is.
     """
     note_settings(trial.folder, trial.settings)
-    with (trial.folder / "log.txt").open("a") as log, _said_to(log):
-        record = _train_and_judge(trial, report)
+    try:
+        with (trial.folder / "log.txt").open("a") as log, _said_to(log):
+            record = _train_and_judge(trial, report)
+    except DivergedError as error:
+        write_json({"message": str(error), "settings": trial.settings}, trial.folder / DIVERGED)
+        _drop_checkpoints(trial)
+        raise
     write_json(asdict(record), trial.folder / "record.json")
+    _drop_checkpoints(trial)
     return record
+
+
+def _drop_checkpoints(trial: Trial) -> None:
+    if not trial.keep_checkpoints:
+        shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -152,15 +184,17 @@ def _said_to(log: TextIO) -> Iterator[None]:
 
 def _train_and_judge(trial: Trial, report: Report) -> Record:
     import lightning.pytorch as pl
+    import torch
 
     from dopr_lightning.rollout.callback import RolloutEvaluation
     from dopr_lightning.training import CLI, quiet
 
     class Progress(pl.Callback):
-        """Reports steps, and keeps the time spent on training alone, also over interruptions."""
+        """Reports steps, watches the loss, and keeps the time spent on training alone, also over interruptions."""
 
         trained = False
         seconds = 0.0
+        diverged = torch.tensor(False)
 
         def on_train_start(self, *_: Any) -> None:
             self.trained = True
@@ -172,9 +206,16 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         def on_validation_end(self, *_: Any) -> None:
             self.since = time.perf_counter()
 
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+            # On the device: it is read, and waited for, with every report only.
+            self.diverged = self.diverged.to(module.device) | ~outputs["loss"].isfinite()
             if trainer.global_step % max(1, trainer.max_steps // 100) == 0:
                 report(trial.name, trainer.global_step, trainer.max_steps)
+                if self.diverged:
+                    raise DivergedError(
+                        f"diverged: the training loss is not finite, by step {trainer.global_step} of "
+                        f"{trainer.max_steps}"
+                    )
 
         def on_train_end(self, *_: Any) -> None:
             self.seconds += time.perf_counter() - self.since
@@ -207,10 +248,21 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
     trainer, progress = cli.trainer, Progress()
     trainer.callbacks.append(progress)  # type: ignore[attr-defined]
     last = trial.folder / "checkpoints" / "last.ckpt"
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
-    # Stopped between its last step and its record, there was nothing to train, and so nobody put the average in place.
-    finished = None if progress.trained else last
-    (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=finished, verbose=False)
+    try:
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
+        # Stopped between its last step and its record, there was nothing to train, and so nobody put the average in
+        # place.
+        finished = None if progress.trained else last
+        (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=finished, verbose=False)
+    except DivergedError:
+        raise
+    except Exception as error:
+        # Whatever was the first to stumble over them: a preconditioner, a rollout.
+        if progress.diverged or not all(parameter.isfinite().all() for parameter in cli.model.parameters()):
+            raise DivergedError(f"diverged: {error}") from error
+        raise
+    if not math.isfinite(metrics["test/loss"]):
+        raise DivergedError("diverged: the validation loss is not finite")
     rollout = next(c for c in trainer.callbacks if isinstance(c, RolloutEvaluation))  # type: ignore[attr-defined]
     return Record(
         val_loss=metrics["test/loss"],
@@ -218,18 +270,3 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         train_seconds=progress.seconds,
         settings=trial.settings,
     )
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, after = dict(_flat(old)), dict(_flat(new))
-    changed = [key for key in before | after if before.get(key) != after.get(key)]
-    shown = [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in changed[:3]]
-    return ", ".join(shown + [f"{len(changed) - 3} more"] * (len(changed) > 3))
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(inner, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix(".").removeprefix("config."), value

@@ -69,7 +69,9 @@ def orthogonal(matrix: MatrixGrowth, options: Mapping[str, Any]) -> float:
     rows, cols = matrix.rows, matrix.cols
 
     def factor(a: float, b: float) -> float:
-        return math.sqrt(max(a, b)) if options.get("adjust_lr_fn") == "match_rms_adamw" else math.sqrt(max(1.0, a / b))
+        if options.get("adjust_lr_fn") == "match_rms_adamw":
+            return math.sqrt(max(a, b))
+        return math.sqrt(a / b if options.get("adjust_lr_fn") == "spectral_unclamped" else max(1.0, a / b))
 
     return factor(rows, cols) / factor(rows / matrix.row_growth, cols / matrix.col_growth)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from mup.layer import MuReadout
 from mup.shape import zip_infshapes
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dopr_lightning.mup import rules
 from dopr_lightning.mup.rules import MatrixGrowth
+from dopr_lightning.mup.shapes import Shape, check_module, read_shape
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put into parameter names."""
@@ -22,42 +21,15 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 DELTA = 2
 """The model that tells which dimensions scale is this many times as wide as the base model."""
 
-_OUT_IN = (nn.Linear, _ConvNd, nn.MultiheadAttention)
-_IN_OUT = (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A parameter's shape in the base model, and what its dimensions mean.
-
-    Args:
-        base: Sizes in the base model.
-        scales: Which of them grow with the width.
-        role: ``"hidden"`` (inputs and outputs grow), ``"input"`` (outputs only), ``"readout"`` (inputs only),
-            ``"embedding"``, ``"vector"`` (biases, norms), ``"fixed"`` (nothing grows).
-        fan_out: Dimension of the outputs.
-        fan_in: Dimension of the inputs; None for a vector.
-        drawn_by: Dimension whose inverse square root scales the initial values; None: they do not depend on the width.
-        drawn_like: For a bias that torch draws like its weight: that weight's name.
-    """
-
-    base: tuple[int, ...]
-    scales: tuple[bool, ...]
-    role: str
-    fan_out: int = 0
-    fan_in: int | None = None
-    drawn_by: int | None = None
-    drawn_like: str | None = None
-
 
 @dataclass(frozen=True)
 class MupSpec:
     """muP for a family of models that differ in width only: what scales, from which base.
 
     muP lives in initial values and in the optimizer's groups (Table 3 of Tensor Programs V, arXiv 2203.03466, the form
-    without multipliers in the forward pass). The model itself is any ordinary module, and nothing is attached to it:
-    copies, EMA, ``load_state_dict(assign=True)``, ``torch.compile``, DDP, FSDP2 and checkpoints cannot break the
-    parametrisation, and loading never rescales.
+    without multipliers in the forward pass). The model itself is any ordinary module, and nothing that training needs
+    is attached to it: copies, EMA, ``load_state_dict(assign=True)``, ``torch.compile``, DDP, FSDP2 and checkpoints
+    cannot break the parametrisation, and loading never rescales.
 
     Args:
         base: The factory's keywords at the base width.
@@ -80,19 +52,20 @@ class MupSpec:
     ) -> MupSpec:
         """Read the shapes off two models, at the base width and at twice that, built on the meta device.
 
-        The model must draw its weights with the usual scale, fan_in^-1/2, as torch's layers do by themselves; a
-        coordinate check tells if it does not.
+        The model must draw its weights with the usual scale, fan_in^-1/2, and the biases of Linear and convolutions
+        likewise or as zeros, as torch's layers do by themselves; a coordinate check tells if it does not.
 
         Args:
             factory: Builds a model; called with ``base`` and with every number in it doubled.
-            roles: ``"input"``, ``"readout"`` or ``"embedding"`` by name, for parameters held by modules whose kind is
-                unknown here (a learned position embedding, say).
+            roles: ``"input"``, ``"readout"`` or ``"embedding"`` by name, for parameters of which one dimension scales,
+                held by modules whose kind is unknown here (a learned position embedding, say).
             **base: The keywords that scale, at the base width: ``width=64``, or ``channels=[16, 32],
                 condition_dim=32``.
 
         Raises:
             ValueError: Nothing scales; or something scales in a way that muP has no rule for: a dimension that is part
-                fixed, part scaling; three scaling dimensions; an embedding tied to a readout; mup's MuReadout.
+                fixed, part scaling; three scaling dimensions, or two beside a fixed one; an embedding tied to a
+                readout; a readout whose weight is normalised; torch's attention with growing heads; mup's MuReadout.
         """
         if not base:
             raise ValueError(
@@ -100,47 +73,58 @@ class MupSpec:
             )
         narrow = _on_meta(factory, base)
         wide = _on_meta(factory, {key: _times(key, value, DELTA) for key, value in base.items()})
+        _check_alike(narrow, wide)
+        wider = dict(wide.named_modules())
         for name, module in narrow.named_modules():
-            if isinstance(module, MuReadout):
-                raise ValueError(
-                    f"{name} is mup's MuReadout, which divides its input by the width; use nn.Linear: here a readout's "
-                    "initial values and learning rate do the same"
-                )
+            check_module(name, module, wider.get(name, module))
         shapes = {}
-        if unknown := [name for name in roles or {} if name not in dict(narrow.named_parameters())]:
-            raise ValueError(f"roles name {_some(unknown)}, which {type(narrow).__name__} does not have")
         for name, infshape in zip_infshapes(narrow, wide).items():
             sizes = tuple(narrow.get_parameter(name).shape)
             for dim, (size, grown) in enumerate(zip(sizes, infshape, strict=True)):
                 if grown.isinf() and grown.dim != DELTA * size:
                     raise ValueError(
-                        f"{name}: dimension {dim} is {size} at the base width and {grown.dim} at {DELTA} times that: "
-                        "only part of it scales, and muP has no learning rate for both parts; project the fixed part "
-                        "to the width first, or give it a layer of its own and add the two"
+                        f"{name}: dimension {dim} is {size} at the base width and {grown.dim} at {DELTA} times that. A "
+                        "part of it is fixed, and muP has no learning rate for both parts: project the fixed part to "
+                        "the width first, or give it a layer of its own and add the two. Or it is rounded: choose a "
+                        "base width that divides"
                     )
-            shapes[name] = _shape(narrow, name, sizes, tuple(dim.isinf() for dim in infshape), dict(roles or {}))
+            scales = tuple(dim.isinf() for dim in infshape)
+            shapes[name] = read_shape(narrow, wide, name, sizes, scales, (roles or {}).get(name))
+        if unknown := [name for name in roles or {} if name not in shapes]:
+            raise ValueError(f"roles name {_some(unknown)}, which {type(narrow).__name__} does not have")
         if not any(any(shape.scales) for shape in shapes.values()):
             raise ValueError(f"no parameter grows with {', '.join(base)}")
-        return cls(base, shapes)
+        return cls({key: _listed(value) for key, value in base.items()}, shapes)
 
-    def initialize(self, model: nn.Module) -> nn.Module:
+    def initialize(self, model: nn.Module, *, zero_readouts: bool = False) -> nn.Module:
         """Rescale the initial values of a freshly built model, in place, and return it.
 
         Do this once, before training or loading: readouts shrink to fan_in^-1, biases stay as large as in the base
         model, all else is right as it was drawn.
 
+        Args:
+            model: A new model of the family.
+            zero_readouts: Set the readouts' weights to 0 instead. A random readout's share in outputs and gradients
+                falls with the width, so narrow models start unlike wide ones (Tensor Programs V, Appendix D.2).
+
         Raises:
-            ValueError: The model is not of this family, or was initialised before.
+            ValueError: The model is not of this family, has no values yet, or was initialised before.
         """
-        if getattr(model, _DONE, False):
+        if any(getattr(module, _DONE, False) for module in model.modules()):
             raise ValueError(
-                f"this {type(model).__name__} was initialised before; a second time would rescale it again"
+                f"this {type(model).__name__} was initialised before, and a second time would rescale it again; start "
+                "from a new one"
             )
         named = self._match(model)
+        parameters = dict(named.values())
+        if without := [full for full, (_, parameter) in named.items() if parameter.is_meta]:
+            raise ValueError(f"{_some(without)}: on the meta device there is nothing to rescale yet; draw values first")
         with torch.no_grad():
-            for name, parameter in named.values():
-                parameter.mul_(self._initial(name, dict(named.values())))
-        setattr(model, _DONE, True)
+            for name, parameter in parameters.items():
+                zero = zero_readouts and self.shapes[name].role == "readout"
+                parameter.mul_(0.0 if zero else self._initial(name, parameters))
+        for module in model.modules():  # of which any may be handed over, alone or in a wrapper
+            setattr(module, _DONE, True)
         return model
 
     def multiplier_of_initial_values(self, model: nn.Module) -> dict[str, float]:
@@ -174,55 +158,66 @@ class MupSpec:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, for a checkpoint or JSON."""
-        return {"base": self.base, "shapes": {name: asdict(shape) for name, shape in self.shapes.items()}}
+        return {
+            "base": self.base,
+            "shapes": {
+                name: {key: _listed(value) for key, value in asdict(shape).items()}
+                for name, shape in self.shapes.items()
+            },
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MupSpec:
         """The spec that :meth:`state_dict` describes."""
         shapes = {
-            name: Shape(**(shape | {"base": tuple(shape["base"]), "scales": tuple(shape["scales"])}))
+            name: Shape(**(shape | {key: tuple(shape[key]) for key in ("base", "scales", "drawn_by")}))
             for name, shape in state["shapes"].items()
         }
         return cls(dict(state["base"]), shapes)
 
-    def _grown(self, name: str, parameter: Tensor, dim: int | None) -> float:
+    def _grown(self, name: str, parameter: Tensor, dim: int) -> float:
         shape = self.shapes[name]
-        if dim is None or dim >= len(shape.scales) or not shape.scales[dim]:
+        return parameter.shape[dim] / shape.base[dim] if dim < len(shape.scales) and shape.scales[dim] else 1.0
+
+    def _drawn(self, name: str, parameter: Tensor) -> float:
+        shape = self.shapes[name]
+        if not shape.drawn_by:
             return 1.0
-        return parameter.shape[dim] / shape.base[dim]
+        return sum(parameter.shape[dim] for dim in shape.drawn_by) / sum(shape.base[dim] for dim in shape.drawn_by)
 
     def _initial(self, name: str, parameters: Mapping[str, Tensor]) -> float:
         shape = self.shapes[name]
         if shape.drawn_like is not None:
-            like = shape.drawn_like
-            return rules.initial_bias(self._grown(like, parameters[like], self.shapes[like].drawn_by))
-        if shape.drawn_by is None:
-            return 1.0
+            return rules.initial_bias(self._drawn(shape.drawn_like, parameters[shape.drawn_like]))
+        if shape.fan_in is None or not shape.drawn_by:
+            return 1.0  # as large in the base model: norms, embeddings
         parameter = parameters[name]
         return rules.initial_weight(
-            self._grown(name, parameter, shape.fan_in),
-            self._grown(name, parameter, shape.drawn_by),
-            readout=shape.role == "readout",
+            self._grown(name, parameter, shape.fan_in), self._drawn(name, parameter), readout=shape.role == "readout"
         )
 
     def _match(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
         """The model's parameter names to ours, wherever in it the family's model sits."""
         parameters = {name: (_plain(name), p) for name, p in model.named_parameters()}
-        plain = {name for name, _ in parameters.values()}
+        plain = dict(parameters.values())
         first = next(iter(self.shapes))
         prefixes = [name.removesuffix(first) for name in plain if name == first or name.endswith(f".{first}")]
-        prefix = next((p for p in prefixes if all(p + name in plain for name in self.shapes)), None)
-        if prefix is None:
-            missing = [name for name in self.shapes if name not in plain]
+        missing = {p: [p + name for name in self.shapes if p + name not in plain] for p in prefixes or [""]}
+        if all(missing.values()):
             raise ValueError(
-                f"this MupSpec is of another model: {type(model).__name__} has no {_some(missing or [first])}; make "
-                "one from the factory that built the model"
+                f"this MupSpec is of another model: {type(model).__name__} has no "
+                f"{_some(min(missing.values(), key=len))}; make one from the factory that built the model"
             )
-        inside = {
-            full: (name.removeprefix(prefix), p) for full, (name, p) in parameters.items() if name.startswith(prefix)
-        }
-        outside = [full for full, (name, p) in parameters.items() if p.requires_grad and not name.startswith(prefix)]
-        outside += [full for full, (name, _) in inside.items() if name not in self.shapes]
+        whole = [p for p in missing if not missing[p]]
+        # Frozen copies, a target network say, may be there too.
+        trained = [p for p in whole if any(plain[p + name].requires_grad for name in self.shapes)]
+        prefix = (trained or whole)[0]
+        inside, outside = {}, []
+        for full, (name, parameter) in parameters.items():
+            if name.startswith(prefix) and (ours := name.removeprefix(prefix)) in self.shapes:
+                inside[full] = (ours, parameter)
+            elif parameter.requires_grad:
+                outside.append(full)
         if outside:
             raise ValueError(
                 f"the MupSpec does not know {_some(outside)} of {type(model).__name__}; make it from a factory of the "
@@ -256,7 +251,8 @@ _DONE = "_mup_initialized"
 
 
 def _on_meta(factory: Callable[..., nn.Module], keywords: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"):
+    # A factory may seed, or draw something on the CPU all the same.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return factory(**keywords)
 
 
@@ -269,77 +265,24 @@ def _times(key: str, value: Any, factor: int) -> Any:
     return value * factor
 
 
-def _shape(
-    model: nn.Module, name: str, sizes: tuple[int, ...], scales: tuple[bool, ...], roles: Mapping[str, str]
-) -> Shape:
-    """What the parameter's owners say of its dimensions."""
-    if sum(scales) > 2:
+def _check_alike(narrow: nn.Module, wide: nn.Module) -> None:
+    sizes, others = ({name: p.dim() for name, p in model.named_parameters()} for model in (narrow, wide))
+    if sizes != others:
         raise ValueError(
-            f"{name}: {sum(scales)} of its dimensions {sizes} scale with the width, and muP has rules for two; split "
-            "it into matrices"
+            f"the factory builds another architecture at {DELTA} times the base width: "
+            f"{_some(sorted(dict(sizes.items() ^ others.items())))} differ; choose a base width at which no size "
+            "happens to equal a fixed one"
         )
-    seen = [
-        _owned(owner, attribute, own, sizes, scales, roles.get(name)) for owner, attribute, own in _owners(model, name)
-    ]
-    if len({(shape.fan_out, shape.fan_in, shape.role) for shape in seen}) > 1:
-        raise ValueError(
-            f"{name} is shared by layers that muP scales differently ({', '.join(s.role for s in seen)}); "
-            "give each its own"
-        )
-    return seen[0]
 
 
-def _owned(
-    owner: nn.Module, attribute: str, name: str, sizes: tuple[int, ...], scales: tuple[bool, ...], role: str | None
-) -> Shape:
-    """What one owner says."""
-    if len(sizes) < 2:
-        drawn = (
-            attribute == "bias" and isinstance(owner, nn.Linear | _ConvNd) and isinstance(owner.weight, nn.Parameter)
-        )
-        like = name.removesuffix("bias") + "weight" if drawn else None
-        return Shape(sizes, scales, "vector" if any(scales) else "fixed", drawn_like=like)
-    fan_out, fan_in = (1, 0) if isinstance(owner, _IN_OUT) else (0, 1)
-    if not any(scales):
-        return Shape(sizes, scales, "fixed", fan_out, fan_in, drawn_by=1)
-    if role is None and sum(scales) == 1 and not isinstance(owner, _OUT_IN + _IN_OUT):
-        raise ValueError(
-            f"{name}, of shape {sizes}: is it an input, a readout or an embedding? {type(owner).__name__} does not "
-            f'say; tell with roles={{"{name}": "embedding"}}'
-        )
-    if role == "embedding" or not (scales[0] or scales[1]):
-        fan_out = scales.index(True)
-        fan_in = 0 if fan_out else 1
-        role = "embedding"
-    elif isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        role = "embedding"
-    kinds = {(True, True): "hidden", (True, False): "input", (False, True): "readout"}
-    kind = role or kinds[scales[fan_out], scales[fan_in]]
-    if kind == "readout" and ".original" in name:
-        raise ValueError(
-            f"{name}: the readout's weight is parametrized (weight_norm?), which undoes the scaling of its size that "
-            "muP needs; leave the readout without"
-        )
-    # torch draws kernels by their second dimension, those of transposed convolutions too, where it is the outputs.
-    return Shape(sizes, scales, kind, fan_out, fan_in, drawn_by=None if kind == "embedding" else 1)
-
-
-def _owners(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Every module that holds the parameter, the attribute it is there, and its name through that module."""
-    parameter = model.get_parameter(name)
-    for alias, other in model.named_parameters(remove_duplicate=False):
-        if other is parameter:
-            # A parametrized weight is held by a list below the module it belongs to.
-            path, _, attribute = alias.replace("parametrizations.", "").rpartition(".")
-            if "parametrizations." in alias:
-                path, _, attribute = path.rpartition(".")
-            yield model.get_submodule(path), attribute, alias
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    return name
 
 
 def _some(names: list[str]) -> str:

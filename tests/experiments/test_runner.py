@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from toy_task import CONFIG, FIRST_SEED
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments import runner
+from dopr_lightning.experiments.display import TimeLeft, duration
 from dopr_lightning.experiments.runner import run_all
 from dopr_lightning.experiments.trial import Record, Trial, load_record
 
@@ -20,7 +23,9 @@ def trial(folder: Path, name: str, *overrides: str) -> Trial:
     return Trial(name, folder / name, arguments, {"overrides": list(overrides)}, 0, FIRST_SEED, 2)
 
 
-def test_failures_are_named_and_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_named_and_lose_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One run fails, and one is killed by the kernel, which takes the pool of workers with it."""
     good = trial(tmp_path, "good")
     diverges = trial(tmp_path, "diverges", "--model.optimizer.base=sgd", "--model.optimizer.lr=1e30")
@@ -32,9 +37,15 @@ def test_failures_are_named_and_lose_nothing(tmp_path: Path, capsys: pytest.Capt
     assert record is not None
     out = capsys.readouterr().out
     assert "[1/4] good: val loss" in out
-    assert "] diverges: UserError: DoprToy-v0: the policy's action is not finite" in out
+    assert "] diverges: diverged: the training loss is not finite, by step" in out
     assert "] killed: a worker process was killed" in out
     assert "Traceback" in (tmp_path / "diverges" / "log.txt").read_text()
+
+    # Diverging is what came of it: no run is needed to say so again.
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", None)
+    with pytest.raises(UserError, match=r"^diverges failed: diverged: the training loss is not finite"):
+        run_all([good, diverges], 1)
+    monkeypatch.undo()
 
     # Again, without those two: what is there is reused, what is missing is run.
     stamp = (tmp_path / "good" / "record.json").stat().st_mtime_ns
@@ -51,3 +62,52 @@ def test_no_worker_starts_where_nothing_is_missing(tmp_path: Path, monkeypatch: 
     (one.folder / "record.json").write_text(json.dumps(asdict(record)))
     monkeypatch.delattr(runner, "ProcessPoolExecutor")
     assert run_all([one], 2) == [record]
+
+
+def test_the_time_left_follows_from_what_is_over() -> None:
+    """Two at once; wide ones cost ten times as much as narrow ones."""
+    now = [0.0]
+    narrow = [replace(trial(Path(), f"narrow {i}"), cost=1.0) for i in range(4)]
+    wide = [replace(trial(Path(), f"wide {i}"), cost=10.0) for i in range(2)]
+    left = TimeLeft([*narrow, *wide], 2, lambda: now[0])
+    left.progress("narrow 0", 0)
+    assert left.seconds() is None
+    now[0] = 1.0
+    left.progress("narrow 0", 0.5)
+    left.progress("narrow 1", 0)
+    assert left.seconds() is None  # of one under way its own end is known, of the others nothing
+    now[0] = 2.0
+    left.finished("narrow 0", useful=True)  # 2 s: so 2 for each narrow one, of which 1 has passed; 20 for each wide one
+    assert left.seconds() == (1 + 2 + 2 + 20 + 20) / 2
+    left.progress("narrow 1", 0.1)  # a tenth in 1 s: 9 more
+    assert left.seconds() == pytest.approx((9 + 2 + 2 + 20 + 20) / 2)
+    left.finished("narrow 1", useful=False)  # it failed, and says nothing of others
+    for name in ("narrow 2", "narrow 3"):
+        left.progress(name, 0)
+    now[0] = 5.0  # longer than expected: done at any moment
+    assert left.seconds() == (0 + 0 + 20 + 20) / 2
+    for name in ("narrow 2", "narrow 3"):
+        left.finished(name, useful=True)
+    assert left.seconds() == 30 + 30 - 30  # a median of 3 s now: 30 for each of two at once
+    left.learn(10.0, 8.0)  # a wide one that was finished before
+    left.finished("wide 0", useful=False)
+    assert left.seconds() == 8.0
+    left.finished("wide 1", useful=True)
+    assert left.seconds() == 0
+
+
+def test_durations_are_said_as_people_do() -> None:
+    assert [duration(s) for s in (0.4, 89, 90, 720, 5399, 12_000)] == [
+        "0 s", "89 s", "2 min", "12 min", "1 h 30 min", "3 h 20 min",
+    ]  # fmt: skip
+
+
+def test_workers_that_never_pause_do_not_keep_what_has_ended_from_being_told() -> None:
+    class Busy:
+        def get(self, timeout: float) -> tuple[str, int, int]:
+            return ("one", 1, 2)
+
+    shown: list[tuple[Any, ...]] = []
+    display = SimpleNamespace(progress=lambda *said: shown.append(said))
+    runner._drain(Busy(), display)  # type: ignore[arg-type]  # returns at all
+    assert set(shown) == {("one", 1, 2)}

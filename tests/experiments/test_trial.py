@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from toy_environment import Toy
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.trial import Record, Trial, load_record, run_trial
+from dopr_lightning.experiments.trial import DivergedError, Record, Trial, load_record, run_trial
 from dopr_lightning.rollout.callback import SELECTION_OFFSET, RolloutEvaluation
 from dopr_lightning.training import resolve
 
@@ -139,3 +140,58 @@ def test_what_failed_before_its_first_checkpoint_may_be_mended(tmp_path: Path) -
     mended = trial(tmp_path)
     assert load_record(mended) is None
     assert run(mended)[1][-1] == LAST
+
+
+def test_without_rollouts_the_loss_is_the_same(tmp_path: Path, whole: Record) -> None:
+    one = replace(trial(tmp_path, "--rollout.episodes=0"), episodes=0)
+    Toy.resets.clear()
+    record, _ = run(one)
+    assert Toy.resets == []
+    assert record.episodes == []
+    assert math.isnan(record.mean)
+    assert record.val_loss == whole.val_loss
+    assert load_record(one) == record
+
+
+def test_checkpoints_may_go_when_there_is_a_record(tmp_path: Path) -> None:
+    run(replace(trial(tmp_path, "--trainer.max_steps=4"), keep_checkpoints=False))
+    assert (tmp_path / "record.json").exists()
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_divergence_is_kept_like_a_record(tmp_path: Path) -> None:
+    """At once, not after the rest of the training; and it is of these settings alone."""
+    one = trial(tmp_path, "--model.optimizer.base=sgd", "--model.optimizer.lr=1e30")
+    steps: list[int] = []
+    with pytest.raises(DivergedError) as raised:
+        run_trial(one, lambda name, step, total: steps.append(step))
+    assert steps[-1] < STEPS
+    said = f"diverged: the training loss is not finite, by step {steps[-1]} of {LAST}"
+    assert str(raised.value) == load_record(one) == said
+    mended = trial(tmp_path, "--model.optimizer.base=sgd")
+    assert load_record(mended) is None
+    assert run(mended)[1][-1] == LAST
+    assert isinstance(load_record(mended), Record)
+
+
+def test_an_error_that_divergence_causes_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step's weights are infinite, which no loss has shown; a rollout is the first to stumble over them."""
+
+    def stumble(callback: Any, trainer: Any, module: Any) -> None:
+        with torch.no_grad():
+            module.network.readout.bias.fill_(math.inf)
+        raise UserError("the policy's action is not finite")
+
+    monkeypatch.setattr(RolloutEvaluation, "on_test_epoch_start", stumble)
+    with pytest.raises(DivergedError, match=r"^diverged: the policy's action is not finite"):
+        run(trial(tmp_path, "--trainer.max_steps=4"))
+
+    def other(*_: Any) -> None:
+        raise UserError("the simulator fell over")
+
+    monkeypatch.setattr(RolloutEvaluation, "on_test_epoch_start", other)
+    one = trial(tmp_path / "other", "--trainer.max_steps=4")
+    with pytest.raises(UserError, match=r"^the simulator") as raised:
+        run(one)
+    assert not isinstance(raised.value, DivergedError)
+    assert load_record(one) is None

@@ -1,0 +1,305 @@
+"""``dopr coord-check``: is a configuration's network parametrised rightly? A few steps at several widths say."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.experiments.arms import Arm, parse_arms
+from dopr_lightning.experiments.compare import numbers
+from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
+from dopr_lightning.experiments.coordinates import LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
+from dopr_lightning.experiments.report import versions
+from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
+from dopr_lightning.experiments.trial import write_json
+
+__all__ = ["CoordinateCheck", "coordinate_check", "main"]
+
+OURS = {
+    "--seed_everything": "--seeds",
+    "--model.optimizer.base": "--optimizers",
+    "--model.mup.base": "--widths (the narrowest is the base)",
+    "--model.mup": "--widths (the narrowest is the base)",
+    "--mup.from_sweep": "dopr fit for that",
+    "--data.batch_size": "--windows",
+}
+"""Options of ``dopr fit`` that the check sets itself, and how it is told."""
+
+NARROWEST, WIDEST = 1 / 8, 2
+"""Relative to the configured width, where none are asked for."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the check, and write its table, results.json and coord_check.png.
+
+    Returns:
+        0 if every exponent under muP is right, else 1.
+
+    Raises:
+        UserError: A mistake in the arguments, found before anything is trained.
+    """
+    from dopr_lightning.training import quiet
+
+    quiet()
+    # What Lightning says of devices while everything is built is about no run.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    options, overrides = _parser().parse_known_args(arguments)
+    task = _task(options, overrides)
+    path: Path = options.output / "results.json"
+    settings = {
+        "config": task.config,
+        "optimizers": [arm.name for arm in task.arms],
+        "widths": list(task.keywords),
+        "steps": options.steps,
+        "seeds": task.seeds,
+        "windows": options.windows,
+        "damping": options.damping,
+        "tolerance": options.tolerance,
+        "standard": options.standard,
+    }
+    if path.exists() and json.loads(path.read_text()).get("settings") != settings:
+        raise UserError(f"{path} is of another check, or of something else; choose another --output")
+
+    parametrizations: list[Parametrization] = ["mup", "standard"] if options.standard else ["mup"]
+    subjects = {
+        (arm, kind): _Subject(task, arm, kind, options.damping) for arm in task.arms for kind in parametrizations
+    }
+    next(iter(subjects.values())).try_widths()
+    checks: Checks = {}
+    for (arm, kind), subject in subjects.items():
+        print(f"{arm.name}, {kind}: training {len(task.keywords) * len(task.seeds)} networks for {options.steps} steps")
+        found = coordinate_check(
+            subject.build,
+            subject.loss,
+            list(task.keywords),
+            steps=options.steps,
+            seeds=task.seeds,
+            dopr=subject.dopr,
+            tolerance=options.tolerance,
+        )
+        checks[arm.name, kind] = found
+        print_table(f"{arm.name}, {kind}", found)
+
+    passed = all(found.passed for (_, kind), found in checks.items() if kind == "mup")
+    options.output.mkdir(parents=True, exist_ok=True)
+    picture = options.output / "coord_check.png"
+    results = {
+        "passed": passed,
+        "settings": settings,
+        "network": {str(width): keywords for width, keywords in task.keywords.items()},
+        "levelling": LEVELLING,
+        "versions": versions(),
+        "checks": [
+            {"optimizer": name, "parametrization": kind} | found.to_dict() for (name, kind), found in checks.items()
+        ],
+    }
+    write_json(results, path)
+    plot(checks, picture)
+    print(f"plot: {picture}   numbers: {path}")
+    for (name, kind), found in checks.items():
+        if kind == "mup":
+            worst = found.worst()
+            print(f"{name}: {f'FAILED: {worst.diagnosis}' if worst else 'passed'}")
+    return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is checked.
+
+    Args:
+        base: Arguments of ``dopr fit`` that all networks share.
+        config: What they amount to.
+        keywords: The network's scaled keywords, by width.
+        arms: Optimizers.
+        seeds: Of the initial values.
+    """
+
+    base: tuple[str, ...]
+    config: dict[str, Any]
+    keywords: dict[int, dict[str, Any]]
+    arms: list[Arm]
+    seeds: list[int]
+
+
+class _Subject:
+    """One optimizer on one parametrisation: policies of every width, on one batch of the configuration's data."""
+
+    def __init__(self, task: _Task, arm: Arm, parametrization: Parametrization, damping: float) -> None:
+        from dopr_lightning.callback import DoPr
+        from dopr_lightning.training import CLI
+
+        narrowest = next(iter(task.keywords.values()))
+        cli: Any = CLI(
+            [
+                *task.base,
+                *arm.arguments(None, damping),
+                *network_arguments(narrowest),
+                *mup_arguments(parametrization, narrowest),
+                "--trainer.logger=false",
+            ],
+            run=False,
+        )
+        self.keywords = task.keywords
+        self.dopr: Mapping[str, Any] | None = next(
+            (callback.options for callback in cli.trainer.callbacks if isinstance(callback, DoPr)), None
+        )
+        self._config = {key: value for key, value in cli.model.hparams.items() if key != "_instantiator"}
+        self._device = cli.trainer.strategy.root_device
+        self._statistics = cli.datamodule.statistics()
+        self._batch = next(iter(cli.datamodule.train_dataloader()))
+
+    def try_widths(self) -> None:
+        """Build every width without memory.
+
+        Raises:
+            UserError: The network cannot be so wide.
+        """
+        for width in self.keywords:
+            try:
+                with torch.device("meta"):
+                    self._policy(width, mup=None)
+            except (UserError, ValueError) as error:
+                raise UserError(f"--widths {width}: {error}") from error
+
+    def build(self, width: int) -> tuple[nn.Module, Optimizer]:
+        """For :func:`coordinate_check`: the rate is the configured one from the first step on."""
+        from dopr_lightning.optim import make_optimizer
+
+        policy = self._policy(width)
+        for what in ("observation", "action"):
+            getattr(policy, f"{what}_normalizer").fit(self._statistics[what])
+        policy.to(self._device)
+        config = policy.optimizer_config
+        optimizer = make_optimizer(
+            policy,
+            config.base,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            mup=policy.mup,
+            weight_decay_rule=policy.mup_config.weight_decay if policy.mup_config else "independent",
+            **config.options,
+        )
+        return policy, optimizer
+
+    def loss(self, policy: Any) -> Tensor:
+        """The policy's own; without a Trainer its step is 0 for ever, and so its noise is the same."""
+        from lightning.fabric.utilities.apply_func import move_data_to_device
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*reference is not registered on the model.*")
+            return policy.training_step(move_data_to_device(self._batch, self._device), 0)
+
+    def _policy(self, width: int, **changes: Any) -> Any:
+        from lightning.pytorch.cli import instantiate_module
+
+        from dopr_lightning.policies.module import PolicyModule
+
+        config = copy.deepcopy(self._config) | changes
+        config["network"].setdefault("init_args", {}).update(self.keywords[width])
+        return instantiate_module(PolicyModule, config)
+
+
+def _task(options: Any, overrides: Sequence[str]) -> _Task:
+    """Everything that can be wrong without building anything."""
+    from dopr_lightning.proxy import dopr_of
+    from dopr_lightning.training import find_config, resolve
+
+    arms = parse_arms(options.optimizers)
+    seeds = numbers("--seeds", options.seeds, int)
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
+    if options.steps < 1 or options.windows < 1:
+        raise UserError(f"--steps and --windows must be at least 1, got {options.steps} and {options.windows}")
+    for name in ("damping", "tolerance"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
+    for flag in (override.partition("=")[0] for override in overrides):
+        if flag in OURS:
+            raise UserError(f"{flag} is what a coordinate check sets itself; use {OURS[flag]}")
+
+    base = (
+        *(f"--config={find_config(name)}" for name in options.config),
+        *overrides,
+        f"--data.batch_size={options.windows}",
+    )
+    config = resolve([*base, "--model.mup=null"])
+    if dopr_of(config) is not None:
+        raise UserError("the configuration brings DoPr; leave it out there, --optimizers says which are to have it")
+    network = config["model"]["network"]
+    scales = _scales(network["class_path"])
+    configured = size(network["init_args"][scales[0]])
+    if options.widths is None:
+        widths = [round(configured * NARROWEST * 2**k) for k in range(round(math.log2(WIDEST / NARROWEST)) + 1)]
+        if configured % round(1 / NARROWEST):
+            raise UserError(f"an eighth of {scales[0]} {configured} is no whole number; name --widths, three or more")
+    else:
+        widths = sorted(numbers("--widths", options.widths, int))
+    if len(widths) < 3 or widths[0] < 1:
+        raise UserError(f"--widths {options.widths}: an exponent needs three or more, each at least 1; 64,128,256,512")
+    return _Task(base, config, {width: scaled(network["init_args"], scales, width) for width in widths}, arms, seeds)
+
+
+def _scales(class_path: str) -> Sequence[str]:
+    """Keywords of the network that scale with the width, the width first."""
+    module, _, name = class_path.rpartition(".")
+    network = getattr(importlib.import_module(module), name)
+    scales = getattr(network, "scales", ())
+    if not scales:
+        raise UserError(
+            f"{network.__name__} does not say which of its keywords scale with the width; give it a class attribute, "
+            "scales = ('width',)"
+        )
+    return scales
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dopr coord-check",
+        allow_abbrev=False,
+        description="Train a configuration's network for a few steps at several widths on one small batch, and measure "
+        "how its activations and updates depend on the width. Under muP they must not: a learning rate, initial values "
+        "or an architecture that do not follow its rules show as an exponent, and the exit status is 1. Any option of "
+        "'dopr fit' may follow (--model.optimizer.lr 1e-3).",
+        epilog="example: dopr coord-check --config humanoid.yaml --optimizers dopr-adamw,dopr-muon --output runs/check",
+    )
+    parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    parser.add_argument(
+        "--optimizers",
+        default="adamw,dopr-adamw,dopr-muon",
+        help="comma-separated, as in dopr compare; default: %(default)s",
+    )
+    parser.add_argument(
+        "--widths",
+        help="comma-separated, three or more over a factor of 16 say; the narrowest is muP's base. Of a network with "
+        "several sizes, the first, and the others in proportion. Default: five, from an eighth of the configuration's "
+        "width to twice it",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="of training; default: %(default)s")
+    parser.add_argument("--seeds", default="0,1,2", help="of the initial values, averaged over; default: %(default)s")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=8,
+        help="of data in the batch. Few: exponents are those of layers wider than the batch has rows; "
+        "default: %(default)s",
+    )
+    parser.add_argument("--standard", action="store_true", help="show the standard parametrisation beside muP")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the exponents; default: %(default)s")
+    parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results.json and coord_check.png")
+    return parser

@@ -1,0 +1,1 @@
+"""Do the best hyperparameters of a narrow network also suit a wide one?"""

@@ -1,0 +1,160 @@
+"""Which runs are a sweep? Widths of one network, and values of its hyperparameters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dopr_lightning.errors import UserError
+
+HYPERPARAMETERS = ("lr", "weight_decay", "damping")
+
+Parametrization = Literal["mup", "standard"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Values of the hyperparameters.
+
+    Args:
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        damping: DoPr's damping; None without DoPr.
+    """
+
+    lr: float
+    weight_decay: float
+    damping: float | None
+
+    @property
+    def name(self) -> str:
+        """``"lr 0.001 wd 1e-05 damping 0.01"``."""
+        damping = "" if self.damping is None else f" damping {self.damping:g}"
+        return f"lr {self.lr:g} wd {self.weight_decay:g}{damping}"
+
+    def arguments(self) -> list[str]:
+        """Of ``dopr fit``; DoPr must be the last callback."""
+        damping = [] if self.damping is None else [f"--trainer.callbacks.damping={self.damping!r}"]
+        return [f"--model.optimizer.lr={self.lr!r}", f"--model.optimizer.weight_decay={self.weight_decay!r}", *damping]
+
+    def put_into(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a whole configuration, as plain values, with this point's."""
+        changed = copy.deepcopy(dict(config))
+        changed["model"]["optimizer"] |= {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.damping is not None:
+            changed["trainer"]["callbacks"][-1]["init_args"]["damping"] = self.damping
+        return changed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Args:
+        width: The first of the network's scaled keywords.
+        parametrization: muP, or torch's own.
+        point: Hyperparameters.
+        seed: Of weights, batches and noise.
+    """
+
+    width: int
+    parametrization: Parametrization
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``"mup width 64 lr 0.001 wd 1e-05 seed 0"``."""
+        return f"{self.parametrization} width {self.width} {self.point.name} seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """``"mup/width-64/lr-0.001-wd-1e-05/seed-0"``."""
+        point = self.point.name.replace(" ", "-")
+        return f"{self.parametrization}/width-{self.width}/{point}/seed-{self.seed}"
+
+
+def points(centre: Point, values: Mapping[str, Sequence[float]], product: bool) -> list[Point]:
+    """Each hyperparameter's values with the others at the centre; or every combination.
+
+    Args:
+        centre: Where hyperparameters are that are not swept.
+        values: Of the hyperparameters that are.
+        product: Every combination.
+    """
+    if product:
+        names = list(values)
+        return [
+            dataclasses.replace(centre, **dict(zip(names, combination, strict=True)))
+            for combination in itertools.product(*values.values())
+        ]
+    found = [dataclasses.replace(centre, **{name: value}) for name in values for value in values[name]]
+    return list(dict.fromkeys(found))  # the centre is on every line
+
+
+def candidates(name: str, value: float, centre: Point, every: Sequence[Point], product: bool) -> list[Point]:
+    """The points that speak for a value of a hyperparameter: the one on its line; or all that have it.
+
+    Of several, the best speaks. All values have equally many, so none is favoured by it.
+    """
+    if not product:
+        return [dataclasses.replace(centre, **{name: value})]
+    return [point for point in every if getattr(point, name) == value]
+
+
+def scaled(network: Mapping[str, Any], scales: Sequence[str], width: int) -> dict[str, Any]:
+    """The keywords of a network that make it so wide: all in proportion.
+
+    Args:
+        network: Its keywords as configured.
+        scales: Those that scale, the width first; of a list, its first entry counts.
+        width: The width wanted.
+
+    Raises:
+        UserError: A keyword would not be a whole number.
+    """
+    reference = size(network[scales[0]])
+
+    def scale(key: str, value: int) -> int:
+        if value * width % reference:
+            step = reference // _common(reference, [v for k in scales for v in _sizes(network[k])])
+            raise UserError(
+                f"--widths {width}: {key} would be {value} x {width} / {reference}, not a whole number; use multiples "
+                f"of {step}"
+            )
+        return value * width // reference
+
+    return {
+        key: [scale(key, v) for v in network[key]] if isinstance(network[key], list) else scale(key, network[key])
+        for key in scales
+    }
+
+
+def size(value: Any) -> int:
+    """The width that a scaled keyword names."""
+    return value[0] if isinstance(value, list) else value
+
+
+def network_arguments(keywords: Mapping[str, Any]) -> list[str]:
+    """Of ``dopr fit``."""
+    return [f"--model.network.{key}={json.dumps(value)}" for key, value in keywords.items()]
+
+
+def mup_arguments(parametrization: Parametrization, base: Mapping[str, Any]) -> list[str]:
+    """Of ``dopr fit``: muP from the narrowest network on, or none."""
+    return [f"--model.mup.base={json.dumps(base)}"] if parametrization == "mup" else ["--model.mup=null"]
+
+
+def _sizes(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
+def _common(reference: int, sizes: Sequence[int]) -> int:
+    """The greatest common divisor of all: widths that are multiples of reference / it keep every size whole."""
+    return math.gcd(reference, *sizes)

@@ -1,0 +1,452 @@
+"""``dopr sweep``: tune narrow, train wide? One task at several widths, and how far its best hyperparameters move."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.experiments.arms import Arm, parse_arms
+from dopr_lightning.experiments.compare import numbers
+from dopr_lightning.experiments.report import versions
+from dopr_lightning.experiments.runner import KILLED, attempt_all, cores
+from dopr_lightning.experiments.sweep.grid import (
+    HYPERPARAMETERS,
+    Cell,
+    Parametrization,
+    Point,
+    mup_arguments,
+    network_arguments,
+    points,
+    scaled,
+)
+from dopr_lightning.experiments.sweep.report import best_point, plot, print_table, transfer_results, trial_results
+from dopr_lightning.experiments.trial import Trial, check_settings, load_record, note_settings, write_json
+from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, identity
+
+OURS = {
+    "--seed_everything": "--seeds",
+    "--rollout.report_episodes": "--episodes",
+    "--model.mup": "--parametrizations",
+    "--model.mup.base": "--widths (the narrowest is the base)",
+    "--mup.from_sweep": "a sweep's results in dopr fit",
+}
+"""Options of ``dopr fit`` that a sweep sets itself, and how it is told."""
+
+OCTAVES = 2.0
+"""Of learning rates on either side of the configuration's, where nothing else is asked for."""
+
+OVERHEAD = 50_000
+"""Parameters: a step of a tiny network takes about as long as one of a network with so many."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is swept.
+
+    Args:
+        base: Arguments of ``dopr fit`` that all runs share.
+        config: What they amount to, with the optimizer.
+        optimizer: Its name, for people.
+        network: The network's class.
+        keywords: Its scaled keywords, by width.
+        centre: Hyperparameters where they are not swept.
+        values: Of those that are, increasing.
+        parametrizations: muP, standard or both.
+        seeds: Training seeds.
+        product: Every combination of values.
+    """
+
+    base: tuple[str, ...]
+    config: dict[str, Any]
+    optimizer: str
+    network: Any
+    keywords: dict[int, dict[str, Any]]
+    centre: Point
+    values: dict[str, list[float]]
+    parametrizations: list[Parametrization]
+    seeds: list[int]
+    product: bool
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs, the quick ones first."""
+        return [
+            Cell(width, parametrization, point, seed)
+            for width in self.keywords
+            for parametrization in self.parametrizations
+            for point in points(self.centre, self.values, self.product)
+            for seed in self.seeds
+        ]
+
+    def arguments(self, keywords: Mapping[str, Any], parametrization: Parametrization, point: Point) -> tuple[str, ...]:
+        """Of ``dopr fit``, for one run but for its seed."""
+        narrowest = next(iter(self.keywords.values()))
+        return (
+            *self.base,
+            *point.arguments(),
+            *network_arguments(keywords),
+            *mup_arguments(parametrization, narrowest),
+        )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the sweep and write its results.
+
+    Raises:
+        UserError: A mistake in the arguments, found before anything is trained; or runs that were stopped, or none that
+            trained.
+    """
+    options, overrides = _parser().parse_known_args(arguments)
+    plan = _plan(options, overrides)
+    wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
+    if wide < min(plan.keywords):
+        raise UserError(f"--recommend-width {wide} is less than the narrowest of --widths, which muP starts from")
+    recommended_keywords = scaled(plan.config["model"]["network"]["init_args"], plan.network.scales, wide)
+    engine = None
+    if options.engine == "ray":
+        from dopr_lightning.experiments.sweep.ray_engine import ray_engine
+
+        engine = ray_engine(options.ray_address, options.cpus_per_trial, options.gpus_per_trial)
+
+    output: Path = options.output.absolute()
+    settings = {
+        "config": _constant(plan.config, plan.network.scales),
+        "base_width": min(plan.keywords),
+        "episodes": options.episodes,
+    }
+    check_settings(output, settings)
+    _keep_results(output / RESULTS, plan)
+    task = _check(plan, rollouts=options.episodes > 0)
+    note_settings(output, settings)
+
+    from dopr_lightning.training import resolve
+
+    # Parsing takes a third of a second, and points differ by numbers alone.
+    resolved = functools.cache(lambda w, p: resolve(plan.arguments(plan.keywords[w], p, plan.centre)))
+    trials = []
+    for cell in plan.cells:
+        chosen = plan.arguments(plan.keywords[cell.width], cell.parametrization, cell.point)
+        trials.append(
+            Trial(
+                cell.name,
+                output / "runs" / cell.folder,
+                chosen,
+                cell.point.put_into(resolved(cell.width, cell.parametrization)),
+                cell.seed,
+                task["first_seed"],
+                options.episodes,
+                cost=task["parameters"][cell.width] + OVERHEAD,
+                keep_checkpoints=False,  # hundreds of wide networks fill a disk
+            )
+        )
+    outcomes = dict(zip(plan.cells, attempt_all(trials, options.workers, engine), strict=True))
+    if stopped := sum(outcome == KILLED for outcome in outcomes.values()):
+        raise UserError(
+            f"{stopped} of {len(trials)} runs were stopped: {KILLED}; the same command goes on with them, what is "
+            "finished is kept"
+        )
+
+    metric = task["metric"] if options.episodes else None
+    transfers = transfer_results(outcomes, plan.centre, plan.values, plan.product, task["parameters"], metric)
+    # Diverging is a result, an error is none: what it hit counts as infinitely bad, and nothing is recommended.
+    failed = [(trial, cell) for trial, cell in zip(trials, outcomes, strict=True) if isinstance(outcomes[cell], str)]
+    wrong = [cell for trial, cell in failed if load_record(trial) is None]
+    best = None if wrong else best_point(transfers, plan.centre)
+    narrowest, widest = min(plan.keywords), max(plan.keywords)
+    results: dict[str, Any] = {
+        "task": task["id"],
+        "optimizer": plan.optimizer,
+        "metric": task["metric"],
+        "seeds": plan.seeds,
+        "grid": "product" if plan.product else "lines",
+        "centre": asdict(plan.centre),
+        "widths": [
+            {"width": width, "network": keywords, "parameters": task["parameters"][width]}
+            for width, keywords in plan.keywords.items()
+        ],
+        "budget": {
+            "steps": task["steps"],
+            "batch_size": task["batch_size"],
+            "train_episodes": task["train_episodes"],
+            "episodes_per_run": options.episodes,
+            "runs": len(trials),
+            # A step's arithmetic is in proportion to the parameters, and every run has as many steps.
+            "compute_of_narrowest_relative_to_widest": task["parameters"][narrowest] / task["parameters"][widest],
+        },
+        "versions": versions(),
+        "data": task["data"],
+        "scales": list(plan.network.scales),
+        "identity": identity(plan.config, plan.network.scales),
+        "transfer": transfers,
+        "recommended": None,
+        "trials": trial_results(outcomes),
+    }
+    if best is not None:
+        config = resolve(plan.arguments(recommended_keywords, "mup", best))
+        results["recommended"] = {
+            "width": wide,
+            "network": recommended_keywords,
+            **asdict(best),
+            "mup": config["model"]["mup"],
+        }
+        _write_overlay(config, output / OVERLAY)
+    write_json(results, output / RESULTS)
+    plot(results, output / "transfer.png")
+    print_table(results)
+    print(f"plot: {output / 'transfer.png'}   numbers: {output / RESULTS}")
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(outcomes)} runs failed, {wrong[0].name}: {outcomes[wrong[0]]}; see log.txt in their "
+            "folders, mend it and run the same command again: until then they count as infinitely bad"
+        )
+    if len(failed) == len(outcomes):
+        raise UserError(f"all {len(failed)} runs failed, {failed[0][1].name}: {outcomes[failed[0][1]]}")
+    if failed:
+        print(f"{len(failed)} of {len(outcomes)} runs diverged: infinitely bad, and not run again")
+    if best is not None:
+        print(f"the run it recommends, {best.name} at width {wide}: stack {output / OVERLAY} on the configuration")
+
+
+def _plan(options: Any, overrides: Sequence[str]) -> Plan:
+    """Everything that can be wrong without building anything."""
+    from dopr_lightning.training import find_config, quiet, resolve
+
+    quiet()
+    widths = sorted(numbers("--widths", options.widths, int))
+    seeds = numbers("--seeds", options.seeds, int)
+    if not all(width > 0 for width in widths):
+        raise UserError(f"--widths {options.widths}: a width is a positive whole number")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
+    if options.episodes < 0:
+        raise UserError(f"--episodes {options.episodes}: 0 for no rollouts, or more")
+    if options.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {options.workers}")
+    for flag in ("cpus_per_trial", "gpus_per_trial"):
+        value = getattr(options, flag)
+        if not 0 <= value < math.inf or (value == 0 and flag == "cpus_per_trial"):
+            raise UserError(f"--{flag.replace('_', '-')} {value:g}: must be positive")
+    if options.engine == "inline" and (options.ray_address or options.gpus_per_trial):
+        raise UserError("--ray-address and --gpus-per-trial are Ray's; add --engine ray")
+    parametrizations = options.parametrizations.split(",")
+    for name in parametrizations:
+        if name not in get_args(Parametrization) or parametrizations.count(name) > 1:
+            raise UserError(f"--parametrizations {options.parametrizations}: mup, standard, or mup,standard")
+    arm = _arm(options.optimizer)
+    for flag in (override.partition("=")[0] for override in overrides):
+        if flag in OURS:
+            raise UserError(f"{flag} is what a sweep sets itself; use {OURS[flag]}")
+        if flag == "--model.optimizer.base" and arm:
+            raise UserError("--model.optimizer.base and --optimizer are the same thing; give one")
+
+    # The rollouts of a sweep judge its runs when they end; on the way they would only cost time.
+    configs = [f"--config={find_config(name)}" for name in options.config]
+    base = (*configs, "--rollout.episodes=0", *overrides, *(arm.arguments(None, 0.01) if arm else []))
+    # Without muP: what it is based on is not known yet.
+    config = resolve([*base, "--model.mup=null"])
+    arguments = config["model"]["network"].get("init_args", {})
+    network = _class(config["model"]["network"]["class_path"])
+    scales = getattr(network, "scales", ())
+    if not scales:
+        raise UserError(
+            f"{network.__name__} does not say which of its keywords scale with the width; give it a class attribute, "
+            "scales = ('width',)"
+        )
+    dopr = dopr_of(config)
+    if arm and arm.dopr and sum(c["class_path"].endswith(".DoPr") for c in config["trainer"]["callbacks"]) > 1:
+        raise UserError("both --optimizer and the configuration bring DoPr; leave one out")
+    optimizer = config["model"]["optimizer"]
+    centre = Point(float(optimizer["lr"]), float(optimizer["weight_decay"]), None if dopr is None else dopr["damping"])
+    return Plan(
+        base,
+        config,
+        arm.name if arm else f"{'' if dopr is None else 'dopr-'}{optimizer['base']}",
+        network,
+        {width: scaled(arguments, scales, width) for width in widths},
+        centre,
+        _values(options, centre),
+        parametrizations,
+        seeds,
+        options.grid == "product",
+    )
+
+
+def _arm(name: str | None) -> Arm | None:
+    if name is None:
+        return None
+    arms = parse_arms(name)
+    if len(arms) > 1:
+        raise UserError(f"--optimizer {name}: a sweep is of one optimizer; run one for each")
+    return arms[0]
+
+
+def _values(options: Any, centre: Point) -> dict[str, list[float]]:
+    """The values of each hyperparameter that is swept."""
+    flags = {"lr": "learning_rates", "weight_decay": "weight_decays", "damping": "dampings"}
+    values: dict[str, list[float]] = {}
+    for name in HYPERPARAMETERS:
+        flag, text = f"--{flags[name].replace('_', '-')}", getattr(options, flags[name])
+        if text is not None:
+            values[name] = sorted(numbers(flag, text, float))
+            if not all(0 < value < math.inf for value in values[name]):
+                raise UserError(f"{flag} {text}: values must be positive; they are compared by their ratios")
+    if options.lr_octaves is not None and "lr" in values:
+        raise UserError("--learning-rates and --lr-octaves both say which learning rates; give one")
+    if options.lr_octaves is not None or not values:
+        octaves = OCTAVES if options.lr_octaves is None else options.lr_octaves
+        if not 0 < octaves <= 20:
+            raise UserError(f"--lr-octaves {octaves:g}: octaves on either side of the configuration's rate, 2 say")
+        steps = round(2 * octaves)
+        values = {"lr": [float(f"{centre.lr * 2 ** (k / 2):.4g}") for k in range(-steps, steps + 1)], **values}
+    if "damping" in values and centre.damping is None:
+        raise UserError("--dampings: there is no DoPr in this configuration; use --optimizer dopr-adamw, say")
+    return values
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
+    """The configuration without what is swept: the same for all runs, and for later ones in the same folder."""
+    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None).put_into(config)
+    for key in scales:
+        same["model"]["network"]["init_args"].pop(key, None)
+    return same
+
+
+def _keep_results(path: Path, plan: Plan) -> None:
+    """Refuse to replace results by fewer."""
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())
+    lost = [f"width {entry['width']}" for entry in old["widths"] if entry["width"] not in plan.keywords]
+    lost += [f"seed {seed}" for seed in old["seeds"] if seed not in plan.seeds]
+    for transfer in old["transfer"]:
+        parametrization, name = transfer["parametrization"], transfer["hyperparameter"]
+        if parametrization not in plan.parametrizations:
+            lost.append(parametrization)
+        lost += [f"{name} {value:g}" for value in transfer["values"] if value not in plan.values.get(name, [])]
+    if lost:
+        shown = list(dict.fromkeys(lost))
+        more = f" and {len(shown) - 4} more" if shown[4:] else ""
+        raise UserError(
+            f"{path} also has {', '.join(shown[:4])}{more}; name them again too, or choose another --output"
+        )
+
+
+def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
+    """Build every width, so that mistakes show before hours of training, and say what the task is."""
+    from dopr_lightning.rollout.environments import make
+    from dopr_lightning.training import CLI
+
+    # What Lightning says of seeds and devices while everything is built is about no run.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    parameters = {}
+    for width, keywords in plan.keywords.items():
+        for parametrization in plan.parametrizations:
+            try:
+                cli: Any = CLI(
+                    [*plan.arguments(keywords, parametrization, plan.centre), "--trainer.logger=false"], run=False
+                )
+            except UserError as error:
+                raise UserError(f"--widths {width}: {error}") from error
+        parameters[width] = sum(p.numel() for p in cli.model.parameters())
+    environment = cli.datamodule.environment
+    if rollouts:
+        make(environment).close()
+    cli.datamodule.train_dataloader()
+    provenance = cli.datamodule.provenance
+    return {
+        "id": environment.id,
+        "metric": environment.metric,
+        "first_seed": environment.first_seed,
+        "steps": cli.trainer.max_steps,
+        "batch_size": cli.datamodule.batch_size,
+        "train_episodes": provenance["train_episodes"],
+        "parameters": parameters,
+        "data": provenance,
+    }
+
+
+def _write_overlay(config: Mapping[str, Any], path: Path) -> None:
+    """What the recommended run adds to the configuration, as a file for ``dopr fit --config``."""
+    import yaml
+
+    overlay: dict[str, Any] = {"model": {key: config["model"][key] for key in ("network", "mup", "optimizer")}}
+    if config["trainer"].get("callbacks"):
+        overlay["trainer"] = {"callbacks": config["trainer"]["callbacks"]}
+    path.write_text(
+        "# dopr fit --config THE_SWEEPS_CONFIGURATION --config recommended.yaml\n"
+        + yaml.safe_dump(overlay, sort_keys=False)
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dopr sweep",
+        allow_abbrev=False,
+        description="Train one task at several widths and values of its hyperparameters, and report how far the best "
+        "values move with the width, under muP and under the standard parametrisation. Any option of 'dopr fit' may "
+        "follow (--trainer.max_steps 500). Finished runs are reused and interrupted ones resumed.",
+        epilog="example: dopr sweep --config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
+        "--lr-octaves 2 --output runs/sweep; then: dopr fit --config humanoid.yaml --config dopr.yaml "
+        "--model.network.width 2048 --mup.from_sweep runs/sweep",
+    )
+    add = parser.add_argument
+    add("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    add("--optimizer", help="as in dopr compare, dopr-muon say; default: the configuration's")
+    add(
+        "--widths",
+        required=True,
+        help="comma-separated values of the network's width (of a list of channels, the first); what else scales "
+        "follows in the configuration's proportions, and the narrowest is muP's base",
+    )
+    add("--learning-rates", help="comma-separated; under muP, those of the narrowest width")
+    add(
+        "--lr-octaves",
+        type=float,
+        help="in place of --learning-rates: so many octaves on either side of the configuration's, in steps of "
+        f"sqrt(2); default, where nothing else is swept: {OCTAVES:g}",
+    )
+    add("--weight-decays", help="comma-separated")
+    add("--dampings", help="comma-separated; of DoPr")
+    add(
+        "--grid",
+        choices=("lines", "product"),
+        default="lines",
+        help="lines: each hyperparameter in turn, the others at the configuration's values; product: every "
+        "combination, and for each value of one the best of the others; default: %(default)s",
+    )
+    add("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
+    add(
+        "--episodes",
+        type=int,
+        default=0,
+        help="rollouts per run, of its final weights; 0: judge by validation loss alone; default: %(default)s",
+    )
+    add("--parametrizations", default="mup,standard", help="mup, standard or both; default: %(default)s")
+    add("--output", type=Path, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml")
+    add("--recommend-width", type=int, help="of the run to recommend; default: the widest")
+    add(
+        "--engine",
+        choices=("inline", "ray"),
+        default="inline",
+        help="inline: worker processes on this machine; ray: Ray Tune, with files that all its machines see; default: "
+        "%(default)s",
+    )
+    add("--workers", type=int, default=cores(), help="inline: runs at once, sharing the cores; default: %(default)s")
+    add("--ray-address", help="of a running Ray cluster; default: one on this machine, for this command only")
+    add("--cpus-per-trial", type=float, default=1.0, help="ray: reserved per run; default: %(default)s")
+    add("--gpus-per-trial", type=float, default=0.0, help="ray: a fraction shares a GPU; default: %(default)s")
+    return parser

@@ -1,0 +1,246 @@
+"""From a sweep's runs to what people look at: results.json, a table, a plot, and the wide run it recommends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dopr_lightning.experiments.report import METRIC_LABELS
+from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
+from dopr_lightning.experiments.sweep.transfer import Array, analyse
+from dopr_lightning.experiments.trial import Record
+
+LABELS = {"lr": "learning rate", "weight_decay": "weight decay", "damping": "damping"}
+
+Outcomes = Mapping[Cell, Record | str]
+
+
+def trial_results(outcomes: Outcomes) -> list[dict[str, Any]]:
+    """One entry per run; null where a run has no such number."""
+    entries = []
+    for cell, outcome in outcomes.items():
+        done = outcome if isinstance(outcome, Record) else None
+        entries.append(
+            {
+                "parametrization": cell.parametrization,
+                "width": cell.width,
+                **asdict(cell.point),
+                "seed": cell.seed,
+                "val_loss": done.val_loss if done else None,
+                "rollout": done.mean if done and done.episodes else None,
+                "train_seconds": done.train_seconds if done else None,
+                "failed": None if done else outcome,
+            }
+        )
+    return entries
+
+
+def transfer_results(
+    outcomes: Outcomes,
+    centre: Point,
+    values: Mapping[str, Sequence[float]],
+    product: bool,
+    compute: Mapping[int, float],
+    metric: str | None,
+) -> list[dict[str, Any]]:
+    """One entry per parametrisation, hyperparameter and metric: the curves, and :func:`transfer.analyse` of them.
+
+    Args:
+        outcomes: Of all runs.
+        centre: Where hyperparameters are while others are swept.
+        values: Of each hyperparameter, increasing.
+        product: Whether all combinations were run.
+        compute: Of training, by width.
+        metric: Of the rollouts; None without any.
+    """
+    parametrizations = list(dict.fromkeys(cell.parametrization for cell in outcomes))
+    seeds = sorted({cell.seed for cell in outcomes})
+    every = list(dict.fromkeys(cell.point for cell in outcomes))
+    entries = []
+    for parametrization in parametrizations:
+        for name in values:
+            for measure in ("val_loss", *([metric] if metric else [])):
+                losses = {}
+                for width in compute:
+                    rows = []
+                    for value in values[name]:
+                        points = candidates(name, value, centre, every, product)
+                        arrays = [_numbers(outcomes, parametrization, width, point, seeds, measure) for point in points]
+                        rows.append(min(arrays, key=lambda array: float(np.mean(array))))
+                    losses[width] = np.array(rows)
+                transfer = analyse(values[name], losses, compute)
+                sign = 1 if measure == "val_loss" else -1
+                widths = []
+                for row in transfer.widths:
+                    numbers = [[sign * x if math.isfinite(x) else None for x in line] for line in losses[row.width]]
+                    entry = asdict(row) | {"numbers": numbers}
+                    entry["loss"] = None if row.loss is None else sign * row.loss
+                    widths.append({key: _finite(value) for key, value in entry.items()})
+                entries.append(
+                    {
+                        "parametrization": parametrization,
+                        "hyperparameter": name,
+                        "metric": measure,
+                        "values": list(values[name]),
+                        "widths": widths,
+                        "max_drift": transfer.max_drift,
+                        "max_drift_ci95": transfer.max_drift_ci95,
+                    }
+                )
+    return entries
+
+
+def _numbers(
+    outcomes: Outcomes, parametrization: Parametrization, width: int, point: Point, seeds: Sequence[int], measure: str
+) -> Array:
+    """Of one point, for each seed: the lower the better, infinite where a run failed."""
+    found = []
+    for seed in seeds:
+        outcome = outcomes[Cell(width, parametrization, point, seed)]
+        if not isinstance(outcome, Record):
+            found.append(math.inf)
+        else:
+            found.append(outcome.val_loss if measure == "val_loss" else -outcome.mean)
+    return np.array(found)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a regret without bound becomes ``"inf"``."""
+    return "inf" if value == math.inf else value
+
+
+def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point) -> Point | None:
+    """The best hyperparameters under muP by validation loss, at the widest width that trained: nearest to wider runs.
+
+    Those that were not swept are the centre's. None where muP trained at no width.
+    """
+    found = asdict(centre)
+    ours = [t for t in transfers if t["parametrization"] == "mup" and t["metric"] == "val_loss"]
+    for transfer in ours:
+        bests = [row["best"] for row in transfer["widths"] if row["best"] is not None]
+        if not bests:
+            return None
+        found[transfer["hyperparameter"]] = float(f"{bests[-1]:.4g}")
+    return Point(**found) if ours else None
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """A row per parametrisation, hyperparameter, metric and width."""
+    from rich.console import Console
+    from rich.table import Table
+
+    seeds = len(results["seeds"])
+    table = Table(
+        title=f"{results['task']}: {results['optimizer']}, {results['budget']['steps']} steps, {seeds} "
+        f"seed{'s' * (seeds != 1)}; 95 % intervals in brackets"
+    )
+    for heading in (
+        "", "hyperparameter", "by", "width", "best", "drift, octaves", "zero-shot regret", "wasted compute", "note",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("", "hyperparameter", "by", "note") else "right")
+    for transfer in results["transfer"]:
+        for index, row in enumerate(transfer["widths"]):
+            first = index == 0
+            table.add_row(
+                transfer["parametrization"] if first else "",
+                LABELS[transfer["hyperparameter"]] if first else "",
+                _metric_label(transfer["metric"]) if first else "",
+                str(row["width"]),
+                _with_interval(row["best"], row["best_ci95"], "{:.3g}"),
+                "" if first else _with_interval(row["drift"], row["drift_ci95"], "{:+.2f}"),
+                "" if first else _with_interval(row["regret"], row["regret_ci95"], "{:.2%}"),
+                "" if first else _with_interval(row["wasted_compute"], None, "{:.0%}"),
+                _note(row, transfer["values"]),
+                end_section=index == len(transfer["widths"]) - 1,
+            )
+    console = Console()
+    # Where nobody looks on, lines may be as long as they are.
+    (console if console.is_terminal else Console(width=180)).print(table)
+
+
+def _with_interval(value: float | str | None, interval: Sequence[float] | None, form: str) -> str:
+    if value is None:
+        return "-"
+    said = value if isinstance(value, str) else form.format(value)
+    return said if interval is None else f"{said} ({' .. '.join(form.format(end) for end in interval)})"
+
+
+def _note(row: Mapping[str, Any], values: Sequence[float]) -> str:
+    failed = sum(number is None for line in row["numbers"] for number in line)
+    notes = []
+    if row["best"] is None:
+        notes.append(f"all {failed} runs failed" if all(n is None for line in row["numbers"] for n in line) else "")
+        notes.append("no value at which all seeds trained")
+    elif failed:
+        notes.append(f"{failed} of {sum(map(len, row['numbers']))} runs failed")
+    if row["at_edge"] and len(values) > 1:
+        lowest = abs(row["best"] - values[0]) < abs(row["best"] - values[-1])
+        notes.append("the grid's lowest: go on below" if lowest else "the grid's highest: go on above")
+    return "; ".join(note for note in notes if note)
+
+
+def _metric_label(metric: str) -> str:
+    return "validation loss" if metric == "val_loss" else METRIC_LABELS[metric]
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """A panel per hyperparameter and metric, muP beside standard: a curve per width, its seeds' range, its best."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    transfers = results["transfer"]
+    columns = list(dict.fromkeys(t["parametrization"] for t in transfers))
+    rows = list(dict.fromkeys((t["hyperparameter"], t["metric"]) for t in transfers))
+    figure, grid = plt.subplots(
+        len(rows), len(columns), figsize=(5 * len(columns), 3.4 * len(rows)), layout="constrained", squeeze=False
+    )
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(results["widths"])))
+    for transfer in transfers:
+        row = rows.index((transfer["hyperparameter"], transfer["metric"]))
+        axes = grid[row, columns.index(transfer["parametrization"])]
+        _panel(axes, transfer, colours)
+    for line, (_, metric) in zip(grid, rows, strict=True):
+        shown = [row for t in transfers for row in t["widths"] if t["metric"] == metric and row["loss"] is not None]
+        if metric == "val_loss" and shown:
+            # What lies far above the best says only that it is bad.
+            least = min(n for row in shown for seeds in row["numbers"] for n in seeds if n is not None)
+            for axes in line:
+                axes.set_ylim(least * 0.95, max(row["loss"] for row in shown) * 2)
+    grid[0, 0].legend(title="width", fontsize=7, title_fontsize=7)
+    figure.suptitle(
+        f"{results['task']}, {results['optimizer']}, {results['budget']['steps']} steps; lines: means of "
+        f"{len(results['seeds'])} seeds, shades: their range, stars: best, dashes: best at the narrowest",
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(axes: Any, transfer: Mapping[str, Any], colours: Array) -> None:
+    values = np.array(transfer["values"])
+    for row, colour in zip(transfer["widths"], colours, strict=True):
+        numbers = np.array([[math.nan if n is None else n for n in line] for line in row["numbers"]], dtype=float)
+        axes.plot(values, numbers.mean(axis=1), ".-", color=colour, linewidth=1, label=str(row["width"]))
+        axes.fill_between(values, numbers.min(axis=1), numbers.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+        if row["best"] is not None:
+            axes.plot(row["best"], row["loss"], "*", color=colour, markersize=11, markeredgecolor="k")
+    narrowest = transfer["widths"][0]["best"]
+    if narrowest is not None:
+        axes.axvline(narrowest, color="k", linestyle="--", linewidth=0.7)
+    axes.set_xlim(values[0] / 1.1, values[-1] * 1.1)
+    axes.set_xscale("log")
+    if all(number is None for row in transfer["widths"] for line in row["numbers"] for number in line):
+        axes.text(0.5, 0.5, "no value trained", transform=axes.transAxes, ha="center")
+    elif transfer["metric"] == "val_loss":
+        axes.set_yscale("log")
+    axes.set_title(transfer["parametrization"], fontsize=9)
+    axes.set_xlabel(LABELS[transfer["hyperparameter"]], fontsize=8)
+    axes.set_ylabel(_metric_label(transfer["metric"]), fontsize=8)
+    axes.tick_params(labelsize=7)

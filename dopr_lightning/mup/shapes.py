@@ -1,0 +1,185 @@
+"""What do the dimensions of a parameter mean, and which of them grow? Read off two narrow models and their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from mup.layer import MuReadout
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+_OUT_IN = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+_EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+_IN_OUT = (_ConvTransposeNd, *_EMBEDDING)
+
+_Told = Literal["input", "readout", "embedding"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A parameter's shape in the base model, and what its dimensions mean.
+
+    Args:
+        base: Sizes in the base model.
+        scales: Which of them grow with the width.
+        role: ``"hidden"`` (inputs and outputs grow), ``"input"`` (outputs only), ``"readout"`` (inputs only),
+            ``"embedding"``, ``"vector"`` (biases, norms), ``"fixed"`` (nothing grows).
+        fan_out: Dimension of the outputs.
+        fan_in: Dimension of the inputs; None for a vector.
+        drawn_by: Dimensions, the inverse square root of whose sum scales the initial values; none: they do not depend
+            on the width.
+        drawn_like: For a bias that torch draws like its weight: that weight's name.
+    """
+
+    base: tuple[int, ...]
+    scales: tuple[bool, ...]
+    role: str
+    fan_out: int = 0
+    fan_in: int | None = None
+    drawn_by: tuple[int, ...] = ()
+    drawn_like: str | None = None
+
+
+def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
+    """Refuse layers whose forward pass has a scale that is not muP's.
+
+    Raises:
+        ValueError: Names the layer and what to take in its place.
+    """
+    if isinstance(module, MuReadout):
+        raise ValueError(
+            f"{name} is mup's MuReadout, which divides its input by the width; use nn.Linear: here a readout's "
+            "initial values and learning rate do the same"
+        )
+    if isinstance(module, nn.MultiheadAttention) and module.head_dim != wide.head_dim:
+        raise ValueError(
+            f"{name}: the heads of nn.MultiheadAttention grow with the width, and it scales their logits by "
+            "head_dim^-1/2 where muP needs 1/head_dim; let the number of heads grow instead, or call "
+            "scaled_dot_product_attention with a scale"
+        )
+
+
+def read_shape(
+    model: nn.Module, wide: nn.Module, name: str, sizes: tuple[int, ...], scales: tuple[bool, ...], role: str | None
+) -> Shape:
+    """What the modules that hold a parameter say of its dimensions.
+
+    Args:
+        model: The base model.
+        wide: The same, wider.
+        name: The parameter's.
+        sizes: In the base model.
+        scales: Which of them are larger in ``wide``.
+        role: Overrides what the modules say.
+
+    Raises:
+        ValueError: They do not say it, or disagree; or muP has no rule for it.
+    """
+    if sum(scales) > 2 or (sum(scales) == 2 and any(scales[2:])):
+        raise ValueError(
+            f"{name}: dimensions {', '.join(str(dim) for dim, grows in enumerate(scales) if grows)} of its shape "
+            f"{sizes} scale with the width, and muP has rules for the rows and columns of a matrix, dimensions 0 and "
+            "1; split it into matrices"
+        )
+    if role is not None and (role not in get_args(_Told) or len(sizes) < 2 or sum(scales) != 1):
+        raise ValueError(
+            f"roles call {name}, of shape {sizes}, {role!r}; they can tell {', '.join(get_args(_Told))} of a matrix "
+            "with one dimension that scales"
+        )
+    seen = [
+        _owned(model.get_submodule(path), wide.get_submodule(path), attribute, name, sizes, scales, role)
+        for path, attribute in _owners(model, name)
+    ]
+    if len({(shape.fan_out, shape.fan_in, shape.role) for shape in seen}) > 1:
+        raise ValueError(
+            f"{name} is shared by layers that muP scales differently ({', '.join(s.role for s in seen)}); "
+            "give each its own"
+        )
+    like = [_drawn_like(model, path) for path, attribute in _owners(model, name) if attribute == "bias"]
+    return replace(seen[0], drawn_like=like[0]) if like and seen[0].fan_in is None else seen[0]
+
+
+def _owned(
+    owner: nn.Module,
+    wider: nn.Module,
+    attribute: str,
+    name: str,
+    sizes: tuple[int, ...],
+    scales: tuple[bool, ...],
+    role: str | None,
+) -> Shape:
+    """What one owner says."""
+    if len(sizes) < 2:
+        return Shape(sizes, scales, "vector" if any(scales) else "fixed")
+    if not any(scales):
+        return Shape(sizes, scales, "fixed", 0, 1)
+    fans = _fans(owner, wider, attribute)
+    drawn: tuple[int, ...] = () if isinstance(owner, _EMBEDDING) else (1,)
+    if isinstance(owner, nn.MultiheadAttention):
+        drawn = (0, 1) if attribute.endswith("weight") else (2,)  # what Xavier's rule adds up
+        role = role or (None if attribute.endswith("weight") else "embedding")
+    if sum(scales) == 1 and role is None and (fans is None or not (scales[0] or scales[1])):
+        raise ValueError(
+            f"{name}, of shape {sizes}: is it an input, a readout or an embedding? {type(owner).__name__} does not "
+            f'say; tell with roles={{"{name}": "embedding"}}'
+        )
+    if role is None:
+        fan_out, fan_in = fans or (0, 1)
+        kinds = {(True, True): "hidden", (True, False): "input", (False, True): "readout"}
+        role = "embedding" if isinstance(owner, _EMBEDDING) else kinds[scales[fan_out], scales[fan_in]]
+    else:
+        grows = scales.index(True)
+        other = 0 if grows else 1
+        fan_out, fan_in = (other, grows) if role == "readout" else (grows, other)
+        if fans is None:
+            drawn = () if role == "embedding" else (fan_in,)
+    if role != "hidden" and _normalised(owner, attribute, role):
+        raise ValueError(
+            f"{name}: a parametrization (weight_norm, spectral_norm?) sets the size of this {role}'s weight, which muP "
+            f"needs to follow the width; leave the {role} without"
+        )
+    return Shape(sizes, scales, role, fan_out, fan_in, drawn)
+
+
+def _normalised(owner: nn.Module, attribute: str, role: str) -> bool:
+    """Whether something keeps the size of ``owner``'s weight, whatever is done to the parameter that it is made of."""
+    if not is_parametrized(owner, attribute):
+        return attribute == "weight_orig" or (attribute == "weight_v" and role == "readout")
+    # weight_norm keeps the size of each row, which is right unless rows are what grows.
+    kinds = (_SpectralNorm, _Orthogonal) if role != "readout" else nn.Module
+    return any(isinstance(kind, kinds) for kind in owner.parametrizations[attribute])  # type: ignore[index]
+
+
+def _fans(owner: nn.Module, wider: nn.Module, attribute: str) -> tuple[int, int] | None:
+    """Which dimension of ``owner``'s matrices is that of its outputs, and which of its inputs; None: not known."""
+    if isinstance(owner, _IN_OUT) and attribute == "weight":
+        # As many groups as channels: a kernel for each, as in an ordinary convolution.
+        depthwise = isinstance(owner, _ConvTransposeNd) and owner.groups != wider.groups
+        return (0, 1) if depthwise else (1, 0)
+    return (0, 1) if isinstance(owner, _OUT_IN) and not isinstance(owner, _IN_OUT) else None
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, str]]:
+    """Every module that holds the parameter, and the attribute it is there."""
+    parameter = model.get_parameter(name)
+    for alias, other in model.named_parameters(remove_duplicate=False):
+        if other is parameter:
+            # A parametrized weight is held by a list below the module it belongs to.
+            path, _, attribute = alias.replace("parametrizations.", "").rpartition(".")
+            if "parametrizations." in alias:
+                path, _, attribute = path.rpartition(".")
+            yield path, attribute
+
+
+def _drawn_like(model: nn.Module, path: str) -> str | None:
+    """The weight by whose inputs torch scaled the initial bias of the layer at ``path``, parametrized or not."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, nn.Linear | _ConvNd):
+        return None
+    held = [*layer.parameters(recurse=False), *getattr(layer, "parametrizations", nn.Module()).parameters()]
+    weights = {id(p) for p in held if p.shape == layer.weight.shape}
+    return next((name for name, p in model.named_parameters() if id(p) in weights), None)

@@ -1,0 +1,124 @@
+"""What does a sweep over widths say of a wide run? Its results.json, read when a configuration names the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dopr_lightning.errors import UserError
+
+FLAG = "--mup.from_sweep"
+RESULTS = "results.json"
+OVERLAY = "recommended.yaml"
+
+SETS = ("--model.mup", "--model.optimizer.lr", "--model.optimizer.weight_decay", "--trainer.callbacks.damping")
+"""Options whose values the sweep gives."""
+
+
+def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
+    """What must be the same in a narrow and a wide run for the one's hyperparameters to suit the other.
+
+    The task, the network but for its width, the objective, the optimizer's kind, DoPr's options. Not the number of
+    steps, nor the warm-up that goes with it.
+
+    Args:
+        config: A whole configuration, as plain values.
+        scales: The network's keywords that scale with its width.
+    """
+    model, network, dopr = config["model"], config["model"]["network"], dopr_of(config)
+    return {
+        "data": _without(config["data"], "seed", "num_workers"),
+        "model": {
+            "network": {
+                "class_path": network["class_path"],
+                "init_args": _without(network.get("init_args", {}), *scales),
+            },
+            "algorithm": model["algorithm"],
+            "observation_normalizer": model["observation_normalizer"],
+            "action_normalizer": model["action_normalizer"],
+            "optimizer": _without(model["optimizer"], "lr", "weight_decay", "warmup_steps"),
+        },
+        "trainer": {
+            "gradient_clip_val": config["trainer"].get("gradient_clip_val"),
+            "callbacks": "no DoPr" if dopr is None else "DoPr",
+            "dopr": _without(dopr or {}, "damping", "log_every"),
+        },
+    }
+
+
+def dopr_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """DoPr's arguments in a configuration that has it as its last callback; None without it.
+
+    Raises:
+        UserError: DoPr is there, and is not the last.
+    """
+    callbacks = config["trainer"].get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    found = [index for index, callback in enumerate(callbacks) if callback["class_path"].rpartition(".")[2] == "DoPr"]
+    if not found:
+        return None
+    if found != [len(callbacks) - 1]:
+        raise UserError("list DoPr once, as the last of trainer.callbacks: its damping is set from outside")
+    return callbacks[-1].get("init_args", {})
+
+
+def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that a sweep found for runs of ``config`` at any width.
+
+    Args:
+        folder: The sweep's ``--output``.
+        config: The whole configuration of the wide run, as plain values.
+
+    Returns:
+        ``{"lr": ..., "weight_decay": ..., "damping": ... or None, "mup": {"base": ..., "weight_decay": ...}}``
+
+    Raises:
+        UserError: There is no sweep, it found nothing, or it is of another configuration.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise UserError(f"{FLAG} {folder}: no {RESULTS} there; give the --output of a finished dopr sweep")
+    results = json.loads(path.read_text())
+    if "recommended" not in results:
+        raise UserError(f"{FLAG} {folder}: its {RESULTS} is not of a dopr sweep")
+    found = results["recommended"]
+    if found is None:
+        raise UserError(f"{FLAG} {folder}: this sweep recommends nothing: no width trained under muP")
+    changed = differences(results["identity"], identity(config, results["scales"]))
+    if changed:
+        raise UserError(
+            f"{FLAG} {folder}: that sweep was of another configuration ({changed}); mend this one, or stack the "
+            f"sweep's own: --config {folder / OVERLAY}"
+        )
+    network = config["model"]["network"]["init_args"]
+    for key, base in found["mup"]["base"].items():
+        if any(size < least for size, least in zip(_sizes(network[key]), _sizes(base), strict=True)):
+            raise UserError(
+                f"{FLAG} {folder}: {key} {network[key]} is narrower than the sweep's base, {base}; widen it"
+            )
+    return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
+    """What changed, in a few words, ``"data.batch_size: 256 -> 128"``; empty if nothing did."""
+    before, after = (dict(_flat(_without(values, *ignore))) for values in (old, new))
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    shown = [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in changed[:3]]
+    return ", ".join(shown + [f"{len(changed) - 3} more"] * (len(changed) > 3))
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict | list):
+        return [(prefix.removesuffix("."), value)]
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return [leaf for key, inner in pairs for leaf in _flat(inner, f"{prefix}{key}.")]
+
+
+def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def _sizes(value: Any) -> Sequence[int]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,468 @@
+"""``dopr sweep`` from end to end on the toy task, what it does with bad runs, and ``--mup.from_sweep``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from toy_environment import Toy
+from toy_task import CONFIG, FIRST_SEED, arguments, train
+
+from dopr_lightning.cli import main as cli
+from dopr_lightning.errors import UserError
+from dopr_lightning.experiments import runner
+from dopr_lightning.experiments.display import Display
+from dopr_lightning.experiments.runner import KILLED, attempt, attempt_all
+from dopr_lightning.experiments.sweep import main as sweep
+from dopr_lightning.experiments.trial import Record, Trial, load_record
+from dopr_lightning.training import resolve
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+RATES = (0.005, 0.01, 0.02)
+GRID = ("--learning-rates", ",".join(map(str, RATES)), "--widths", "8,16", "--trainer.max_steps", "8")
+DAMPED = ("--trainer.callbacks+=dopr_lightning.DoPr", "--trainer.callbacks.damping=0.01")
+
+
+def in_this_process(trials: Sequence[Trial], display: Display) -> dict[str, Record | str]:
+    """An engine without worker processes, which take seconds to start."""
+    outcomes = {}
+    for trial in trials:
+        display.progress(trial.name, 0, 1)
+        outcomes[trial.name] = runner.attempt(trial, display.progress)
+        display.finished(trial.name, outcomes[trial.name])
+    return outcomes
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_in_processes", in_this_process)
+
+
+def run(output: Path, *more: str) -> dict[str, Any]:
+    sweep.main(["--config", CONFIG, "--output", str(output), "--seeds", "0", *more])
+    return json.loads((output / "results.json").read_text())
+
+
+def stamps(output: Path) -> dict[str, int]:
+    found = [*output.rglob("record.json"), *output.rglob("diverged.json")]
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of DoPr-AdamW under muP alone."""
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_in_processes", in_this_process)
+        run(output, *GRID, "--optimizer", "dopr-adamw", "--parametrizations", "mup")
+    return output
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    Toy.resets.clear()
+    results = run(output, *GRID, "--optimizer", "dopr-adamw", "--recommend-width", "32")
+    assert Toy.resets == []
+    said = capsys.readouterr().out
+    assert "[1/12] mup width 8 lr 0.005 wd 1e-05 damping 0.01 seed 0: val loss" in said
+    assert " left\n" in said
+    assert "│ standard " in said
+    assert (results["task"], results["optimizer"], results["seeds"]) == ("DoprToy-v0", "dopr-adamw", [0])
+    assert results["centre"] == {"lr": 0.01, "weight_decay": 1e-5, "damping": 0.01}
+    assert [entry["network"] for entry in results["widths"]] == [{"width": 8}, {"width": 16}]
+    parameters = [entry["parameters"] for entry in results["widths"]]
+    assert results["budget"]["compute_of_narrowest_relative_to_widest"] == parameters[0] / parameters[1]
+    with Image.open(output / "transfer.png") as picture:
+        assert picture.width > 1000  # muP beside standard
+
+    trials = {(t["parametrization"], t["width"], t["lr"]): t for t in results["trials"]}
+    assert set(trials) == {(p, w, lr) for p in ("mup", "standard") for w in (8, 16) for lr in RATES}
+    for (parametrization, width, lr), trial in trials.items():
+        name = f"{parametrization}/width-{width}/lr-{lr:g}-wd-1e-05-damping-0.01/seed-0"
+        folder = output / "runs" / name
+        record = json.loads((folder / "record.json").read_text())
+        assert trial["val_loss"] == record["val_loss"]
+        assert (record["episodes"], trial["rollout"], trial["failed"]) == ([], None, None)
+        model = record["settings"]["config"]["model"]
+        assert model["optimizer"]["lr"] == lr
+        assert model["network"]["init_args"]["width"] == width
+        assert (model.get("mup") or {}).get("base") == ({"width": 8} if parametrization == "mup" else None)
+        assert not list(folder.rglob("*.ckpt"))
+    # At its base width muP is the standard parametrisation, and nowhere else.
+    for lr in RATES:
+        assert trials["mup", 8, lr]["val_loss"] == trials["standard", 8, lr]["val_loss"]
+        assert trials["mup", 16, lr]["val_loss"] != trials["standard", 16, lr]["val_loss"]
+    assert [(t["parametrization"], t["hyperparameter"], t["metric"]) for t in results["transfer"]] == [
+        ("mup", "lr", "val_loss"),
+        ("standard", "lr", "val_loss"),
+    ]
+    for transfer in results["transfer"]:
+        assert transfer["values"] == list(RATES)
+        for row in transfer["widths"]:
+            losses = [trials[transfer["parametrization"], row["width"], lr]["val_loss"] for lr in RATES]
+            assert row["numbers"] == [[loss] for loss in losses]
+            assert row["at_edge"] == (losses.index(min(losses)) != 1)
+            assert RATES[0] * 0.999 <= row["best"] <= RATES[2] * 1.001
+    best = results["transfer"][0]["widths"][-1]["best"]
+    assert results["recommended"] == {
+        "width": 32,
+        "network": {"width": 32},
+        "lr": pytest.approx(best, rel=1e-3),
+        "weight_decay": 1e-5,
+        "damping": 0.01,
+        "mup": {"base": {"width": 8}, "weight_decay": "independent"},
+    }
+
+    # The same again: nothing is trained. One more width and seed: only theirs. Fewer: refused.
+    before = stamps(output)
+    assert len(before) == 12
+    assert run(output, *GRID, "--optimizer", "dopr-adamw", "--recommend-width", "32") == results
+    assert stamps(output) == before
+    with pytest.raises(UserError, match=r"results.json also has width 16, lr 0.005, standard; name them again"):
+        run(output, *GRID, "--optimizer=dopr-adamw", "--parametrizations=mup", "--widths=8", "--learning-rates=.01,.02")
+    run(output, *GRID, "--optimizer", "dopr-adamw", "--widths", "8,16,24")
+    after = stamps(output)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("/")[2] for name in after.keys() - before.keys()} == {"width-24"}
+
+    # Another configuration, another base: refused, and nothing changes.
+    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for more, difference in (
+        (("--data.batch_size=6",), "data.batch_size: 12 -> 6"),
+        (("--model.network.depth=2",), "model.network.init_args.depth: 1 -> 2"),
+        (("--widths=4,8,16,24",), "base_width: 8 -> 4"),
+        (("--episodes=2",), "episodes: 0 -> 2"),
+    ):
+        with pytest.raises(UserError, match=rf"holds a run with other settings \(.*{difference}"):
+            run(output, *GRID, "--optimizer", "dopr-adamw", *more)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == files
+
+
+def test_killed_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its third run, after a checkpoint: the first two are not run again, the third goes on."""
+    few = (*GRID, "--parametrizations", "mup", "--optimizer", "adamw")
+    steps: list[tuple[str, int]] = []
+
+    def killed(trial: Trial, report: Callable[[str, int, int], None]) -> Record | str:
+        def kill(name: str, step: int, total: int) -> None:
+            steps.append((name, step))
+            if len(steps) == 2 * 8 + 6:
+                raise KeyboardInterrupt
+            report(name, step, total)
+
+        return attempt(trial, kill)
+
+    monkeypatch.setattr(runner, "attempt", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(tmp_path, *few)
+    assert not (tmp_path / "results.json").exists()
+    before = stamps(tmp_path)
+    assert len(before) == 2
+    results = run(tmp_path, *few)
+    assert {name: stamps(tmp_path)[name] for name in before} == before
+    assert len(stamps(tmp_path)) == 6
+    third = [step for name, step in steps if "width 8 lr 0.02 " in name]
+    assert third == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]  # checkpoints are saved every 4 steps
+    assert all(trial["val_loss"] for trial in results["trials"])
+
+
+def test_what_diverges_is_infinitely_bad_and_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sgd = ("--optimizer", "sgd", "--parametrizations", "mup", "--widths", "8,16", "--trainer.max_steps", "8")
+    with pytest.raises(UserError, match=r"^all 4 runs failed, mup width 8 lr 1e\+30 .*: diverged: the training loss"):
+        run(tmp_path, *sgd, "--learning-rates", "1e30,1e31")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["recommended"] is None
+    assert not (tmp_path / "recommended.yaml").exists()
+    assert all(trial["failed"].startswith("diverged: ") and trial["val_loss"] is None for trial in results["trials"])
+    assert [row["best"] for row in results["transfer"][0]["widths"]] == [None, None]
+    assert "all 2 runs failed" in capsys.readouterr().out
+    assert (tmp_path / "transfer.png").exists()
+    before = stamps(tmp_path)
+    assert len(before) == 4
+    for path in before:
+        assert "Traceback" in (tmp_path / path).with_name("log.txt").read_text()
+
+    # With a rate that trains: its runs alone are run.
+    results = run(tmp_path, *sgd, "--learning-rates", "1e-2,1e30,1e31")
+    assert {name: stamps(tmp_path)[name] for name in before} == before
+    assert results["recommended"]["lr"] == 0.01
+    (transfer,) = results["transfer"]
+    assert [[numbers[0] is None for numbers in row["numbers"]] for row in transfer["widths"]] == [
+        [False, True, True]
+    ] * 2
+    out = capsys.readouterr().out
+    assert "4 of 6 runs diverged" in out
+    assert "[4/6]" not in out
+    assert "[5/6] mup width 8 lr 0.01" in out
+
+
+def test_an_error_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is kept and shown; nothing is recommended until it is mended."""
+    few = (*GRID, "--parametrizations", "mup", "--optimizer", "adamw")
+
+    def faulty(trial: Trial, report: Any) -> Record | str:
+        return "OSError: no space" if "width 16 lr 0.01" in trial.name else attempt(trial, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "attempt", faulty)
+        with pytest.raises(UserError, match=r"^1 of 6 runs failed, mup width 16 .*: OSError: no space; see log"):
+            run(tmp_path, *few)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["recommended"] is None
+    assert [trial["failed"] for trial in results["trials"]].count("OSError: no space") == 1
+    assert len(stamps(tmp_path)) == 5
+    assert run(tmp_path, *few)["recommended"] is not None
+
+    # Workers that were killed say nothing of their hyperparameters: what there was stays.
+    before = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr(runner, "attempt", lambda trial, report: KILLED)
+    with pytest.raises(UserError, match=r"2 of 8 runs were stopped: .*the same command goes on with them"):
+        run(tmp_path, *few, "--learning-rates", "0.005,0.01,0.02,0.04")
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def made_up(losses: Callable[[dict[str, Any]], float], seen: list[Trial]) -> Callable[..., list[Record | str]]:
+    def attempt_all(trials: Sequence[Trial], workers: int, engine: Any) -> list[Record | str]:
+        seen.extend(trials)
+        outcomes: list[Record | str] = []
+        for trial in trials:
+            loss = losses(trial.config)
+            # The closed loop asks for four times the rate that the loss does.
+            returns = [100 - losses({**trial.config, "shift": 2})] * trial.episodes
+            outcomes.append(Record(loss, returns, 1.0, trial.settings))
+        return outcomes
+
+    return attempt_all
+
+
+def bowl(config: dict[str, Any]) -> float:
+    """Best at rate 0.01 and damping 0.1 at any width under muP; a rate inversely as the width without."""
+    import math
+
+    optimizer, mup = config["model"]["optimizer"], config["model"].get("mup")
+    width = config["model"]["network"]["init_args"]["channels"][0]
+    best = 0.01 * 2 ** config.get("shift", 0) * (1.0 if mup else 8 / width)
+    damping = config["trainer"]["callbacks"][0]["init_args"]["damping"]
+    return 1 + math.log2(optimizer["lr"] / best) ** 2 + 0.1 * math.log2(damping / 0.1) ** 2
+
+
+UNET = (
+    "--model.network=dopr_lightning.policies.networks.ConditionalUnet1d",
+    "--model.network.channels=[32,64]",
+    "--model.network.condition_dim=64",
+)
+
+
+@pytest.mark.parametrize("grid", ["lines", "product"])
+def test_the_report_says_what_the_losses_do(grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[Trial] = []
+    monkeypatch.setattr(sweep, "attempt_all", made_up(bowl, trials))
+    more = ("--optimizer=dopr-muon", "--widths=8,32", "--lr-octaves=3", "--dampings=0.025,0.05,0.1,0.2,0.4", *UNET)
+    results = run(tmp_path, *more, "--episodes=2", f"--grid={grid}", "--seeds=0,1")
+    assert len(trials) == 2 * 2 * 2 * ((13 + 5) if grid == "lines" else 13 * 5)
+    assert len({trial.folder for trial in trials}) == len({trial.name for trial in trials}) == len(trials)
+    rates = sorted({trial.config["model"]["optimizer"]["lr"] for trial in trials})
+    assert rates[0] == 0.01 / 8
+    assert rates[-1] == 0.01 * 8
+    for trial in trials:
+        width = int(trial.name.split()[2])
+        assert trial.config["model"]["network"]["init_args"]["channels"] == [width, 2 * width]
+        assert trial.config["model"]["network"]["init_args"]["condition_dim"] == 2 * width
+        base = (trial.config["model"].get("mup") or {}).get("base")
+        assert base == ({"channels": [8, 16], "condition_dim": 16} if trial.name.startswith("mup") else None)
+        assert trial.config["model"]["optimizer"]["base"] == "muon"
+        assert trial.config["rollout"]["episodes"] == 0
+        assert (trial.episodes, trial.first_seed, trial.keep_checkpoints) == (2, FIRST_SEED, False)
+    for trial in trials[:: len(trials) // 3]:
+        assert trial.config == resolve(trial.arguments)
+    assert {trial.cost for trial in trials if "width 8 " in trial.name} < {trial.cost for trial in trials}
+
+    found = {(t["parametrization"], t["hyperparameter"], t["metric"]): t for t in results["transfer"]}
+    assert len(found) == 2 * 2 * 2
+    narrow, wide = found["mup", "lr", "val_loss"]["widths"]
+    assert narrow["best"] == pytest.approx(0.01)
+    assert (wide["drift"], wide["regret"]) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-9))
+    # On the closed loop the best rate is another one, and as transferable.
+    narrow, wide = found["mup", "lr", "return"]["widths"]
+    assert narrow["best"] == pytest.approx(0.04)
+    damped = 0.0 if grid == "product" else 0.1 * 3.3219**2  # the centre's damping is 0.01
+    assert narrow["loss"] == pytest.approx(99 - damped, abs=1e-3)
+    assert wide["drift"] == pytest.approx(0, abs=1e-6)
+    # Standard: two octaves lower at four times the width, and the narrow rate costs 2^2 there.
+    narrow, wide = found["standard", "lr", "val_loss"]["widths"]
+    assert wide["drift"] == pytest.approx(-2)
+    assert wide["drift_ci95"] == pytest.approx([-2, -2])
+    assert wide["regret"] == pytest.approx(4 / (1 + damped), rel=1e-3)
+    assert found["mup", "damping", "val_loss"]["widths"][1]["best"] == pytest.approx(0.1)
+    assert found["standard", "damping", "val_loss"]["max_drift"] == pytest.approx(0, abs=1e-6)
+
+    assert results["recommended"]["lr"] == pytest.approx(0.01, rel=1e-3)
+    assert results["recommended"]["damping"] == pytest.approx(0.1, rel=1e-3)
+    # The file is the recommended run, whatever is below it.
+    config = resolve([f"--config={CONFIG}", f"--config={tmp_path / 'recommended.yaml'}"])
+    assert config["model"]["network"]["init_args"]["channels"] == [32, 64]
+    assert config["model"]["mup"]["base"] == {"channels": [8, 16], "condition_dim": 16}
+    assert config["model"]["optimizer"]["base"] == "muon"
+    assert config["trainer"]["callbacks"][0]["init_args"]["damping"] == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--widths=8,x",), "--widths 8,x: give numbers"),
+        (("--widths=0,8",), "a width is a positive whole number"),
+        ((*UNET, "--widths=8,12"), r"--widths 12: .*channels \[12, 24\] must be positive multiples of groups 8"),
+        ((*UNET, "--widths=8,16", "--model.network.condition_dim=21"), r"--widths 8: .*not a whole number; .* of 32"),
+        (("--model.network=torch.nn.Linear",), "Linear|network"),
+        (("--dampings=0.1",), "there is no DoPr in this configuration; use --optimizer dopr-adamw"),
+        (("--weight-decays=0,1e-3",), "--weight-decays 0,1e-3: values must be positive"),
+        (("--learning-rates=1e-3", "--lr-octaves=1"), "both say which learning rates"),
+        (("--optimizer=adamw,muon",), "a sweep is of one optimizer"),
+        (("--optimizer=adamw", "--model.optimizer.base=muon"), "are the same thing"),
+        (("--optimizer=dopr-adamw", *DAMPED), "DoPr"),
+        (("--parametrizations=mup,sp",), "mup, standard, or mup,standard"),
+        (("--model.mup.base={width: 4}",), "--model.mup.base is what a sweep sets itself; use --widths"),
+        (("--gpus-per-trial=0.25",), "add --engine ray"),
+        (("--recommend-width=4",), "--recommend-width 4 is less than the narrowest"),
+        (("--episodes=-1",), "--episodes -1"),
+    ],
+)
+def test_mistakes_show_before_anything_trains(more: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", *("--widths", "8,16"), *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wide_run_takes_the_numbers_of_the_sweep(finished: Path, tmp_path: Path) -> None:
+    recommended = json.loads((finished / "results.json").read_text())["recommended"]
+    wide = ("--model.network.width=32", "--trainer.max_steps=4", *DAMPED[:1])
+    by_sweep = train(tmp_path / "sweep", *wide, "--mup.from_sweep", str(finished))
+    explicit = train(
+        tmp_path / "explicit",
+        *wide,
+        '--model.mup.base={"width": 8}',
+        f"--model.optimizer.lr={recommended['lr']}",
+        f"--model.optimizer.weight_decay={recommended['weight_decay']}",
+    )
+    standard = train(tmp_path / "standard", *wide, f"--model.optimizer.lr={recommended['lr']}")
+    weights = [run.model.state_dict() for run in (by_sweep, explicit, standard)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    assert not torch.equal(weights[0]["network.readout.weight"], weights[2]["network.readout.weight"])
+    rates = {group["lr_mult"] for group in by_sweep.trainer.optimizers[0].param_groups}
+    assert rates == {1.0, 0.25}
+    # The sweep's own file is the same run.
+    stacked = resolve([f"--config={CONFIG}", f"--config={finished / 'recommended.yaml'}", "--model.network.width=32"])
+    swept = resolve([f"--config={CONFIG}", *DAMPED[:1], "--model.network.width=32", f"--mup.from_sweep={finished}"])
+    assert stacked["model"] == swept["model"]
+    assert stacked["trainer"]["callbacks"] == swept["trainer"]["callbacks"]
+
+
+def test_fit_takes_them_from_the_command_line(finished: Path, tmp_path: Path) -> None:
+    recommended = json.loads((finished / "results.json").read_text())["recommended"]
+    more = (*DAMPED[:1], "--model.network.width=32", "--trainer.max_steps=4", "--rollout.report_episodes=0")
+    assert cli(["fit", *arguments(tmp_path, *more, f"--mup.from_sweep={finished}")]) == 0
+    parameters = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert parameters["optimizer"]["lr"] == recommended["lr"]
+    assert parameters["mup"] == recommended["mup"]
+    assert cli(["fit", *arguments(tmp_path, "--model.network.width=32", f"--mup.from_sweep={finished}")]) == 2
+
+
+def test_the_dampings_best_is_taken_too(finished: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(finished, tmp_path / "other")
+    results = json.loads((other / "results.json").read_text())
+    results["recommended"] |= {"damping": 0.37, "weight_decay": 0.02}
+    (other / "results.json").write_text(json.dumps(results))
+    config = resolve([f"--config={CONFIG}", *DAMPED[:1], f"--mup.from_sweep={other}"])
+    assert config["trainer"]["callbacks"][0]["init_args"]["damping"] == 0.37
+    assert config["model"]["optimizer"]["weight_decay"] == 0.02
+    assert "from_sweep" not in yaml.safe_dump(config)  # the folder may go
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "callbacks: DoPr -> no DoPr"),
+        ((*DAMPED, "--model.optimizer.base=muon"), "model.optimizer.base: adamw -> muon"),
+        ((*DAMPED, "--model.network.depth=2"), r"depth: 1 -> 2\); mend this one, or stack the sweep's own: --config"),
+        ((*DAMPED, *UNET), "class_path: .*ResidualMLP -> .*ConditionalUnet1d"),
+        ((*DAMPED, "--data.source.observation_dim=3"), "data.source.init_args.observation_dim: 2 -> 3"),
+        ((*DAMPED, "--trainer.callbacks.update_every=3"), "trainer.dopr.update_every: 1 -> 3"),
+        ((*DAMPED, "--model.network.width=4"), "width 4 is narrower than the sweep's base, 8"),
+        ((*DAMPED, "--model.optimizer.lr=1e-3"), "--model.optimizer.lr and --mup.from_sweep say the same thing"),
+        (("--trainer.callbacks+=dopr_lightning.DoPr", "--model.mup.base={width: 8}"), "--model.mup.base and"),
+    ],
+)
+def test_a_sweep_of_another_configuration_is_refused(more: tuple[str, ...], message: str, finished: Path) -> None:
+    undamped = [word for word in more if "damping" not in word]
+    with pytest.raises(UserError, match=message):
+        resolve([f"--config={CONFIG}", *undamped, f"--mup.from_sweep={finished}"])
+
+
+def test_a_folder_that_is_no_finished_sweep(finished: Path, tmp_path: Path) -> None:
+    def take(folder: Path) -> None:
+        resolve([f"--config={CONFIG}", *DAMPED[:1], f"--mup.from_sweep={folder}"])
+
+    with pytest.raises(UserError, match=r"no results.json there; give the --output of a finished dopr sweep"):
+        take(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"arms": []}))
+    with pytest.raises(UserError, match="is not of a dopr sweep"):
+        take(tmp_path)
+    results = json.loads((finished / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results | {"recommended": None}))
+    with pytest.raises(UserError, match="this sweep recommends nothing"):
+        take(tmp_path)
+
+
+def test_ray_runs_what_is_missing_and_leaves_what_the_other_engine_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real Ray on this machine. One run is finished before, one diverges, one takes its worker process with it."""
+    pytest.importorskip("ray.tune")
+    from dopr_lightning.experiments.sweep.ray_engine import ray_engine
+
+    def trial(name: str, *overrides: str) -> Trial:
+        arguments = (f"--config={CONFIG}", "--trainer.max_steps=4", "--rollout.episodes=0", *overrides)
+        return Trial(name, tmp_path / name, arguments, {"overrides": list(overrides)}, 0, FIRST_SEED, 0)
+
+    trials = [
+        trial("before"),
+        trial("diverges", "--model.optimizer.base=sgd", "--model.optimizer.lr=1e30"),
+        trial("good"),
+        trial("killed", "--data.source=toy_task.Killer"),
+    ]
+    (before,) = attempt_all(trials[:1], 1)
+    stamp = stamps(tmp_path)
+    outcomes = attempt_all(trials, 1, ray_engine(None, 0.5, 0.0))
+    assert outcomes[0] == before
+    assert stamps(tmp_path).items() >= stamp.items()
+    assert str(outcomes[1]).startswith("diverged: ")
+    assert isinstance(before, Record)
+    assert isinstance(outcomes[2], Record)
+    assert outcomes[2].val_loss == before.val_loss
+    assert load_record(trials[2]) == outcomes[2]
+    assert outcomes[3] == KILLED
+    out = capsys.readouterr().out
+    for line in ("1 of 4 runs were finished before", "] good: val loss", "] diverges: diverged", "] killed: a worker"):
+        assert line in out
+
+
+def test_ray_without_enough_machines_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would wait for more to come."""
+    ray = pytest.importorskip("ray")
+    from dopr_lightning.experiments.sweep.ray_engine import _parallel
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert _parallel(1.0, 0.25) == 8
+    assert _parallel(0.5, 0.0) == 16
+    assert _parallel(1.0, 1.0) == 2
+    with pytest.raises(UserError, match="--gpus-per-trial 3: Ray has 2 GPUs in all; ask for less"):
+        _parallel(1.0, 3.0)

@@ -1,0 +1,561 @@
+"""What a MupSpec reads off a factory, what it makes of initial values, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mup
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from dopr_lightning import MupSpec
+
+Factory = Callable[..., nn.Module]
+
+NORMS = {"weight": "vector", "bias": "vector"}
+
+
+def layers(**modules: Callable[[int], nn.Module]) -> Factory:
+    """A factory of models with these layers, each made from the width."""
+    return lambda width: nn.ModuleDict({name: make(width) for name, make in modules.items()})
+
+
+def roles(factory: Factory, **base: Any) -> dict[str, str]:
+    spec = MupSpec.from_factory(factory, **(base or {"width": 8}))
+    return {name: shape.role for name, shape in spec.shapes.items()}
+
+
+class Held(nn.Module):
+    """A module of its own with one bare parameter."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(sizes))
+
+
+class Adapted(nn.Module):
+    """A Linear and its low-rank correction."""
+
+    def __init__(self, width: int, rank: int = 2) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+
+
+KINDS: dict[str, tuple[Callable[[int], nn.Module], dict[str, str]]] = {
+    "linear": (lambda w: nn.Linear(w, w), {"weight": "hidden", "bias": "vector"}),
+    "input": (lambda w: nn.Linear(5, w), {"weight": "input", "bias": "vector"}),
+    "readout": (lambda w: nn.Linear(w, 5), {"weight": "readout", "bias": "fixed"}),
+    "aside": (lambda w: nn.Linear(5, 3), {"weight": "fixed", "bias": "fixed"}),
+    "conv1d": (lambda w: nn.Conv1d(w, w, 3), {"weight": "hidden", "bias": "vector"}),
+    "conv2d input": (lambda w: nn.Conv2d(3, w, 3), {"weight": "input", "bias": "vector"}),
+    "conv2d readout": (lambda w: nn.Conv2d(w, 3, 3), {"weight": "readout", "bias": "fixed"}),
+    "grouped": (lambda w: nn.Conv1d(w, w, 3, groups=2), {"weight": "hidden", "bias": "vector"}),
+    "depthwise": (lambda w: nn.Conv1d(w, w, 3, groups=w), {"weight": "input", "bias": "vector"}),
+    "transposed": (lambda w: nn.ConvTranspose1d(w, w, 3), {"weight": "hidden", "bias": "vector"}),
+    "transposed input": (lambda w: nn.ConvTranspose2d(3, w, 3), {"weight": "input", "bias": "vector"}),
+    "transposed readout": (lambda w: nn.ConvTranspose2d(w, 3, 3), {"weight": "readout", "bias": "fixed"}),
+    "transposed depthwise": (
+        lambda w: nn.ConvTranspose1d(w, w, 3, groups=w, bias=False),
+        {"weight": "input"},
+    ),
+    "embedding": (lambda w: nn.Embedding(11, w), {"weight": "embedding"}),
+    "bag": (lambda w: nn.EmbeddingBag(11, w), {"weight": "embedding"}),
+    "layer norm": (nn.LayerNorm, NORMS),
+    "group norm": (lambda w: nn.GroupNorm(2, w), NORMS),
+    "self-attention": (
+        lambda w: nn.MultiheadAttention(w, w // 4, add_bias_kv=True),
+        {
+            "in_proj_weight": "hidden",
+            "in_proj_bias": "vector",
+            "bias_k": "embedding",
+            "bias_v": "embedding",
+            "out_proj.weight": "hidden",
+            "out_proj.bias": "vector",
+        },
+    ),
+    "cross-attention": (
+        lambda w: nn.MultiheadAttention(w, w // 4, kdim=3, vdim=w, bias=False),
+        {
+            "q_proj_weight": "hidden",
+            "k_proj_weight": "input",
+            "v_proj_weight": "hidden",
+            "out_proj.weight": "hidden",
+        },
+    ),
+    "low-rank adapter": (
+        Adapted,
+        {"linear.weight": "hidden", "linear.bias": "vector", "down.weight": "readout", "up.weight": "input"},
+    ),
+    "weight_norm": (
+        lambda w: parametrizations.weight_norm(nn.Linear(w, w)),
+        {
+            "bias": "vector",
+            "parametrizations.weight.original0": "input",
+            "parametrizations.weight.original1": "hidden",
+        },
+    ),
+    "weight_norm of an input": (
+        lambda w: parametrizations.weight_norm(nn.Conv1d(3, w, 1)),
+        {"bias": "vector", "parametrizations.weight.original0": "input", "parametrizations.weight.original1": "input"},
+    ),
+    "spectral_norm": (
+        lambda w: parametrizations.spectral_norm(nn.Linear(w, w)),
+        {"bias": "vector", "parametrizations.weight.original": "hidden"},
+    ),
+    "square": (lambda w: Held(w, w), {"table": "hidden"}),
+    "gain": (lambda w: Held(w), {"table": "vector"}),
+    "temperature": (lambda w: nn.ParameterDict({"t": nn.Parameter(torch.ones(()))}), {"t": "fixed"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_roles_of_every_kind_of_layer(kind: str) -> None:
+    make, expected = KINDS[kind]
+    found = roles(layers(layer=make, other=lambda w: nn.Linear(w, w, bias=False)))
+    assert found == {f"layer.{name}": role for name, role in expected.items()} | {"other.weight": "hidden"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "weight_norm", "self-attention"])
+def test_roles_where_the_layer_is_the_whole_model(kind: str) -> None:
+    make, expected = KINDS[kind]
+    assert roles(lambda width: make(width)) == expected
+
+
+def grown(make: Callable[[int], nn.Module], width: int) -> dict[str, tuple[float, float]]:
+    """Of outputs and inputs, beyond width 8."""
+    spec = MupSpec.from_factory(lambda width: make(width), width=8)
+    return {name: (g.fan_out_growth, g.fan_in_growth) for name, g in spec.growth(make(width)).items()}
+
+
+def test_growth_goes_by_outputs_and_inputs() -> None:
+    both, out, inputs, neither = (4, 4), (4, 1), (1, 4), (1, 1)
+    found = {
+        kind: next(iter(grown(make, 32).values()))
+        for kind, (make, names) in KINDS.items()
+        if {*names.values()} != {"fixed"}
+    }
+    for kind in ("linear", "conv1d", "grouped", "transposed", "square"):
+        assert found[kind] == both, kind
+    for kind in ("input", "conv2d input", "depthwise", "transposed input", "transposed depthwise", "embedding", "gain"):
+        assert found[kind] == out, kind
+    for kind in ("readout", "conv2d readout", "transposed readout"):
+        assert found[kind] == inputs, kind
+    assert grown(KINDS["readout"][0], 32)["bias"] == neither
+    attention = grown(KINDS["self-attention"][0], 32)
+    assert attention["in_proj_weight"] == both
+    assert attention["bias_k"] == out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "role", "expected"),
+    [
+        ((3, "w"), "readout", (1, 4)),
+        (("w", 3), "readout", (1, 4)),
+        ((3, "w"), "input", (4, 1)),
+        (("w", 3), "input", (4, 1)),
+        (("w", 3), "embedding", (4, 1)),
+        ((1, 7, "w"), "embedding", (4, 1)),
+        (("w", 1, 1), "embedding", (4, 1)),
+    ],
+)
+def test_a_bare_parameter_is_what_it_is_told_to_be(
+    sizes: tuple[Any, ...], role: str, expected: tuple[float, float]
+) -> None:
+    def make(width: int) -> nn.Module:
+        return Held(*(width if size == "w" else size for size in sizes))
+
+    spec = MupSpec.from_factory(make, width=8, roles={"table": role})
+    growth = spec.growth(make(32))["table"]
+    assert spec.roles(make(32)) == {"table": role}
+    assert (growth.fan_out_growth, growth.fan_in_growth) == expected
+    # Drawn like fan_in^-1/2, a readout must fall like 1/fan_in.
+    assert spec.multiplier_of_initial_values(make(32))["table"] == (0.5 if role == "readout" else 1)
+
+
+class Pyramid(nn.Module):
+    def __init__(self, channels: Any, condition: int = 6, kernel: int = 3) -> None:
+        super().__init__()
+        self.condition = nn.Linear(5, condition)
+        self.film = nn.Linear(condition, 2 * channels[1])
+        self.down = nn.Conv1d(channels[0], channels[1], kernel)
+        self.up = nn.ConvTranspose1d(channels[1], channels[0], kernel)
+
+
+def test_several_keys_and_lists_of_sizes() -> None:
+    spec = MupSpec.from_factory(Pyramid, channels=[4, 8], condition=6)
+    growth = spec.growth(Pyramid([16, 64], condition=12))
+    seen = {name.removesuffix(".weight"): (g.fan_out_growth, g.fan_in_growth) for name, g in growth.items()}
+    assert (seen["condition"], seen["film"]) == ((2, 1), (8, 2))
+    assert (seen["down"], seen["up"]) == ((8, 4), (4, 8))
+    assert (growth["down.weight"].rows, growth["down.weight"].cols) == (64, 16 * 3)
+    assert (growth["up.weight"].rows, growth["up.weight"].cols) == (64, 16 * 3)
+
+    one = MupSpec.from_factory(Pyramid, channels=(4, 8))
+    assert one.roles(Pyramid([4, 8]))["film.weight"] == "input"  # the condition is fixed now
+    assert one == MupSpec.from_factory(Pyramid, channels=[4, 8])
+
+
+def test_models_of_any_size_need_no_memory() -> None:
+    def factory(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(9, width), nn.Linear(width, width), nn.Linear(width, 2))
+
+    spec = MupSpec.from_factory(factory, width=10**6)
+    assert spec.shapes["1.weight"].base == (10**6, 10**6)
+    with torch.device("meta"):
+        assert spec.growth(factory(4 * 10**6))["1.weight"].fan_in_growth == 4
+
+
+def test_the_random_state_is_left_alone() -> None:
+    def factory(width: int) -> nn.Module:
+        torch.manual_seed(3)
+        torch.randn(7, device="cpu")
+        return nn.Linear(width, width)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    MupSpec.from_factory(factory, width=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Initial values ----------------------------------------------------------------------------------------------------
+
+
+def deviations(make: Callable[[int], nn.Module], base: int, *widths: int) -> list[dict[str, float]]:
+    torch.manual_seed(0)
+    spec = MupSpec.from_factory(lambda width: make(width), width=base)
+    models = [spec.initialize(make(width)) for width in widths]
+    return [{name: p.detach().std().item() for name, p in model.named_parameters()} for model in models]
+
+
+EXPONENTS: dict[str, tuple[Callable[[int], nn.Module], dict[str, float]]] = {
+    "hidden": (lambda w: nn.Linear(w, 2 * w), {"weight": -0.5, "bias": 0}),
+    "input": (lambda w: nn.Linear(50, w), {"weight": 0, "bias": 0}),
+    "readout": (lambda w: nn.Linear(w, 50), {"weight": -1, "bias": 0}),
+    "conv": (lambda w: nn.Conv1d(w, w, 3), {"weight": -0.5, "bias": 0}),
+    "conv readout": (lambda w: nn.Conv2d(w, 50, 3), {"weight": -1, "bias": 0}),
+    "embedding": (lambda w: nn.Embedding(50, w), {"weight": 0}),
+    "transposed": (lambda w: nn.ConvTranspose1d(w, w, 3), {"weight": -0.5, "bias": 0}),
+    "transposed input": (lambda w: nn.ConvTranspose1d(20, w, 3), {"weight": 0, "bias": 0}),
+    "transposed readout": (lambda w: nn.ConvTranspose1d(w, 50, 3), {"weight": -1, "bias": 0}),
+    "cross-attention": (
+        lambda w: nn.MultiheadAttention(w, w // 16, kdim=50, add_bias_kv=True),
+        {
+            "q_proj_weight": -0.5,
+            "k_proj_weight": 0,
+            "v_proj_weight": -0.5,
+            "out_proj.weight": -0.5,
+            "bias_k": 0,
+            "bias_v": 0,
+        },
+    ),
+    "weight_norm": (
+        lambda w: parametrizations.weight_norm(nn.Linear(w, w)),
+        {"bias": 0, "parametrizations.weight.original1": -0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPONENTS)
+def test_initial_values_follow_the_width_as_the_role_asks(kind: str) -> None:
+    make, expected = EXPONENTS[kind]
+    narrow, wide = deviations(make, 64, 64, 1024)
+    slopes = {name: torch.tensor(wide[name] / narrow[name]).log2().item() / 4 for name in expected}
+    assert slopes == pytest.approx(expected, abs=0.07)
+
+
+def test_transposed_convolutions_of_unequal_scaling() -> None:
+    """torch draws them by their outputs, which say nothing of the inputs."""
+    torch.manual_seed(0)
+    spec = MupSpec.from_factory(Pyramid, channels=[64, 64])
+    narrow = Pyramid([64, 64])
+    sizes = {}
+    for channels in ([64, 1024], [1024, 64]):
+        model = spec.initialize(Pyramid(channels))
+        sizes[channels[1]] = model.up.weight.std().item() / narrow.up.weight.std().item()
+        bias = model.up.bias.std().item() / narrow.up.bias.std().item()
+        assert bias == pytest.approx(1, rel=0.3)
+    assert sizes == pytest.approx({1024: 0.25, 64: 1}, rel=0.05)  # inputs^-1/2
+
+
+def test_at_the_base_width_nothing_changes() -> None:
+    model = Pyramid([4, 8])
+    before = copy.deepcopy(model.state_dict())
+    MupSpec.from_factory(Pyramid, channels=[4, 8], condition=6).initialize(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_zeros_stay_zeros_and_norms_ones() -> None:
+    def factory(width: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 3))
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+        return model
+
+    model = MupSpec.from_factory(factory, width=4).initialize(factory(64))
+    assert not model[2].weight.any()
+    assert not model[2].bias.any()
+    assert torch.equal(model[1].weight, torch.ones(64))
+
+
+def test_a_bias_follows_its_weight_where_that_is_shared() -> None:
+    class Tied(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(width, width), nn.Linear(width, width)
+            self.other.weight = self.one.weight
+
+    spec = MupSpec.from_factory(Tied, width=8)
+    assert spec.multiplier_of_initial_values(Tied(32)) == {"one.weight": 1, "one.bias": 2, "other.bias": 2}
+
+
+def test_a_second_initialisation_is_refused(tmp_path: Path) -> None:
+    def factory(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+
+    spec = MupSpec.from_factory(factory, width=4)
+    model = spec.initialize(factory(16))
+    inner = nn.ModuleDict({"network": factory(16)})
+    spec.initialize(inner)
+    after = copy.deepcopy(model.state_dict())
+    for again in (model, copy.deepcopy(model), nn.ModuleDict({"network": model}), inner, inner["network"]):
+        with pytest.raises(ValueError, match="was initialised before, and a second time would rescale it again"):
+            spec.initialize(again)
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
+def test_there_is_nothing_to_initialise_on_the_meta_device() -> None:
+    spec = MupSpec.from_factory(partial(nn.Linear, 3), out_features=4)
+    model = nn.Linear(3, 16, device="meta")
+    with pytest.raises(ValueError, match="weight, bias: on the meta device there is nothing to rescale yet"):
+        spec.initialize(model)
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    assert spec.initialize(model) is model
+
+
+# A spec on disk ----------------------------------------------------------------------------------------------------
+
+
+def everything(width: int, depth: int = 1) -> nn.Module:
+    made: dict[str, nn.Module] = {"embedding": nn.Embedding(5, width), "up": nn.ConvTranspose1d(width, width, 2)}
+    made |= {f"hidden{i}": nn.Linear(width, width) for i in range(depth)}
+    made |= {"attention": nn.MultiheadAttention(width, width // 4, kdim=3), "readout": nn.Linear(width, 2)}
+    return nn.ModuleDict(made)
+
+
+def test_a_spec_is_plain_data(tmp_path: Path) -> None:
+    spec = MupSpec.from_factory(everything, width=8)
+    state = spec.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    torch.save(state, tmp_path / "spec.pt")
+    for loaded in (json.loads(json.dumps(state)), torch.load(tmp_path / "spec.pt", weights_only=True)):
+        again = MupSpec.from_state_dict(loaded)
+        assert again == spec
+        assert again.growth(everything(32)) == spec.growth(everything(32))
+        assert again.multiplier_of_initial_values(everything(32)) == spec.multiplier_of_initial_values(everything(32))
+    assert MupSpec.from_state_dict(state).base == {"width": 8}
+
+
+# What muP has no rule for ------------------------------------------------------------------------------------------
+
+
+class Half(nn.Module):
+    """Reads features of the width beside two that are not."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.film = nn.Linear(width + 2, width)
+
+
+class Shared(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(5, width)
+        self.logits = nn.Linear(width, 5, bias=False)
+        self.logits.weight = self.tokens.weight
+
+
+class SometimesSkips(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, width)
+        self.skip = nn.Identity() if width == 8 else nn.Linear(8, width)
+
+
+REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
+    "mixed fan-in": (
+        Half,
+        {"width": 8},
+        r"film\.weight: dimension 1 is 10 at the base width and 18 at 2 times that.*project the fixed part to the wid",
+    ),
+    "rounded": (
+        lambda width: nn.Linear(width, 8 * width // 3),
+        {"width": 4},
+        r"weight: dimension 0 is 10 .* and 21 at 2 times that.*rounded: choose a base width that divides",
+    ),
+    "three": (lambda width: Held(width, width, width), {"width": 8}, r"table: dimensions 0, 1, 2 .*split it into"),
+    "a stack": (lambda width: Held(3, width, width), {"width": 8}, r"table: dimensions 1, 2 of its shape \(3, 8, 8\)"),
+    "bilinear": (lambda width: nn.Bilinear(5, width, width), {"width": 8}, r"weight: dimensions 0, 2 .*split it into"),
+    "MuReadout": (
+        layers(head=lambda w: mup.MuReadout(w, 3)),
+        {"width": 8},
+        r"head is mup's MuReadout.*use nn\.Linear",
+    ),
+    "tied": (
+        Shared,
+        {"width": 8},
+        r"tokens\.weight is shared by layers that muP scales differently \(embedding, readout\); give each its own",
+    ),
+    "bare": (
+        lambda width: Held(1, 7, width),
+        {"width": 8},
+        r'table, of shape \(1, 7, 8\): is it an input.*Held does not say; tell with roles=\{"table": "embedding"\}',
+    ),
+    "bare matrix": (lambda width: Held(width, 7), {"width": 8}, r"Held does not say"),
+    "weight_norm": (
+        layers(head=lambda w: parametrizations.weight_norm(nn.Linear(w, 3))),
+        {"width": 8},
+        r"head\.parametrizations\.weight\.original1: .* sets the size of this readout's weight.*leave the readout",
+    ),
+    "former weight_norm": (
+        layers(head=lambda w: torch.nn.utils.weight_norm(nn.Linear(w, 3))),
+        {"width": 8},
+        r"head\.weight_v: .* sets the size of this readout's weight",
+    ),
+    "spectral_norm": (
+        layers(head=lambda w: parametrizations.spectral_norm(nn.Linear(w, 3))),
+        {"width": 8},
+        r"sets the size of this readout's weight",
+    ),
+    "spectral_norm of an input": (
+        layers(first=lambda w: parametrizations.spectral_norm(nn.Linear(3, w))),
+        {"width": 8},
+        r"first\.parametrizations\.weight\.original: .* sets the size of this input's weight",
+    ),
+    "growing heads": (
+        layers(attention=lambda w: nn.MultiheadAttention(w, 2)),
+        {"width": 8},
+        r"attention: the heads of nn\.MultiheadAttention grow.*1/head_dim; let the number of heads grow",
+    ),
+    "another architecture": (
+        SometimesSkips,
+        {"width": 8},
+        r"another architecture at 2 times the base width: skip\.bias, skip\.weight differ; choose a base width at",
+    ),
+    "nothing": (lambda width: nn.Linear(3, 4), {"width": 8}, r"no parameter grows with width"),
+    "no key": (lambda: nn.Linear(3, 4), {}, r"name the keywords that scale.*from_factory\(factory, width=64\)"),
+    "fraction": (lambda width: nn.Linear(3, 4), {"width": 8.0}, r"width=8\.0 cannot scale.*positive whole number"),
+    "zero": (lambda width: nn.Linear(3, 4), {"width": 0}, r"width=0 cannot scale"),
+    "flag": (lambda width: nn.Linear(3, 4), {"width": True}, r"width=True cannot scale"),
+    "text": (lambda width: nn.Linear(3, 4), {"width": "8"}, r"width='8' cannot scale"),
+    "no sizes": (lambda width: nn.Linear(3, 4), {"width": []}, r"width=\[\] cannot scale"),
+    "a bad size": (lambda width: nn.Linear(3, 4), {"width": [8, -1]}, r"width=-1 cannot scale"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name_and_with_the_way_out(case: str) -> None:
+    factory, base, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        MupSpec.from_factory(factory, **base)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            {"table": "banana"},
+            r"roles call table, of shape \(8, 3\), 'banana'; they can tell input, readout, embedding",
+        ),
+        ({"table": "hidden"}, r"'hidden'; they can tell"),
+        ({"tables": "input"}, r"roles name tables, which ModuleDict does not have"),
+        ({"gain.table": "readout"}, r"roles call gain\.table, of shape \(8,\), 'readout'; .* of a matrix with one"),
+        ({"square.table": "readout"}, r"of a matrix with one dimension that scales"),
+    ],
+)
+def test_roles_that_cannot_be(told: dict[str, str], message: str) -> None:
+    factory = layers(gain=lambda w: Held(w), square=lambda w: Held(w, w))
+    if "table" in told:
+        factory = lambda width: Held(width, 3)  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        MupSpec.from_factory(factory, width=8, roles=told)
+
+
+def extended(width: int) -> nn.Module:
+    model = everything(width)
+    model["extra"] = nn.Linear(2, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: everything(4), r"embedding\.weight has shape \(5, 4\), narrower than the base model's \(5, 8\)"),
+        (
+            lambda: nn.Linear(8, 8),
+            r"of another model: Linear has no embedding\.weight, up\.weight, up\.bias and \d+ more; make one from the",
+        ),
+        (
+            lambda: nn.ModuleDict({"policy": everything(8, depth=0)}),
+            r"of another model: ModuleDict has no policy\.hidden0\.weight, policy\.hidden0\.bias; make",
+        ),
+        (lambda: everything(8, depth=2), r"does not know hidden1\.weight, hidden1\.bias of ModuleDict; make it from a"),
+        (lambda: nn.ModuleDict({"policy": extended(8)}), r"does not know policy\.extra\.weight, policy\.extra\.bias"),
+        (lambda: nn.ModuleDict({"policy": everything(8), "v": nn.Linear(2, 2)}), r"does not know v\.weight, v\.bias"),
+        (
+            lambda: nn.ModuleDict(dict(everything(8).items()) | {"readout": nn.Linear(8, 3)}),
+            r"of another model: readout\.weight has shape \(3, 8\), the spec \(2, width\); make one",
+        ),
+        (
+            lambda: nn.ModuleDict(dict(everything(8).items()) | {"readout": nn.Conv1d(8, 2, 1)}),
+            r"of another model: readout\.weight has shape \(2, 8, 1\), the spec \(2, width\)",
+        ),
+    ],
+    ids=["narrower", "another", "shallower", "deeper", "larger", "beside", "other sizes", "other dimensions"],
+)
+@pytest.mark.parametrize("use", ["initialize", "growth", "roles", "multiplier_of_initial_values"])
+def test_models_of_another_family_are_refused_and_left_alone(
+    model: Callable[[], nn.Module], message: str, use: str
+) -> None:
+    spec, made = MupSpec.from_factory(everything, width=8), model()
+    before = copy.deepcopy(made.state_dict())
+    with pytest.raises(ValueError, match=message):
+        getattr(spec, use)(made)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+def test_what_is_frozen_need_not_be_known() -> None:
+    """A target network, and a pretrained encoder."""
+    spec = MupSpec.from_factory(everything, width=8)
+    for order in (("target", "policy"), ("policy", "target")):
+        model = nn.ModuleDict({name: everything(16) for name in order} | {"encoder": nn.Linear(2, 2)})
+        model["target"].requires_grad_(False)
+        model["encoder"].requires_grad_(False)
+        assert {name.partition(".")[0] for name in spec.growth(model)} == {"policy"}
+    model["target"].requires_grad_(True)
+    model["encoder"].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"does not know target\.embedding\.weight"):
+        spec.growth(model)
+
+
+def test_a_submodule_may_be_called_module() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.module = nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    spec = MupSpec.from_factory(Wrapper, width=8)
+    assert spec.growth(Wrapper(16))["module.weight"].fan_in_growth == 2
