@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dopr_lightning.optim.muon import as_matrix
+from dopr_lightning.optim.muon import as_matrix, orthogonalize, stackable
 
 Scale = Literal["rms", "spectral"]
 
 _RMS = 0.2
-"""Root mean square of AdamW's updates, which the paper's Section 3.3 aligns to."""
+"""Root mean square of AdamW's updates, as the paper takes it from "Muon is Scalable for LLM Training"."""
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-
-_STACK = 2**24
-"""Matrices are orthogonalised together up to this many entries: many small ones, but large ones one by one, whose
-temporary copies would cost memory and gain no time."""
+_POWER_STEPS = 3
+"""One is enough once the direction is found; the others find it in the first updates, which are the largest."""
 
 
 class AdaMuon(Optimizer):
@@ -41,13 +37,14 @@ class AdaMuon(Optimizer):
     parameter's precision or float32.
 
     ``scale`` chooses gamma. ``"rms"``, the paper's, :math:`0.2 \sqrt{AB} / \|\hat O\|_F` for an A x B matrix, gives
-    updates the root mean square of AdamW's, whose learning rates then serve. What it does not fix is their spectral
-    norm: the division by the root of V takes the orthogonality away, most where few directions dominate. Over widths of
-    64 to 1024 that norm grows with an exponent between 1/2, for updates of full rank, and 1, for those of rank 1, so no
-    one learning rate fits all widths. ``"spectral"``, :math:`0.2 \sqrt{\max(A, B)} / \|\hat O\|_2`, is the same for an
-    orthogonal update and has the exponent 1/2 for all, that of Muon with ``match_rms_adamw``: the form for muP. The
-    norm is estimated by one step of power iteration from the direction of the last update, and never taken for less
-    than a matrix with these entries must have, so that no update exceeds that of ``"rms"``.
+    updates the root mean square of AdamW's, whose learning rates then serve. It leaves their spectral norm open, on
+    which transfer over widths hangs. A matrix of signs has full rank unless almost all agree, and the iteration lifts
+    all of it, so that the norm grows like width^1/2, as Muon's with ``match_rms_adamw``: 0.44 to 0.58 in residual MLPs
+    of 64 to 512 units with 17 outputs, for batches of 4 to 256 and with activation preconditioning. Where one direction
+    dominates, as in the first steps with a single output, it is up to width^0.9. ``"spectral"``,
+    :math:`0.2 \sqrt{\max(A, B)} / \|\hat O\|_2`, has the exponent 1/2 for any update and equals the other for an
+    orthogonal one. The norm is estimated by power iteration that starts from the last step's direction, and never
+    taken for less than a matrix with these entries must have: no update is larger than with ``"rms"``.
 
     pytorch-optimizer's AdaMuon is that of the paper's first version, which takes no sign.
 
@@ -96,7 +93,7 @@ class AdaMuon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameters in _stackable([p for p in group["params"] if p.grad is not None]):
+            for parameters in stackable([p for p in group["params"] if p.grad is not None]):
                 self._step(parameters, group)
         return loss
 
@@ -127,19 +124,20 @@ class AdaMuon(Optimizer):
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     def _spectral_norms(self, parameters: Sequence[Tensor], stacked: Tensor) -> Tensor:
-        """Of every matrix of the stack, estimated from below: one step of power iteration from where the last ended."""
+        """Of every matrix of the stack, estimated from below: power iteration from where the last step's ended."""
         states = [self._state(p) for p in parameters]
         for state in states:
             if "direction" not in state:
                 # Noise, since anything regular may be orthogonal to the matrix, as ones are behind a LayerNorm.
                 noise = torch.randn(stacked.shape[2], generator=torch.Generator().manual_seed(0))
-                state["direction"] = (noise / noise.norm()).to(stacked)
-        before = torch.stack([state["direction"] for state in states]).unsqueeze(2)
-        left = _unit(stacked @ before)
-        right = stacked.mT @ left
-        norms = right.norm(dim=1, keepdim=True)
-        after = torch.where(norms > 0, _unit(right), before)
-        torch._foreach_copy_([state["direction"] for state in states], list(after.squeeze(2).unbind()))
+                state["direction"] = _like(noise / noise.norm(), stacked)
+        right = torch.stack([state["direction"] for state in states]).unsqueeze(2)
+        for _ in range(_POWER_STEPS):
+            found = stacked.mT @ _unit(stacked @ right)
+            norms = found.norm(dim=1, keepdim=True)
+            right = torch.where(norms > 0, _unit(found), right)
+        for state, direction in zip(states, right.squeeze(2).unbind(), strict=True):
+            state["direction"] = direction
         return norms
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
@@ -150,31 +148,15 @@ class AdaMuon(Optimizer):
         return state
 
 
-def orthogonalize(stacked: Tensor) -> Tensor:
-    """Matrices, all of whose dimensions but the last two count, with their singular values brought near 1."""
-    a, b, c = _NEWTON_SCHULZ
-    on_cpu = stacked.device.type == "cpu"
-    x = stacked.to(torch.promote_types(stacked.dtype, torch.float32) if on_cpu else torch.bfloat16)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(stacked.dtype)
+def _like(values: Tensor, other: Tensor) -> Tensor:
+    """``values`` to compute with ``other``; whole on every rank where FSDP2 shards that."""
+    values = values.to(device=other.device, dtype=other.dtype)
+    if not hasattr(other, "device_mesh"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, other.device_mesh)
 
 
 def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
-
-
-def _stackable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters that may be seen as matrices of one shape and kind, not too many at once."""
-    alike: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        rows = parameter.shape[0]
-        alike.setdefault((rows, parameter.numel() // rows, parameter.dtype, parameter.device), []).append(parameter)
-    for (rows, cols, *_), members in alike.items():
-        count = max(1, _STACK // (rows * cols))
-        for start in range(0, len(members), count):
-            yield members[start : start + count]

@@ -27,7 +27,9 @@ class CompositeOptimizer(Optimizer):
         self._bound = False
         groups = [group for part in self.parts for group in part.param_groups]
         self._peak = max(float(group["lr"]) / group.get("lr_mult", 1.0) for group in groups)
-        super().__init__(groups, {})
+        # What all parts have: OneCycleLR and CyclicLR look for betas or momentum there.
+        common = set.intersection(*(set(part.defaults) for part in self.parts))
+        super().__init__(groups, {name: self.parts[0].defaults[name] for name in common})
         self._bound = True
         self._share()
 
@@ -68,7 +70,7 @@ class CompositeOptimizer(Optimizer):
                 f"the learning rates of {groups[low]['param_names'][0]} and {groups[high]['param_names'][0]} no longer "
                 "have the ratio that muP gave them. Whatever set them must scale each group's own rate: LambdaLR does; "
                 "OneCycleLR needs max_lr=[group['lr'] for group in optimizer.param_groups], CosineAnnealingLR "
-                "eta_min=0; lr_find cannot"
+                "eta_min=0, ReduceLROnPlateau min_lr=0 and eps=0; lr_find cannot"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ class CompositeOptimizer(Optimizer):
         """
         saved = [group.get("lr_mult") for group in state_dict["param_groups"]]
         ours = [group.get("lr_mult") for group in self.param_groups]
-        if len(saved) == len(ours) and saved != ours:
+        if saved != ours and any(multiplier is not None for multiplier in saved + ours):
             raise ValueError(
                 f"the checkpoint's groups have learning-rate multipliers {saved}, this optimizer's {ours}; resume with "
                 "the muP base that the run was started with"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -55,7 +55,7 @@ def make_optimizer(
     chosen = resolve(base)
     entries = plan(model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, options=options)
 
-    def part(algorithm: type[Optimizer], main: bool, defaults: Mapping[str, Any]) -> list[Optimizer]:
+    def part(algorithm: Callable[..., Optimizer], main: bool, defaults: Mapping[str, Any]) -> list[Optimizer]:
         alike: dict[tuple[Any, ...], list[Assignment]] = {}
         for entry in entries:
             if entry.main is main:
@@ -71,12 +71,13 @@ def make_optimizer(
             }
             groups.append(group | ({"lr_mult": lr_mult, "eps_mult": members[0].eps} if mup else {}))
         try:
-            made = [algorithm(groups, lr=lr, **defaults)] if groups else []  # type: ignore[call-arg]
+            made = [algorithm(groups, lr=lr, **defaults)] if groups else []
         except TypeError as error:
             raise ValueError(f"{algorithm.__name__} does not accept these options: {error}") from error
         for group in (group for optimizer in made for group in optimizer.param_groups):
+            multiplier = group.pop("eps_mult", 1.0)
             if "eps" in group:
-                group["eps"] *= group.pop("eps_mult", 1.0)
+                group["eps"] *= multiplier
         return made
 
     defaults = dict(chosen.options)

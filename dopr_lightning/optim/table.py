@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ def mup_table(
     base: str | type[Optimizer],
     mup: MupSpec,
     *,
+    roles: Mapping[str, str] | None = None,
     weight_decay_rule: WeightDecayRule = "independent",
     **options: Any,
 ) -> str:
@@ -25,6 +27,7 @@ def mup_table(
         model: Of the width that is to be trained, on any device, the meta device too.
         base: As for :func:`~dopr_lightning.optim.make_optimizer`, like the remaining arguments.
         mup: The spec of the model's family.
+        roles: Overrides of the parameters' roles.
         weight_decay_rule: See :func:`~dopr_lightning.mup.rules.weight_decay`.
         **options: The base's keywords, as far as its scaling hangs on them (``adjust_lr_fn`` of Muon).
 
@@ -33,7 +36,7 @@ def mup_table(
         learning rate, weight decay, eps and initial values.
     """
     kinds: dict[tuple[Any, ...], list[Assignment]] = {}
-    for entry in plan(model, base, mup=mup, weight_decay_rule=weight_decay_rule, options=options):
+    for entry in plan(model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, options=options):
         decay = entry.weight_decay if entry.decays else 0.0
         kinds.setdefault((entry.role, entry.main, entry.lr, decay, entry.eps, entry.initial_value), []).append(entry)
     name = base if isinstance(base, str) else base.__name__

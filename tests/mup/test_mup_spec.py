@@ -306,6 +306,18 @@ def test_zeros_stay_zeros_and_norms_ones() -> None:
     assert torch.equal(model[1].weight, torch.ones(64))
 
 
+def test_readouts_may_start_at_zero() -> None:
+    spec = MupSpec.from_factory(everything, width=8)
+    torch.manual_seed(0)
+    model = everything(32)
+    zeroed = spec.initialize(copy.deepcopy(model), zero_readouts=True)
+    spec.initialize(model)
+    for name, value in model.named_parameters():
+        expected = torch.zeros_like(value) if name == "readout.weight" else value
+        assert value.any()
+        assert torch.equal(zeroed.get_parameter(name), expected), name
+
+
 def test_a_bias_follows_its_weight_where_that_is_shared() -> None:
     class Tied(nn.Module):
         def __init__(self, width: int) -> None:
