@@ -14,6 +14,7 @@ from toy_task import CONFIG, train
 
 from dopr_lightning import __version__
 from dopr_lightning.cli import VERBS, main
+from dopr_lightning.optim import BASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -89,7 +90,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ([*FIT, "--data.horizon=1"], ["horizon=1"]),
     ([*FIT, "--data.batch_size=1000", "--trainer.enable_model_summary=false"], ["batch_size=1000", "55"]),
     ([*COMPARE, "--data.batch_size=1000"], ["batch_size=1000", "55"]),
-    ([*FIT, "--rollout.episodes=0"], ["episodes=0"]),
+    ([*FIT, "--rollout.episodes=-1"], ["episodes=-1"]),
     ([*COMPARE, "--seeds", "0,1,0"], ["--seeds 0,1,0", "twice"]),
     ([*COMPARE, "--seeds", "a"], ["--seeds a"]),
     ([*COMPARE, "--seeds", ""], ["--seeds"]),
@@ -227,7 +228,7 @@ def test_in_a_process_of_its_own_a_mistake_is_one_line_too() -> None:
     done = process(code, *FIT, "--model.optimizer.base=adm")
     assert done.returncode == 2
     assert done.stdout == ""
-    known = "choose from adamw, muon, sgd, or an Optimizer class"
+    known = f"choose from {', '.join(BASES)}, or an Optimizer class"
     assert done.stderr == f"dopr: error: unknown base optimizer 'adm'; {known}\n"
 
 

@@ -59,7 +59,7 @@ def parse_arms(names: str) -> list[Arm]:
         if arm.options and not arm.dopr:
             raise UserError(f"{arm.name!r}: options after + are DoPr's, as in {PREFIX}{arm.base}+update_every=10")
         if arm.base not in BASES:
-            known = ", ".join(sorted(BASES))
+            known = ", ".join(BASES)
             raise UserError(f"unknown optimizer {arm.name!r}; choose from {known}, each also as {PREFIX}NAME")
     if len(set(arms)) < len(arms):
         raise UserError(f"--optimizers {names}: an optimizer is named twice")
