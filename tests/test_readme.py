@@ -1,4 +1,4 @@
-"""Every command and snippet in the README runs."""
+"""Every command and snippet in the README, and in the guide to muP, runs."""
 
 import re
 import shlex
@@ -11,15 +11,19 @@ from shared_data import shared_data
 from dopr_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/mup.md"))
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 SNIPPETS = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line.strip()]
+LINES = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line.strip()]
+COMMANDS = list(dict.fromkeys(LINES))  # the guide repeats some of the README's
 DOPR = [command for command in COMMANDS if command.startswith("dopr ")]
 
 # The commands as they stand, with a budget for tests.
 SMALL = {
     "compare": ["--optimizers=adamw,dopr-muon", "--seeds=0", "--episodes=2", "--workers=1", "--trainer.max_steps=60"],
     "fit": ["--trainer.max_steps=110", "--trainer.limit_train_batches=40", "--rollout.episodes=2"],
+    "coord-check": ["--optimizers=dopr-adamw", "--widths=32,64,128", "--seeds=0", "--steps=2"],
+    "sweep": ["--widths=16,32", "--lr-octaves=0.5", "--seeds=0", "--parametrizations=mup", "--trainer.max_steps=110"],
     "bench": ["--models=mlp-256", "--threads=1"],
     "demos": [],
 }

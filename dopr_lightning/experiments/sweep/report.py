@@ -212,7 +212,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             # What lies far above the best says only that it is bad.
             least = min(n for row in shown for seeds in row["numbers"] for n in seeds if n is not None)
             for axes in line:
-                axes.set_ylim(least * 0.95, max(row["loss"] for row in shown) * 2)
+                axes.set_ylim(least * 0.95, max(row["loss"] for row in shown) * 1.4)
     grid[0, 0].legend(title="width", fontsize=7, title_fontsize=7)
     figure.suptitle(
         f"{results['task']}, {results['optimizer']}, {results['budget']['steps']} steps; lines: means of "
@@ -236,11 +236,15 @@ def _panel(axes: Any, transfer: Mapping[str, Any], colours: Array) -> None:
         axes.axvline(narrowest, color="k", linestyle="--", linewidth=0.7)
     axes.set_xlim(values[0] / 1.1, values[-1] * 1.1)
     axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values], rotation=45)
+    axes.set_xticks([], minor=True)
     if all(number is None for row in transfer["widths"] for line in row["numbers"] for number in line):
         axes.text(0.5, 0.5, "no value trained", transform=axes.transAxes, ha="center")
     elif transfer["metric"] == "val_loss":
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.set_title(transfer["parametrization"], fontsize=9)
     axes.set_xlabel(LABELS[transfer["hyperparameter"]], fontsize=8)
     axes.set_ylabel(_metric_label(transfer["metric"]), fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7, which="both")
