@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,10 @@ class Demonstrations:
         episode_ends: (E,), one past the last step of each episode, increasing, the last equal to N. Stored as int64.
         source: Where they come from, in words for records and errors: ``"pusht"``, a Minari id.
         sha256: Digest of the original data, so that a checkpoint can say what it was trained on.
+        images: What cameras saw at each step, by camera (M, H, W, 3), uint8. They are never copied, so they may be
+            memory maps of files larger than memory.
+        image_rows: (N,), which row of the images each step has; by default its own, and M is N. It lets a part of
+            the demonstrations share the images of the whole. Stored as int64.
 
     Raises:
         UserError: The arrays do not fit together, or hold a value that is not finite.
@@ -30,6 +35,8 @@ class Demonstrations:
     episode_ends: npt.NDArray[np.int64]
     source: str
     sha256: str
+    images: Mapping[str, npt.NDArray[np.uint8]] | None = None
+    image_rows: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         name = f"demonstrations {self.source!r}"
@@ -66,6 +73,35 @@ class Demonstrations:
                 raise UserError(
                     f"{name}: {field} hold {what} in episode {episode}, step {step}; mend or remove that episode"
                 )
+        self._check_images(name, steps)
+
+    def _check_images(self, name: str, steps: int) -> None:
+        if not self.images:
+            return
+        for camera, frames in self.images.items():
+            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+                raise UserError(
+                    f"{name}: images of camera {camera!r} are {frames.dtype} of shape {frames.shape}; expected uint8, "
+                    "(steps, height, width, 3)"
+                )
+            if self.image_rows is None and len(frames) != steps:
+                raise UserError(
+                    f"{name}: {steps} observations but {len(frames)} images of camera {camera!r}; give one image per "
+                    "observation"
+                )
+        rows = np.arange(steps) if self.image_rows is None else np.ascontiguousarray(self.image_rows, dtype=np.int64)
+        object.__setattr__(self, "image_rows", rows)
+        fewest = min(len(frames) for frames in self.images.values())
+        if rows.shape != (steps,) or rows.min() < 0 or rows.max() >= fewest:
+            raise UserError(
+                f"{name}: image rows of shape {rows.shape} for {steps} observations and {fewest} images; give each "
+                "observation a row that is there"
+            )
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras."""
+        return tuple(self.images or ())
 
     @property
     def num_episodes(self) -> int:
@@ -110,4 +146,10 @@ class Demonstrations:
         starts = np.concatenate([[0], self.episode_ends[:-1]])
         rows = np.concatenate([np.arange(starts[e], self.episode_ends[e]) for e in episodes])
         lengths = (self.episode_ends - starts)[episodes]
-        return Demonstrations(self.observations[rows], self.actions[rows], np.cumsum(lengths), self.source, self.sha256)
+        return replace(
+            self,
+            observations=self.observations[rows],
+            actions=self.actions[rows],
+            episode_ends=np.cumsum(lengths),
+            image_rows=None if self.image_rows is None else self.image_rows[rows],
+        )

@@ -13,19 +13,23 @@ class EnvironmentSpec:
     Args:
         id: Gymnasium id, ``"Hopper-v5"``.
         max_steps: Longest episode, in environment steps.
-        metric: What an episode is worth: ``"return"``, the sum of its rewards, or ``"max_reward"``, the best of them
-            (PushT's score: how much of the goal was ever covered).
+        metric: What an episode is worth: ``"return"``, the sum of its rewards, ``"max_reward"``, the best of them
+            (PushT's score: how much of the goal was ever covered), or ``"success"``, 1 if the environment ever reported
+            ``is_success``, else 0.
         first_seed: Reported episodes reset with this seed and those after it. 100000 is Diffusion Policy's choice;
             demonstrations are recorded with small seeds, so the two never meet.
         kwargs: Passed to the environment's constructor.
         extra: The extra of ``dopr-lightning`` that installs it; ``None`` for what the base install has.
         module: The module that registers the id with Gymnasium on import; ``None`` for Gymnasium's own.
+        cameras: Whose images are observed. With none, an observation is a vector (O,); with some it is
+            ``{"state": (O,), "images": {camera: (H, W, 3) uint8}}``.
     """
 
     id: str
     max_steps: int
-    metric: Literal["return", "max_reward"]
+    metric: Literal["return", "max_reward", "success"]
     first_seed: int = 100_000
     kwargs: dict[str, Any] = field(default_factory=dict)
     extra: str | None = None
     module: str | None = None
+    cameras: tuple[str, ...] = ()

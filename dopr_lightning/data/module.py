@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.source import Source
-from dopr_lightning.data.windows import WindowDataset, already_batched
+from dopr_lightning.data.windows import Batch, WindowDataset, already_batched
 from dopr_lightning.errors import UserError
 
 # Which episodes are held out is part of the task, not of a run: the same for every seed, so that validation losses of
@@ -27,7 +27,7 @@ class DemonstrationData(L.LightningDataModule):
     """Windows of demonstrations for training; whole held-out episodes for validation.
 
     A batch is ``{"observation": (n, observe, obs_dim), "action": (n, horizon, act_dim)}``, float32, in the source's
-    own units.
+    own units; and where there are cameras ``"images": {camera: (n, observe, 3, H, W)}``, uint8.
 
     The order of batches is a function of ``seed`` and the epoch's number: nothing is drawn from the global generator,
     so a run resumed at the end of an epoch sees what the uninterrupted run saw. Under DDP each rank gets its share of
@@ -42,7 +42,8 @@ class DemonstrationData(L.LightningDataModule):
         episodes: Train on the first so many episodes left after holding out; ``None`` for all. The held-out ones are
             the same whatever the number.
         validation_episodes: Episodes held out.
-        num_workers: Loader processes. 0 is quickest here: a batch is one gather from memory.
+        num_workers: Loader processes. 0 is quickest as long as everything is in memory: a batch is one gather. A few
+            help where images are read from a disk, or while a GPU would wait for them.
         seed: Orders the batches.
     """
 
@@ -92,6 +93,11 @@ class DemonstrationData(L.LightningDataModule):
         return int(self._split[0].actions.shape[1])
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        """Whose images there are."""
+        return self._split[0].cameras
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What a run was trained on, for its checkpoint and records."""
         train, validation = self._split
@@ -114,7 +120,7 @@ class DemonstrationData(L.LightningDataModule):
         train, _ = self._split
         return {"observation": _moments(train.observations), "action": _moments(train.actions)}
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of equal size; what does not fill the last one is left for other epochs.
 
         Raises:
@@ -129,7 +135,7 @@ class DemonstrationData(L.LightningDataModule):
             )
         # Also on one process: this sampler orders by (seed, epoch), and Lightning tells it the epoch and leaves it as
         # it is under DDP. RandomSampler would draw from the global generator.
-        sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
+        sampler: DistributedSampler[Batch] = DistributedSampler(
             dataset,
             num_replicas=world,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -139,21 +145,23 @@ class DemonstrationData(L.LightningDataModule):
         )
         return self._loader(dataset, sampler=sampler, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Every held-out window in order. Under DDP Lightning shards it, and may repeat a window to even the shards."""
         return self._loader(WindowDataset(self._split[1], self.observe, self.horizon, self.act))
 
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """The held-out windows again: what is new in a test are the rollouts, with seeds of their own."""
         return self.val_dataloader()
 
-    def _loader(self, dataset: WindowDataset, **kwargs: Any) -> DataLoader[dict[str, Tensor]]:
+    def _loader(self, dataset: WindowDataset, **kwargs: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             collate_fn=already_batched,  # type: ignore[arg-type]  # batches, not lists of items
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            # From pinned memory a batch is copied to the GPU while that computes.
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # The loader draws a seed for its workers at each epoch; without a generator, from the global one.
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,

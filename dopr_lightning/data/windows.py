@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.frames import Frames
 from dopr_lightning.errors import UserError
 
+Batch = dict[str, Any]
+"""``observation`` and ``action``; and with cameras ``images``, a dictionary by camera."""
 
-class WindowDataset(Dataset[dict[str, Tensor]]):
+
+class WindowDataset(Dataset[Batch]):
     """Every window of every episode, cut as Diffusion Policy cuts them.
 
     The window at step t of an episode holds the observations t-observe+1 .. t and the actions
@@ -22,7 +27,8 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     rollout, and up to ``act - 1`` steps after. Windows never cross episodes.
 
     Fetch with ``__getitems__`` (PyTorch's loader does so by itself) and `already_batched` as ``collate_fn``: a batch is
-    then one gather instead of hundreds of small tensors.
+    then one gather instead of hundreds of small tensors. Images are read when they are fetched, for the steps that are
+    observed alone, and stay uint8: the network scales them, on its device.
 
     Args:
         demonstrations: The episodes.
@@ -44,6 +50,8 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
             )
         self.observations = torch.from_numpy(demonstrations.observations)
         self.actions = torch.from_numpy(demonstrations.actions)
+        self._frames = {camera: Frames(array) for camera, array in (demonstrations.images or {}).items()}
+        self._image_rows = demonstrations.image_rows if self._frames else None
 
         ends = demonstrations.episode_ends
         starts = np.concatenate([[0], ends[:-1]])
@@ -66,19 +74,27 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One window: ``observation`` (observe, obs_dim) and ``action`` (horizon, act_dim), float32."""
+    def __getitem__(self, index: int) -> Batch:
+        """One window: ``observation`` (observe, obs_dim) and ``action`` (horizon, act_dim), float32.
+
+        With cameras also ``images``, by camera (observe, 3, H, W), uint8.
+        """
         return self._gather(self._rows[index])
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: ``observation`` (n, observe, obs_dim) and ``action`` (n, horizon, act_dim), float32."""
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch: the same with a first dimension of n = ``len(indices)``."""
         return self._gather(self._rows[torch.as_tensor(indices)])
 
-    def _gather(self, rows: Tensor) -> dict[str, Tensor]:
+    def _gather(self, rows: Tensor) -> Batch:
         # Observations are the first `observe` steps of the same window: horizon >= observe.
-        return {"observation": self.observations[rows[..., : self._observe]], "action": self.actions[rows]}
+        seen = rows[..., : self._observe]
+        batch: Batch = {"observation": self.observations[seen], "action": self.actions[rows]}
+        if self._image_rows is not None:
+            image_rows = self._image_rows[seen.numpy()]
+            batch["images"] = {camera: frames[image_rows] for camera, frames in self._frames.items()}
+        return batch
 
 
-def already_batched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def already_batched(batch: Batch) -> Batch:
     """The ``collate_fn`` of a dataset whose ``__getitems__`` returns whole batches."""
     return batch

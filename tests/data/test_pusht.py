@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def small_archive(path: Path, change: Callable[[Any], None] | None = None) -> Path:
-    """An archive with the published layout: 3 episodes, 30 steps."""
+    """An archive with the published layout but for the images: 3 episodes, 30 steps."""
     with zarr.ZipStore(str(path), mode="w") as store:
         root = zarr.group(store)
         rng = np.random.default_rng(0)
@@ -52,13 +52,34 @@ def small_archive(path: Path, change: Callable[[Any], None] | None = None) -> Pa
     return path
 
 
+def images_of(steps: int, value: float | None = None) -> Callable[[Any], None]:
+    """Adds frames to an archive, noise of whole numbers; or one wrong value near their end."""
+
+    def change(arrays: Any) -> None:
+        frames = np.random.default_rng(1).integers(0, 256, (steps, 96, 96, 3)).astype(np.float32)
+        if value is not None:
+            frames[steps - 2, 5, 5, 1] = value
+        arrays["data/img"] = frames
+
+    return change
+
+
 def test_the_published_file(home: Path) -> None:
     """Against the arrays as someone else extracted them, and as zarr reads them."""
     archive = shared_data(ARCHIVE)
     registered = register(archive)
     assert (registered.episodes, registered.steps, registered.sha256) == (206, 25_650, pusht.SHA256)
+    filmed = PushT(images=True).load()
+    assert filmed.images is not None
+    steps = [0, 160, 161, 12_345, 25_649]
     with zarr.ZipStore(str(archive), mode="r") as store:
         state = zarr.open_group(store, mode="r")["data/state"][:]
+        for step in steps:
+            frame = zarr.open_group(store, mode="r")["data/img"][step]
+            np.testing.assert_array_equal(filmed.images["image"][step], frame)
+    np.testing.assert_array_equal(filmed.observations, state[:, :2])
+    assert filmed.images["image"].shape == (25_650, 96, 96, 3)
+    assert isinstance(filmed.images["image"], np.memmap)
     lowdim = np.load(shared_data("pusht/pusht_lowdim.npz"))
     for read in (PushT().load(), PushT(str(archive)).load()):
         np.testing.assert_array_equal(read.observations, state)
@@ -66,7 +87,7 @@ def test_the_published_file(home: Path) -> None:
         np.testing.assert_array_equal(read.actions, lowdim["action"])
         np.testing.assert_array_equal(read.episode_ends, lowdim["episode_ends"])
         assert (read.source, read.sha256) == ("pusht", hashlib.sha256(archive.read_bytes()).hexdigest())
-    assert sorted(contents(home)) == ["pusht.json", "pusht.npz"]
+    assert sorted(path.name for path in home.iterdir()) == ["pusht.json", "pusht.npz", "pusht_images.npy"]
     provenance = json.loads((home / "pusht.json").read_text())
     assert provenance["source"] == "pusht"
     assert provenance["sha256"] == pusht.SHA256
@@ -92,6 +113,31 @@ def test_demonstrations_replay_in_the_environment() -> None:
     env.close()
 
 
+def test_the_environment_shows_what_the_demonstrations_show() -> None:
+    """The images of gym-pusht, at the recorded states, are the recorded ones but for a few pixels on edges."""
+    archive = shared_data(ARCHIVE)
+    states = PushT(str(archive)).load().observations.astype(float)
+    env = make(PushT(images=True).environment)
+    simulator: Any = env.unwrapped
+    env.reset(seed=0)
+    with zarr.ZipStore(str(archive), mode="r") as store:
+        recorded = zarr.open_group(store, mode="r")["data/img"]
+        for step in (0, 5000, 20_000):
+            state = states[step]
+            simulator.agent.position = list(state[:2])
+            simulator.block.angle = state[4]
+            simulator.block.position = list(state[2:4])
+            observation, *_ = env.step(state[:2])  # pulled nowhere, the agent stays
+            expected = recorded[step]
+            shown = observation["images"]["image"]
+            assert shown.dtype == np.uint8
+            np.testing.assert_allclose(observation["state"], state[:2], atol=0.01)
+            assert np.abs(shown - expected).mean() < 0.2  # of 255, most of it white
+            assert np.abs(shown[..., ::-1] - expected).mean() > 0.8
+            assert np.abs(shown.swapaxes(0, 1) - expected).mean() > 0.8
+    env.close()
+
+
 def test_the_protocol() -> None:
     spec = PushT().environment
     env = make(spec)
@@ -103,6 +149,63 @@ def test_the_protocol() -> None:
     assert isinstance(env.action_space, gymnasium.spaces.Box)
     assert env.observation_space.shape == (5,)
     env.close()
+
+
+def test_the_protocol_with_images() -> None:
+    """The same task: the same seed begins with the same state and earns the same for the same actions."""
+    spec = PushT(images=True).environment
+    assert spec.cameras == ("image",)
+    env, state_env = make(spec), make(PushT().environment)
+    assert (env.spec is not None and env.spec.max_episode_steps, spec.metric, spec.first_seed) == (
+        300,
+        "max_reward",
+        100_000,
+    )
+    observation, _ = env.reset(seed=spec.first_seed)
+    state, _ = state_env.reset(seed=spec.first_seed)
+    for _ in range(5):
+        assert env.observation_space.contains(observation)
+        assert (sorted(observation), list(observation["images"])) == (["images", "state"], ["image"])
+        assert observation["images"]["image"].shape == (96, 96, 3)
+        np.testing.assert_allclose(observation["state"], state[:2], rtol=1e-6)
+        action = state[2:4].astype(np.float32)  # towards the block
+        observation, reward, *_ = env.step(action)
+        state, reward_of_state, *_ = state_env.step(action)
+        assert reward == reward_of_state
+    env.close(), state_env.close()
+
+
+def test_images_of_an_archive(tmp_path: Path) -> None:
+    """Registered, or read directly; and gone when an archive without them takes the place."""
+    archive = small_archive(tmp_path / "filmed.zip", images_of(30))
+    assert register(archive).images
+    arrays: dict[str, Any] = {}
+    images_of(30)(arrays)
+    for source in (PushT(images=True), PushT(str(archive), images=True)):
+        data = source.load()
+        assert data.images is not None
+        assert data.images["image"].dtype == np.uint8
+        np.testing.assert_array_equal(data.images["image"], arrays["data/img"])
+        np.testing.assert_array_equal(data.observations, PushT(str(archive)).load().observations[:, :2])
+    for source in (PushT(), PushT(str(archive))):
+        assert source.load().cameras == ()
+
+    flat = small_archive(tmp_path / "flat.zip")
+    assert not register(flat).images
+    for source, where in ((PushT(images=True), "the registered copy"), (PushT(str(flat), images=True), "flat.zip")):
+        with pytest.raises(UserError, match=f"{where} holds no images; run: dopr demos pusht"):
+            source.load()
+
+
+def test_a_damaged_copy_of_images(tmp_path: Path, home: Path) -> None:
+    register(small_archive(tmp_path / "good.zip", images_of(30)))
+    images = home / "pusht_images.npy"
+    whole = images.read_bytes()
+    for broken in (whole[:-1], whole[:50], b""):
+        images.write_bytes(broken)
+        with pytest.raises(UserError, match=r"damaged.*run again: dopr demos pusht"):
+            PushT(images=True).load()
+    assert PushT().load().num_episodes == 3
 
 
 def test_another_set_of_the_same_kind_is_taken(tmp_path: Path) -> None:
@@ -155,6 +258,13 @@ def without_actions(path: Path) -> None:
     small_archive(path, lambda arrays: arrays.pop("data/action"))
 
 
+def filmed(steps: int, value: float | None = None) -> Callable[[Path], None]:
+    def build(path: Path) -> None:
+        small_archive(path, images_of(steps, value))
+
+    return build
+
+
 def not_finite(path: Path) -> None:
     def change(arrays: Any) -> None:
         arrays["data/action"][12, 1] = np.nan
@@ -177,6 +287,12 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (changed("data/action", np.full((30, 2), "a")), "not numbers"),
     (pickled, "encoded with .*pickle"),
     (not_finite, "actions hold NaN in episode 1, step 2"),
+    (changed("data/img", np.zeros((30, 84, 84, 3), np.float32)), r"data/img has shape \(30, 84, 84, 3\), .* 96, 96, 3"),
+    (filmed(29), "30 observations but 29 images"),
+    (filmed(30, 0.5), "data/img holds values that are not whole numbers from 0 to 255"),
+    (filmed(30, 256), "data/img holds values that are not whole numbers"),
+    (filmed(30, -1), "data/img holds values that are not whole numbers"),
+    (filmed(30, np.nan), "data/img holds values that are not whole numbers"),
 ]
 
 

@@ -1,0 +1,43 @@
+"""How do a camera's frames get from an array, which may lie on disk, into a batch?"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Frames:
+    """Hands out the frames that are asked for, colours first, and reads no others.
+
+    Args:
+        array: (N, H, W, 3), uint8. A memory map (``np.load(..., mmap_mode="r")``) is pickled as its file's name, so
+            that a loader process opens the file for itself and is not sent gigabytes.
+    """
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self._array = array
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """The frames at ``rows``, (..., 3, H, W) for rows of shape (...).
+
+        Colours still lie last in memory: moving them would cost more than the gather, and a GPU's convolutions prefer
+        them there.
+        """
+        return torch.from_numpy(self._array.take(rows, axis=0)).movedim(-1, -3)
+
+    def __reduce__(self) -> tuple[Callable[..., Frames], tuple[Any, ...]]:
+        array = self._array
+        # A part of a memory map keeps the whole one's offset, so only a whole one can be opened again.
+        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+            return _open, (array.filename, array.dtype, array.offset, array.shape)
+        return Frames, (array,)
+
+
+def _open(path: str, dtype: np.dtype[np.uint8], offset: int, shape: tuple[int, ...]) -> Frames:
+    return Frames(np.memmap(path, dtype, "r", offset, shape))

@@ -1,0 +1,73 @@
+"""What cameras would have seen: robomimic publishes states, and images are rendered from them, as it does itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from dopr_lightning.data.robomimic.files import DemoFile
+from dopr_lightning.data.robomimic.simulator import Simulator
+
+# The views that Diffusion Policy and much-ado-about-noising learn from.
+CAMERAS = {
+    "lift": ("agentview", "robot0_eye_in_hand"),
+    "can": ("agentview", "robot0_eye_in_hand"),
+    "square": ("agentview", "robot0_eye_in_hand"),
+    "tool_hang": ("sideview", "robot0_eye_in_hand"),
+    "transport": ("shouldercamera0", "robot0_eye_in_hand", "shouldercamera1", "robot1_eye_in_hand"),
+}
+
+
+def add_images(
+    source: Path,
+    target: Path,
+    cameras: Sequence[str],
+    size: int = 84,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> None:
+    """Copy a file and add ``obs/CAMERA_image``, (T, size, size, 3) uint8, to every demonstration.
+
+    Args:
+        source: A robomimic file with states.
+        target: The copy; it appears under its name when it is complete.
+        cameras: Which.
+        size: Height and width.
+        progress: Called with the demonstrations done and their number.
+
+    Raises:
+        UserError: The file or the simulator will not do, a camera is unknown, or there is no OpenGL.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    with DemoFile(source) as file:
+        simulator = Simulator(file.env_args, cameras=cameras)
+        try:
+            with h5py.File(unfinished, "w") as copy:
+                file.copy_to(copy)
+                kwargs = {"use_camera_obs": True, "has_offscreen_renderer": True, "camera_names": list(cameras)}
+                kwargs |= {"camera_heights": size, "camera_widths": size}
+                env_args = file.env_args | {"env_kwargs": file.env_args["env_kwargs"] | kwargs}
+                copy["data"].attrs["env_args"] = json.dumps(env_args, indent=4)
+                for done, demo in enumerate(file.demos, start=1):
+                    model, states = file.model(demo), file.read(demo, "states")
+                    simulator.restore(model, states[0])
+                    frames = {camera: np.empty((len(states), size, size, 3), np.uint8) for camera in cameras}
+                    for step, state in enumerate(simulator.translated(model, states)):
+                        simulator.jump(state)
+                        for camera in cameras:
+                            frames[camera][step] = simulator.render(camera, size)
+                    for camera, array in frames.items():
+                        copy.create_dataset(
+                            f"data/{demo}/obs/{camera}_image", data=array, chunks=(1, size, size, 3), compression="gzip"
+                        )
+                    if progress is not None:
+                        progress(done, len(file.demos))
+            os.replace(unfinished, target)
+        finally:
+            simulator.close()
+            unfinished.unlink(missing_ok=True)
