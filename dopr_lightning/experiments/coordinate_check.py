@@ -21,7 +21,7 @@ from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.compare import numbers
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
-from dopr_lightning.experiments.coordinates import LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
+from dopr_lightning.experiments.coordinates import ADAMUON, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
 from dopr_lightning.experiments.trial import write_json
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
             seeds=task.seeds,
             dopr=subject.dopr,
             tolerance=options.tolerance,
+            bounds=ADAMUON if arm.base == "adamuon" else None,
         )
         checks[arm.name, kind] = found
         print_table(f"{arm.name}, {kind}", found)

@@ -25,10 +25,7 @@ def print_table(title: str, check: CoordinateCheck) -> None:
     from rich.table import Table
 
     prefix = _shared_prefix([row.layer for row in check.rows if row.layer != OUTPUT])
-    table = Table(
-        title=f"{title}: exponents over widths {check.widths[0]:g} to {check.widths[-1]:g}, after {check.steps} steps, "
-        f"seeds {', '.join(map(str, check.seeds))}"
-    )
+    table = Table(title=f"{title}: exponents over widths {check.widths[0]:g} to {check.widths[-1]:g}")
     for heading in ("quantity", "least", "greatest", "wrong"):
         table.add_column(heading, justify="right" if heading == "wrong" else "left", overflow="fold")
     for quantity in get_args(Quantity):
@@ -41,7 +38,7 @@ def print_table(title: str, check: CoordinateCheck) -> None:
     console.print(table)
     levelling = sum(row.levels_off for row in check.rows)
     if levelling:
-        console.print(f"{levelling} more are outside of the tolerance, and inside it over the wider half of the widths")
+        console.print(f"  {levelling} more would be, but level off over the wider half of the widths")
     failures = check.failures()
     for row in failures[:SHOWN]:
         console.print(f"  {escape(row.diagnosis)}", soft_wrap=True)
@@ -104,5 +101,5 @@ def _slope(row: Row) -> float:
 
 def _shared_prefix(names: Sequence[str]) -> str:
     """Modules that all names begin with, ``"network."``."""
-    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in names)))
-    return "".join(f"{parts[0]}." for parts in shared)
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)  # as deep as the shallowest
+    return "".join(f"{level[0]}." for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))

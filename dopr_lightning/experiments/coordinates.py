@@ -53,6 +53,16 @@ The curve is flat where layers are wider than the batch has rows, so a small bat
 curve: it adds 1/2 to both exponents, and 0.35 is what leaves it no row to hide in, 1/2 less the tolerance.
 """
 
+ADAMUON: dict[Quantity, tuple[float, float]] = {"update": (-0.4, TOLERANCE)}
+"""Exception for AdaMuon with ``scale="spectral"``: the response to inputs may fall with the width.
+
+Its update is one direction on which almost all signs agree, and all others lifted to the same size, but for the
+division entry by entry that follows. The less there is of the first, the more the matrix looks like random signs,
+whose direction of greatest norm is none that inputs have. How much there is hangs on layer and width. So, at a fixed
+spectral norm (judged as for all), dW x was seen to fall like width^-0.34, in a transformer's attention. -0.4 is the
+difference between the exponents of the two kinds, 0.9 and 1/2 (see :class:`~dopr_lightning.optim.adamuon.AdaMuon`).
+"""
+
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _MATRICES = (nn.Linear, _ConvNd, *_TABLES)
 
@@ -175,6 +185,7 @@ def coordinate_check(
     seeds: Sequence[int] = (0, 1, 2),
     dopr: Mapping[str, Any] | None = None,
     tolerance: float = TOLERANCE,
+    bounds: Mapping[Quantity, tuple[float, float]] | None = None,
 ) -> CoordinateCheck:
     """Train a few steps at every width, and find how sizes in the model depend on the width: under muP, not at all.
 
@@ -202,10 +213,10 @@ def coordinate_check(
             step. None: the optimizer alone.
         tolerance: Of the exponents, 0.15: an error of parametrisation makes one of at least 1/2, finite widths and
             random initial values make up to 0.1.
+        bounds: Least and greatest exponent of quantities for which something else is right, see :data:`ADAMUON`.
 
     Raises:
-        ValueError: Fewer than three widths, or no seed or step; a model without parameters; layers that differ between
-            widths.
+        ValueError: Fewer than three widths, or no seed or step; layers that differ between widths; nothing that trains.
 
     Example:
         >>> def build(width):
@@ -219,9 +230,7 @@ def coordinate_check(
         raise ValueError(f"an exponent needs at least three different positive widths, got {widths}")
     if steps < 1 or not seeds:
         raise ValueError(f"a coordinate check needs at least one step and one seed, got {steps} and {list(seeds)}")
-    found = {
-        (width, seed): _measure(*_built(build, width, seed), loss, steps, dopr) for width in widths for seed in seeds
-    }
+    found = {(width, seed): _train(build, loss, width, seed, steps, dopr) for width in widths for seed in seeds}
     first, *others = found.values()
     if any(other.values.keys() != first.values.keys() for other in others):
         raise ValueError("the models of different widths have different layers; only sizes may depend on the width")
@@ -235,9 +244,13 @@ def coordinate_check(
         if quantity == "entries" and layer in first.unknown and grown[layer] > 1:
             continue
         fixed_outputs = quantity == "activation" and not grown[_outputs(layer)]
-        low = -math.inf if quantity == "initial" or fixed_outputs else -tolerance
+        low, high = (bounds or {}).get(quantity, (-tolerance, tolerance))
+        if quantity == "initial" or fixed_outputs:
+            low = -math.inf
         values = [[found[width, seed].values[key] for seed in seeds] for width in widths]
-        rows.append(_row(layer, quantity, widths, values, low, tolerance))
+        rows.append(_row(layer, quantity, widths, values, low, high))
+    if not any(row.quantity in ("spectral", "entries") and any(row.values) for row in rows):
+        raise ValueError("training moved no parameter; is the learning rate 0, or everything frozen?")
     rows.sort(key=lambda row: get_args(Quantity).index(row.quantity))  # stable: layers stay in the model's order
     return CoordinateCheck(tuple(widths), steps, tuple(seeds), tuple(rows))
 
@@ -283,10 +296,17 @@ class _Measured:
     unknown: set[str]
 
 
-def _built(build: Callable[[int], tuple[nn.Module, Optimizer]], width: int, seed: int) -> tuple[nn.Module, Optimizer]:
-    with torch.random.fork_rng(devices=[]):
+def _train(
+    build: Callable[[int], tuple[nn.Module, Optimizer]],
+    loss: Callable[[Any], Tensor],
+    width: int,
+    seed: int,
+    steps: int,
+    dopr: Mapping[str, Any] | None,
+) -> _Measured:
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(width)
+        return _measure(*build(width), loss, steps, dopr)
 
 
 def _measure(

@@ -18,13 +18,13 @@ from dopr_lightning.optim import configure_optimizers
 from dopr_lightning.optim.bases import resolve
 from dopr_lightning.optim.schedules import Schedule
 from dopr_lightning.policies.algorithms import Algorithm
-from dopr_lightning.policies.networks import ActionNetwork
+from dopr_lightning.policies.networks import ActionNetwork, VisualObservation
 from dopr_lightning.policies.normalizer import Mode, Normalizer
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass
@@ -55,21 +55,26 @@ class MupConfig:
     Args:
         base: The network's keywords that scale with the width, at the base width: ``{"width": 64}``.
         weight_decay: How weight decay follows the learning rate, see :func:`dopr_lightning.mup.rules.weight_decay`.
+        zero_readouts: Start from readouts of 0, which narrow and wide networks have alike; see
+            :meth:`dopr_lightning.MupSpec.initialize`.
     """
 
     base: dict[str, Any]
     weight_decay: WeightDecayRule = "independent"
+    zero_readouts: bool = True
 
 
 class PolicyModule(L.LightningModule):
     """A policy over action chunks.
 
-    Trains on batches ``{"observation": (B, observe, O), "action": (B, horizon, A)}`` in the data's own units and is
-    itself a :class:`~dopr_lightning.rollout.evaluate.Policy`. The normaliser is fitted to the data module's training
-    demonstrations when training starts and travels in the checkpoint.
+    Trains on batches ``{"observation": (B, observe, O), "action": (B, horizon, A)}`` in the data's own units, with
+    ``"images": {camera: (B, observe, 3, H, W)}`` for a network with cameras, and is itself a
+    :class:`~dopr_lightning.rollout.evaluate.Policy`. The normaliser is fitted to the data module's training
+    demonstrations when training starts and travels in the checkpoint; images the network scales itself. In training
+    their crops are random, in validation and rollouts central.
 
-    All noise is drawn from generators seeded by (seed, rank, step): a resumed run sees the noise that the uninterrupted
-    run saw, and every validation sees the same.
+    All noise, and every place of a crop, is drawn from generators seeded by (seed, rank, step): a resumed run sees the
+    noise that the uninterrupted run saw, and every validation sees the same.
 
     Args:
         network: Builds the network from (observation_dim, action_dim, observe, horizon, denoise).
@@ -127,16 +132,21 @@ class PolicyModule(L.LightningModule):
         self.mup = None
         if mup is not None:
             self.mup = _spec(partial(network, *sizes), mup.base)
-            self.mup.initialize(self.network)
+            self.mup.initialize(self.network, zero_readouts=mup.zero_readouts)
         self.mup_config = mup
         self.observation_normalizer = Normalizer(observation_dim, observation_normalizer)
         self.action_normalizer = Normalizer(action_dim, action_normalizer)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Whose images the network sees."""
+        return tuple(getattr(self.network, "cameras", ()))
 
     def setup(self, stage: str) -> None:
         """Fit the normaliser, unless a checkpoint already has.
 
         Raises:
-            UserError: The data's sizes are not the policy's.
+            UserError: The data's sizes are not the policy's, or its cameras do not fit the network.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not hasattr(data, "statistics"):
@@ -145,10 +155,25 @@ class PolicyModule(L.LightningModule):
             mine, its = getattr(self, f"{what}_dim"), getattr(data, f"{what}_dim")
             if mine != its:
                 raise UserError(f"the policy has {what}_dim={mine}, the data {its}; use the data it was made for")
+        self._check_cameras(getattr(data, "cameras", ()))
         if stage == "fit" and not self.observation_normalizer.fitted:
             statistics = data.statistics()
             self.observation_normalizer.fit(statistics["observation"])
             self.action_normalizer.fit(statistics["action"])
+
+    def _check_cameras(self, there: Sequence[str]) -> None:
+        name = type(self.network).__name__
+        for camera in self.cameras:
+            if camera not in there:
+                raise UserError(
+                    f"{name} needs camera {camera!r}, and the data has {', '.join(there) or 'no images'}; set the "
+                    "network's cameras to the data's, or take a source with that camera"
+                )
+        if there and not self.cameras:
+            raise UserError(
+                f"{name} sees no images, and the data has those of {', '.join(there)}; use a network with cameras "
+                "(VisionMLP, VisionUnet1d, VisionTransformer), or a source without images"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the base shapes: a learning rate means nothing without them."""
@@ -161,11 +186,11 @@ class PolicyModule(L.LightningModule):
             UserError: Names an array whose shapes differ, or the muP base that does.
         """
         theirs, ours = checkpoint.get("mup"), None if self.mup is None else self.mup.state_dict()
-        if theirs != ours:
-            said = ["none" if spec is None else str(spec["base"]) for spec in (theirs, ours)]
+        base, here = (spec and spec["base"] for spec in (theirs, ours))
+        if base != here:
             raise UserError(
-                f"the checkpoint was trained with the muP base {said[0]}, and this policy has {said[1]}; give "
-                "--model.mup.base as it was, or none"
+                f"the checkpoint was trained with the muP base {base or 'none'}, and this policy has {here or 'none'}; "
+                "give --model.mup.base as it was, or none"
             )
         saved = checkpoint["state_dict"]
         for name, value in self.state_dict().items():
@@ -174,6 +199,11 @@ class PolicyModule(L.LightningModule):
                     f"the checkpoint is not of this policy: {name} has shape {tuple(saved[name].shape)} in it and "
                     f"{tuple(value.shape)} here; give the data and the configuration that it was trained with"
                 )
+        if theirs != ours:
+            raise UserError(
+                f"the checkpoint is not of this policy: at the muP base {base} its network has other shapes; give "
+                "the configuration that it was trained with"
+            )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse NaN and infinity, while the batch is still on the CPU and the check does not wait for a device.
@@ -181,8 +211,10 @@ class PolicyModule(L.LightningModule):
         Raises:
             UserError: Names the array and the window in the batch.
         """
-        for name, value in batch.items():
-            if value.device.type == "cpu" and not value.isfinite().all():
+        arrays = {name: value for name, value in batch.items() if name != "images"} | batch.get("images", {})
+        for name, value in arrays.items():
+            # Integers, as images are, need no look.
+            if value.is_floating_point() and value.device.type == "cpu" and not value.isfinite().all():
                 row = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])
                 raise UserError(f"a batch holds NaN or infinity: {name!r}, window {row}; clean the demonstrations")
         return batch
@@ -199,31 +231,41 @@ class PolicyModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The algorithm's loss on normalised windows, logged as ``train/loss``."""
-        loss = self._loss(batch, 0, self.seed, self.global_rank, self.global_step, batch_idx)
+        stream = (self.seed, self.global_rank, self.global_step, batch_idx)
+        loss = self._loss(batch, _generator(0, *stream), _generator(2, *stream))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same loss on held-out windows, logged as ``val/loss``; the noise is the same at every validation."""
-        self.log("val/loss", self._loss(batch, 1, self.global_rank, batch_idx), prog_bar=True, sync_dist=True)
+        loss = self._loss(batch, _generator(1, self.global_rank, batch_idx), None)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As in validation, logged as ``test/loss``."""
-        self.log("test/loss", self._loss(batch, 1, self.global_rank, batch_idx), sync_dist=True)
+        loss = self._loss(batch, _generator(1, self.global_rank, batch_idx), None)
+        self.log("test/loss", loss, sync_dist=True)
 
-    def predict(self, observations: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    @torch.no_grad()
+    def predict(self, observations: Tensor | VisualObservation, generators: Sequence[torch.Generator]) -> Tensor:
         """Actions to execute, see :class:`~dopr_lightning.rollout.evaluate.Policy`.
 
         Args:
-            observations: (n, observe, O), in the environment's units.
+            observations: (n, observe, O), in the environment's units; for a network with cameras ``state``: these, and
+                ``images``: by camera (n, observe, 3, H, W), uint8.
             generators: n, on the CPU: the only source of noise.
 
         Returns:
             (n, act, A), in the environment's units.
         """
-        observation = self.observation_normalizer(observations.to(self.device))
-        shape = (len(observation), self.horizon, self.action_dim)
-        chunk = self.action_normalizer.inverse(self.algorithm.sample(self.network, observation, shape, generators))
+        if isinstance(observations, Tensor):
+            state, images = observations, None
+        else:
+            state = observations["state"]
+            images = {camera: frames.to(self.device) for camera, frames in observations["images"].items()}
+        seen = self._encode(state.to(self.device), images, None)
+        shape = (len(state), self.horizon, self.action_dim)
+        chunk = self.action_normalizer.inverse(self.algorithm.sample(self.network, seen, shape, generators))
         return chunk[:, self.observe - 1 : self.observe - 1 + self.act]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -241,11 +283,19 @@ class PolicyModule(L.LightningModule):
             **c.options,
         )
 
-    def _loss(self, batch: Batch, *stream: int) -> Tensor:
-        observation = self.observation_normalizer(batch["observation"])
-        action = self.action_normalizer(batch["action"])
-        seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0])
-        return self.algorithm.loss(self.network, observation, action, torch.Generator().manual_seed(seed))
+    def _loss(self, batch: Batch, noise: torch.Generator, crops: torch.Generator | None) -> Tensor:
+        seen = self._encode(batch["observation"], batch.get("images"), crops)
+        return self.algorithm.loss(self.network, seen, self.action_normalizer(batch["action"]), noise)
+
+    def _encode(self, state: Tensor, images: Mapping[str, Tensor] | None, crops: torch.Generator | None) -> Tensor:
+        """What the network makes of an observation in the data's units."""
+        state = self.observation_normalizer(state)
+        return self.network.encode(state if images is None else {"state": state, "images": images}, crops)
+
+
+def _generator(*stream: int) -> torch.Generator:
+    """Of a stream of its own."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]))
 
 
 def _spec(factory: Callable[..., ActionNetwork], base: Mapping[str, Any]) -> MupSpec:

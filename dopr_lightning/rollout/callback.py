@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +12,16 @@ from typing import Any, cast
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.evaluate import Episode, Policy, evaluate
-from dopr_lightning.rollout.statistics import bootstrap_interval
+from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
+from dopr_lightning.rollout.video import Film, animation, best_and_worst, film, require_encoder, write_mp4
+
+log = logging.getLogger(__name__)
 
 # Distance from the seeds that are reported to those that choose a checkpoint. A checkpoint picked by its score on some
 # seeds is partly picked for luck on them, so the report must not use them again.
@@ -25,9 +31,11 @@ SELECTION_OFFSET = 1_000_000
 class RolloutEvaluation(Callback):
     """Roll the policy out at validation, to choose by, and at test, to report.
 
-    Logs ``rollout/return`` or ``rollout/max_reward`` (whichever the environment's metric is), ``rollout/ci95_low``,
-    ``rollout/ci95_high`` and ``rollout/episodes``, and appends a line per episode to ``rollouts.jsonl`` in the
-    trainer's log directory. Monitor the first for checkpoints.
+    Logs ``rollout/return``, ``rollout/max_reward`` or ``rollout/success`` (whichever the environment's metric is) with
+    ``rollout/ci95_low``, ``rollout/ci95_high`` and ``rollout/episodes``; and where the environment reports success, its
+    rate as ``rollout/success`` with ``rollout/success_low`` and ``rollout/success_high``. Intervals of a rate are
+    Wilson's, others are bootstrapped. Appends a line per episode to ``rollouts.jsonl`` in the trainer's log directory.
+    Monitor the first for checkpoints.
 
     The module is the policy (`dopr_lightning.rollout.evaluate.Policy`), the environment is the data module's. Ranks
     share the seeds, so each is run exactly once on any number of processes. Rollouts happen when the validation epoch
@@ -35,13 +43,20 @@ class RolloutEvaluation(Callback):
     Lightning has switched the module to eval mode and gradients off.
 
     Args:
-        episodes: At each validation.
-        report_episodes: At test. 50 is Diffusion Policy's choice.
+        episodes: At each validation; 0 for none.
+        report_episodes: At test; 0 for none. 50 is Diffusion Policy's choice.
         first_seed: Of the reported episodes; by default the environment's own. Validation uses seeds from
             ``first_seed + 1000000``, so a report is never about the seeds that chose the checkpoint.
         every_n_epochs: While fitting, roll out in every n-th epoch's validation only: for tasks where rollouts cost
             more than training.
         num_envs: Episodes at once, on each rank.
+        workers: Processes, on each rank, among which the environments are shared out; 0 for none. For simulators that
+            are slow (as many as there are cores to a rank, and ``num_envs`` a multiple of it) or may crash: an episode
+            whose environment crashes or hangs is begun again, once, which its line counts as ``restarts``.
+        timeout_s: Seconds after which a worker's environment counts as hanging, in one chunk of actions or a reset.
+        videos: Episodes to film after each evaluation: the best, the worst, the second best, and so on; 0 for none.
+            Each goes to ``videos/step-STEP-seed-SEED-METRIC-VALUE.mp4`` beside ``rollouts.jsonl``, and to TensorBoard's
+            images.
 
     Attributes:
         latest: The episodes of the last evaluation, all ranks', in the order of their seeds.
@@ -54,27 +69,37 @@ class RolloutEvaluation(Callback):
         first_seed: int | None = None,
         every_n_epochs: int = 1,
         num_envs: int = 10,
+        workers: int = 0,
+        timeout_s: float = 60.0,
+        videos: int = 0,
     ) -> None:
-        for name, value in (
-            ("episodes", episodes),
-            ("report_episodes", report_episodes),
-            ("every_n_epochs", every_n_epochs),
-            ("num_envs", num_envs),
+        for name, value, least in (
+            ("episodes", episodes, 0),
+            ("report_episodes", report_episodes, 0),
+            ("every_n_epochs", every_n_epochs, 1),
+            ("num_envs", num_envs, 1),
+            ("workers", workers, 0),
+            ("timeout_s", timeout_s, 1),
+            ("videos", videos, 0),
         ):
-            if value < 1:
-                raise UserError(f"RolloutEvaluation: {name}={value}; must be at least 1")
+            if value < least:
+                raise UserError(f"RolloutEvaluation: {name}={value}; must be at least {least}")
         self.episodes = episodes
         self.report_episodes = report_episodes
         self.first_seed = first_seed
         self.every_n_epochs = every_n_epochs
         self.num_envs = num_envs
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self.videos = videos
         self.latest: list[Episode] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a run whose rollouts would be of the wrong weights, or nowhere.
 
         Raises:
-            UserError: A weight averaging callback is listed after this one, or the data module names no environment.
+            UserError: A weight averaging callback is listed after this one, the data module names no environment, or
+                there is no encoder for videos.
         """
         after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in after:
@@ -91,6 +116,8 @@ class RolloutEvaluation(Callback):
                 "RolloutEvaluation needs a data module with an 'environment' (an EnvironmentSpec); pass one, or remove "
                 "the callback"
             )
+        if self.videos:
+            require_encoder()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Roll out on the seeds that choose a checkpoint."""
@@ -104,13 +131,18 @@ class RolloutEvaluation(Callback):
         self._run(trainer, pl_module, "test", self._first_seed(trainer), self.report_episodes)
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, first_seed: int, count: int) -> None:
+        if count == 0:
+            self.latest = []
+            return
         spec = self._environment(trainer)
         seeds = range(first_seed, first_seed + count)
         mine = seeds[trainer.global_rank :: trainer.world_size]
         error: UserError | None = None
         episodes: list[Episode] = []
         try:
-            episodes = evaluate(cast(Policy, pl_module), spec, mine, self.num_envs)
+            episodes = evaluate(
+                cast(Policy, pl_module), spec, mine, self.num_envs, workers=self.workers, timeout_s=self.timeout_s
+            )
         except UserError as caught:
             error = caught
         # A rank that fails must say so to the others, which would wait for it otherwise.
@@ -120,23 +152,15 @@ class RolloutEvaluation(Callback):
         episodes = sorted((e for share in _gather(episodes) for e in share), key=lambda e: e.seed)
         self.latest = episodes
 
-        values = [episode.value for episode in episodes]
-        low, high = bootstrap_interval(values)
-        logged = {
-            f"rollout/{spec.metric}": sum(values) / len(values),
-            "rollout/ci95_low": low,
-            "rollout/ci95_high": high,
-            "rollout/episodes": float(len(values)),
-        }
         # Every rank holds all episodes, so the numbers agree without another reduction.
-        pl_module.log_dict(logged, rank_zero_only=False, sync_dist=False)
-        self._record(trainer, stage, spec, episodes)
-
-    def _record(self, trainer: L.Trainer, stage: str, spec: EnvironmentSpec, episodes: list[Episode]) -> None:
+        pl_module.log_dict(_summary(spec, episodes), rank_zero_only=False, sync_dist=False)
         log_dir = trainer.log_dir  # a collective call: on every rank
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        directory = Path(log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            directory = Path(log_dir or trainer.default_root_dir)
+            self._record(directory, trainer, stage, spec)
+            self._film(directory, trainer, spec)
+
+    def _record(self, directory: Path, trainer: L.Trainer, stage: str, spec: EnvironmentSpec) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         where = {
             "stage": stage,
@@ -145,10 +169,27 @@ class RolloutEvaluation(Callback):
             "environment": spec.id,
         }
         with (directory / "rollouts.jsonl").open("a") as file:
-            for episode in episodes:
+            for episode in self.latest:
                 line = where | asdict(episode)
                 line["return"] = line.pop("return_")  # the underscore is Python's need
+                del line["actions"]
                 file.write(json.dumps(line) + "\n")
+
+    def _film(self, directory: Path, trainer: L.Trainer, spec: EnvironmentSpec) -> None:
+        """Show the best and the worst; what cannot be shown is no reason to stop training."""
+        step = trainer.global_step
+        for name, episode in best_and_worst(self.latest, self.videos).items():
+            file = f"step-{step}-seed-{episode.seed}-{spec.metric}-{_short(episode.value)}.mp4"
+            try:
+                shown = film(spec, episode, workers=min(1, self.workers), timeout_s=self.timeout_s)
+                write_mp4(shown, directory / "videos" / file)
+            except UserError as error:
+                log.warning("no video, nor any more in this run: %s", error)
+                self.videos = 0
+                return
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    _show(logger, f"rollout/{name}", shown, step)
 
     def _first_seed(self, trainer: L.Trainer) -> int:
         return self._environment(trainer).first_seed if self.first_seed is None else self.first_seed
@@ -166,3 +207,31 @@ def _gather(mine: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def _summary(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> dict[str, float]:
+    """What is logged of an evaluation."""
+    values = [episode.value for episode in episodes]
+    summary = {f"rollout/{spec.metric}": sum(values) / len(values), "rollout/episodes": float(len(values))}
+    low, high = bootstrap_interval(values)
+    # An environment may report success only when there is one.
+    if any(episode.success is not None for episode in episodes):
+        successes = sum(bool(episode.success) for episode in episodes)
+        rate_low, rate_high = wilson_interval(successes, len(episodes))
+        summary["rollout/success"] = successes / len(episodes)
+        summary |= {"rollout/success_low": rate_low, "rollout/success_high": rate_high}
+        if spec.metric == "success":
+            low, high = rate_low, rate_high
+    return summary | {"rollout/ci95_low": low, "rollout/ci95_high": high}
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _show(logger: TensorBoardLogger, name: str, shown: Film, step: int) -> None:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    height, width = shown.frames[0].shape[:2]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=animation(shown))
+    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)

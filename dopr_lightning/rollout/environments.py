@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError, import_extra
@@ -15,7 +18,8 @@ def make(spec: EnvironmentSpec) -> gymnasium.Env[Any, Any]:
     """Make the environment.
 
     Raises:
-        UserError: It is not installed, unknown, or its observations or actions are not flat vectors.
+        UserError: It is not installed, unknown, its actions are not flat vectors, or its observations are not what
+            the spec's cameras say.
     """
     import gymnasium
 
@@ -33,10 +37,36 @@ def make(spec: EnvironmentSpec) -> gymnasium.Env[Any, Any]:
         raise UserError(
             f"environment {spec.id!r} cannot be made ({error}); correct the id, or install the package it is in"
         ) from error
-    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            env.close()
-            raise UserError(
-                f"environment {spec.id!r}: {name} are {space}, not a flat Box; choose an environment of vectors"
-            )
+    if misfit := _misfit(spec, env):
+        env.close()
+        raise UserError(f"environment {spec.id!r}: {misfit}")
     return env
+
+
+def _misfit(spec: EnvironmentSpec, env: gymnasium.Env[Any, Any]) -> str:
+    """What is wrong with its spaces, and the way out; or nothing."""
+    sees, does = env.observation_space, env.action_space
+    if spec.cameras:
+        if misfit := _misfit_of_images(spec, getattr(sees, "spaces", {})):
+            return f"observations are {sees}; {misfit}"
+    elif not _is_vector(sees):
+        return f"observations are {sees}, not a flat Box; choose an environment of vectors"
+    return "" if _is_vector(does) else f"actions are {does}, not a flat Box; choose an environment of vectors"
+
+
+def _misfit_of_images(spec: EnvironmentSpec, parts: Mapping[str, Any]) -> str:
+    images = getattr(parts.get("images"), "spaces", {})
+    if not _is_vector(parts.get("state")) or not images:
+        return "with cameras they must be a Dict of a flat Box 'state' and a Dict 'images'"
+    for camera in spec.cameras:
+        if camera not in images:
+            return f"there is no camera {camera!r}, only {', '.join(images)}; correct the cameras of its spec"
+        if len(images[camera].shape) != 3 or images[camera].shape[2] != 3 or images[camera].dtype != np.uint8:
+            return f"images of camera {camera!r} must be uint8 of shape (height, width, 3)"
+    return ""
+
+
+def _is_vector(space: Any) -> bool:
+    from gymnasium.spaces import Box
+
+    return isinstance(space, Box) and len(space.shape) == 1

@@ -1,11 +1,12 @@
-"""Exactly one episode per seed, whatever the number of environments."""
+"""Exactly one episode per seed, whatever the number of environments and processes."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.environments import make
+from dopr_lightning.rollout.seat import Description, Observation, Stretch
+from dopr_lightning.rollout.workers import Lost, seats
+
+if TYPE_CHECKING:
+    from dopr_lightning.policies.networks.base import VisualObservation
+
+log = logging.getLogger(__name__)
+
+# An episode whose environment failed is repeated once: a crash may be an accident, two are a fault.
+ATTEMPTS = 2
 
 
 class Policy(Protocol):
@@ -30,17 +40,18 @@ class Policy(Protocol):
 
     @property
     def observation_dim(self) -> int:
-        """Numbers in an observation."""
+        """Numbers in an observation, images aside."""
 
     @property
     def action_dim(self) -> int:
         """Numbers in an action."""
 
-    def predict(self, observations: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def predict(self, observations: Tensor | VisualObservation, generators: Sequence[torch.Generator]) -> Tensor:
         """Actions for several episodes at once.
 
         Args:
-            observations: (n, observe, observation_dim), float32, on the CPU, in the environment's own units.
+            observations: (n, observe, observation_dim), float32, on the CPU, in the environment's own units. From an
+                environment with cameras, this as ``"state"``, and ``"images"`` by camera: (n, observe, 3, H, W), uint8.
             generators: n, on the CPU, one per episode: the only noise to draw from, so that an episode's noise does not
                 depend on which others run beside it.
 
@@ -55,11 +66,13 @@ class Episode:
 
     Args:
         seed: It was reset with.
-        value: The metric: ``return_`` or ``max_reward``.
+        value: The metric: ``return_``, ``max_reward`` or success.
         return_: Sum of the rewards.
         max_reward: Largest reward.
         length: Steps taken.
         success: Whether the environment ever reported ``is_success``; ``None`` if it reports no such thing.
+        restarts: How often it was begun again because a worker process or its environment failed.
+        actions: The policy's, (length, A): with the seed, they are the episode.
     """
 
     seed: int
@@ -68,6 +81,8 @@ class Episode:
     max_reward: float
     length: int
     success: bool | None
+    restarts: int
+    actions: npt.NDArray[np.float32] = field(compare=False, repr=False)
 
 
 def evaluate(
@@ -76,13 +91,16 @@ def evaluate(
     seeds: Sequence[int],
     num_envs: int = 10,
     progress: Callable[[Episode], None] | None = None,
+    *,
+    workers: int = 0,
+    timeout_s: float = 60.0,
 ) -> list[Episode]:
     """Roll a policy out, once from each seed.
 
-    Environments are stepped one after the other, not by Gymnasium's vector environments: those step every environment
-    every time, also one that has finished and has no seed left. The policy's calls are batched over all running
-    episodes, each of which executes its ``act`` actions between two calls; a free environment takes the next seed at
-    once. So an episode depends on its seed alone, up to the rounding of batched arithmetic.
+    Environments are not stepped by Gymnasium's vector environments: those step every environment every time, also one
+    that has finished and has no seed left. The policy's calls are batched over all running episodes, each of which
+    executes its ``act`` actions between two calls; a free environment takes the next seed at once. So an episode
+    depends on its seed alone, up to the rounding of batched arithmetic; and not even that differs over ``workers``.
 
     Args:
         policy: Called without gradients; put modules in eval mode first.
@@ -90,116 +108,117 @@ def evaluate(
         seeds: Of the resets, and of each episode's noise. All different.
         num_envs: Episodes at once.
         progress: Called with each episode as it ends.
+        workers: Processes among which the environments are shared out, for simulators that are slow or may crash; 0
+            for none but this one. An episode whose environment fails in a worker is repeated once, and says so.
+        timeout_s: Seconds that a worker may take for one chunk of actions, or a reset, before it is killed.
 
     Returns:
         The episodes, in the order of ``seeds``.
 
     Raises:
-        UserError: The environment cannot be made or fails; the policy does not fit it, or gives an action that is not
-            finite.
+        UserError: The environment cannot be made or fails, with workers twice in the same episode; the policy does not
+            fit it, or gives an action that is not finite.
     """
-    if num_envs < 1:
-        raise UserError(f"num_envs={num_envs}: must be at least 1")
+    for name, value, least in (("num_envs", num_envs, 1), ("workers", workers, 0)):
+        if value < least:
+            raise UserError(f"{name}={value}: must be at least {least}")
     if len(set(seeds)) != len(seeds):
         raise UserError("rollout seeds repeat; give each episode its own seed")
+    if not seeds:
+        return []
+    count = min(num_envs, len(seeds))
     finished: dict[int, Episode] = {}
     waiting = deque(seeds)
     running: list[_Running] = []
-    free: list[Any] = []
-    try:
-        free.extend(make(spec) for _ in range(min(num_envs, len(seeds))))
-        for env in free[:1]:
-            _check_fit(policy, spec, env)
-        while waiting or running:
-            while waiting and free:
-                running.append(_Running(free.pop(), waiting.popleft(), policy.observe, spec))
-            for episode, chunk in zip(running, _predict(policy, running), strict=True):
-                episode.execute(chunk)
-            for episode in [e for e in running if e.done]:
-                running.remove(episode)
-                free.append(episode.env)
-                finished[episode.seed] = episode.result()
+    free = list(range(count))
+    restarts, failures = Counter[int](), Counter[int]()
+
+    def note(happened: Mapping[int, Stretch | Lost]) -> None:
+        for episode in [e for e in running if e.seat in happened]:
+            what = happened[episode.seat]
+            if isinstance(what, Lost):
+                restarts[episode.seed] += 1
+                failures[episode.seed] += what.own
+                if failures[episode.seed] == ATTEMPTS:
+                    raise UserError(f"{what.reason}; it failed {ATTEMPTS} times")
+                log.warning("%s; the episode is begun again", what.reason)
+                waiting.appendleft(episode.seed)
+            elif episode.extend(what):
+                finished[episode.seed] = episode.result(spec, restarts[episode.seed])
                 if progress is not None:
                     progress(finished[episode.seed])
-    finally:
-        for env in [*free, *(episode.env for episode in running)]:
-            env.close()
+            else:
+                continue
+            running.remove(episode)
+            free.append(episode.seat)
+
+    with seats(spec, count, policy.observe, workers=workers, timeout_s=timeout_s) as environments:
+        _check_fit(policy, spec, environments.describe())
+        while waiting or running:
+            begun = []
+            while waiting and free:
+                begun.append(_Running(free.pop(), waiting.popleft(), policy.observe))
+            running += begun
+            note(environments.start({episode.seat: episode.seed for episode in begun}))
+            if running:  # all may be lost
+                _decide(policy, running)
+                note(environments.execute({episode.seat: episode.chunk for episode in running}))
     return [finished[seed] for seed in seeds]
 
 
 class _Running:
     """One episode under way."""
 
-    def __init__(self, env: Any, seed: int, observe: int, spec: EnvironmentSpec) -> None:
-        self.env = env
+    def __init__(self, seat: int, seed: int, observe: int) -> None:
+        self.seat = seat
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        self.done = False
-        self._spec = spec
+        self.window: deque[Observation] = deque(maxlen=observe)
+        self._observe = observe
+        self.chunk: npt.NDArray[np.float32]
+        self._actions: list[npt.NDArray[np.float32]] = []
         self._rewards: list[float] = []
         self._success: bool | None = None
-        observation, _ = self._guard(env.reset, seed=seed)
-        # As in training, the time before the episode repeats its first observation.
-        self._window = deque([self._checked(observation)] * observe, maxlen=observe)
 
-    def window(self) -> npt.NDArray[np.float32]:
-        """The latest observations, (observe, obs_dim)."""
-        return np.stack(self._window)
+    def extend(self, stretch: Stretch) -> bool:
+        """Note what happened; returns whether the episode is over."""
+        if not self.window:
+            # As in training, the time before the episode repeats its first observation.
+            self.window.extend(stretch.observations * self._observe)
+            return False
+        self.window.extend(stretch.observations)
+        self._actions.append(self.chunk[: len(stretch.rewards)])
+        self._rewards += stretch.rewards
+        if stretch.success is not None:
+            self._success = bool(self._success) or stretch.success
+        return stretch.done
 
-    def execute(self, chunk: npt.NDArray[np.float32]) -> None:
-        """Execute actions (act, act_dim) in turn, until the episode ends."""
-        space = self.env.action_space
-        for action in chunk:
-            if not np.isfinite(action).all():
-                raise UserError(
-                    f"{self._spec.id}: the policy's action is not finite in the episode with seed {self.seed}, step "
-                    f"{len(self._rewards)}; the training diverged, lower the learning rate or load another checkpoint"
-                )
-            clipped = np.clip(action, space.low, space.high).astype(space.dtype)
-            observation, reward, terminated, truncated, info = self._guard(self.env.step, clipped)
-            self._rewards.append(float(reward))
-            if "is_success" in info:
-                self._success = bool(self._success) or bool(info["is_success"])
-            self.done = bool(terminated or truncated)
-            if self.done:
-                return
-            self._window.append(self._checked(observation))
+    def result(self, spec: EnvironmentSpec, restarts: int) -> Episode:
+        """The finished episode.
 
-    def result(self) -> Episode:
-        """The finished episode."""
+        Raises:
+            UserError: Success is the metric, and the environment says nothing of it.
+        """
+        if spec.metric == "success" and self._success is None:
+            raise UserError(
+                f"{spec.id} reports no 'is_success' (seed {self.seed}); choose the metric return or max_reward"
+            )
         return_, max_reward = sum(self._rewards), max(self._rewards)
+        values = {"return": return_, "max_reward": max_reward, "success": float(bool(self._success))}
         return Episode(
             seed=self.seed,
-            value=return_ if self._spec.metric == "return" else max_reward,
+            value=values[spec.metric],
             return_=return_,
             max_reward=max_reward,
             length=len(self._rewards),
             success=self._success,
+            restarts=restarts,
+            actions=np.concatenate(self._actions),
         )
 
-    def _checked(self, observation: Any) -> npt.NDArray[np.float32]:
-        array = np.asarray(observation, dtype=np.float32)
-        if not np.isfinite(array).all():
-            raise UserError(f"{self._where()}: the environment's observation is not finite; {_REPORT}")
-        return array
 
-    def _guard(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Dropping a failed episode would flatter the policy.
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self._where()}: {type(error).__name__}: {reason}; {_REPORT}") from error
-
-    def _where(self) -> str:
-        return f"{self._spec.id} failed in the episode with seed {self.seed}, step {len(self._rewards)}"
-
-
-_REPORT = "check the environment's installation with that seed"
-
-
-def _check_fit(policy: Policy, spec: EnvironmentSpec, env: Any) -> None:
-    sees, does = env.observation_space.shape, env.action_space.shape
+def _check_fit(policy: Policy, spec: EnvironmentSpec, environment: Description) -> None:
+    sees, does = environment.state, environment.action
     if (policy.observation_dim,) != sees or (policy.action_dim,) != does:
         raise UserError(
             f"the policy maps observations of shape ({policy.observation_dim},) to actions of shape "
@@ -207,14 +226,28 @@ def _check_fit(policy: Policy, spec: EnvironmentSpec, env: Any) -> None:
         )
 
 
-def _predict(policy: Policy, running: Sequence[_Running]) -> npt.NDArray[np.float32]:
-    observations = torch.from_numpy(np.stack([episode.window() for episode in running]))
+def _decide(policy: Policy, running: Sequence[_Running]) -> None:
+    """Ask the policy for every episode's next chunk."""
+    observations = _batched([episode.window for episode in running])
     with torch.no_grad():
         actions = policy.predict(observations, [episode.generator for episode in running])
     expected = (len(running), policy.act, policy.action_dim)
     if actions.shape != expected:
         raise UserError(
-            f"the policy's predict() returned shape {tuple(actions.shape)} for observations of shape "
-            f"{tuple(observations.shape)}; it must return {expected}"
+            f"the policy's predict() returned shape {tuple(actions.shape)} for {len(running)} episodes; it must return "
+            f"{expected}"
         )
-    return actions.detach().float().cpu().numpy()
+    for episode, chunk in zip(running, actions.detach().float().cpu().numpy(), strict=True):
+        episode.chunk = chunk
+
+
+def _batched(windows: Sequence[Sequence[Observation]]) -> Tensor | VisualObservation:
+    state = torch.from_numpy(np.stack([np.stack([look.state for look in window]) for window in windows]))
+    cameras = windows[0][0].images
+    if not cameras:
+        return state
+    images: dict[str, Tensor] = {}
+    for camera in cameras:
+        frames = np.stack([np.stack([look.images[camera] for look in window]) for window in windows])
+        images[camera] = torch.from_numpy(frames).movedim(-1, -3).contiguous()
+    return {"state": state, "images": images}

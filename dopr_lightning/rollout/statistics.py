@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -94,6 +95,34 @@ def nested_bootstrap_interval(
         means += drawn.sum(axis=1) / counts[:, 0] / len(runs)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))
+
+
+def wilson_interval(successes: int, episodes: int, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a success rate.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927: those rates p from which
+    the observed one is at most z standard errors, sqrt(p (1 - p) / n), away. Unlike a bootstrap it does not shrink to a
+    point when all episodes succeed, or none.
+
+    Args:
+        successes: Of the episodes.
+        episodes: n.
+        level: Confidence.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        UserError: There are no episodes.
+    """
+    if episodes == 0:
+        raise UserError("no confidence interval for 0 episodes: need at least one")
+    rate = successes / episodes
+    odds = NormalDist().inv_cdf((1 + level) / 2) ** 2 / episodes  # z^2 / n
+    centre = (rate + odds / 2) / (1 + odds)
+    half = math.sqrt(odds * (rate * (1 - rate) + odds / 4)) / (1 + odds)
+    # At the extremes the ends are exactly 0 and 1, which rounding may miss.
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from toy_task import ToyTask, train
 
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
+from dopr_lightning.mup import MupSpec
 from dopr_lightning.policies.algorithms import Algorithm, FlowMatching, Regression
-from dopr_lightning.policies.module import OptimizerConfig, PolicyModule
+from dopr_lightning.policies.module import MupConfig, OptimizerConfig, PolicyModule
 from dopr_lightning.policies.networks import ActionNetwork, ResidualMLP
 
 OPTIMIZER = OptimizerConfig(lr=1e-2)
@@ -263,3 +265,130 @@ def test_a_fitted_normaliser_is_kept(tmp_path: Path) -> None:
     more._split[0].actions[:] *= 2
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=more)
     assert torch.equal(module.action_normalizer.scale, scale)
+
+
+# muP ---------------------------------------------------------------------------------------------------------------
+
+MUP = MupConfig({"width": 4}, zero_readouts=False)
+
+
+def same(one: PolicyModule, other: PolicyModule) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_initial_values_are_muPs() -> None:  # noqa: N802
+    plain, module = policy(), policy(mup=MUP)
+    torch.testing.assert_close(module.network.readout.weight, plain.network.readout.weight / 2**0.5)
+    torch.testing.assert_close(module.network.readout.bias, plain.network.readout.bias * 2**0.5)
+    assert torch.equal(module.network.input.weight, plain.network.input.weight)
+    assert not policy(mup=MupConfig({"width": 4})).network.readout.weight.any()
+
+
+def test_the_base_shapes_are_in_the_checkpoint_as_plain_data(tmp_path: Path) -> None:
+    module, run = policy(mup=MUP), trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert json.loads(json.dumps(checkpoint["mup"])) == checkpoint["mup"]
+    assert MupSpec.from_state_dict(checkpoint["mup"]) == module.mup
+    rates = {group["lr_mult"] for group in checkpoint["optimizer_states"][0]["param_groups"]}
+    assert rates == {1.0, 0.5}
+
+    network = partial(ResidualMLP, width=8, depth=1)
+    again = PolicyModule.load_from_checkpoint(
+        tmp_path / "a.ckpt", weights_only=True, network=network, algorithm=Regression(), mup=MUP
+    )
+    assert same(again, module)  # not rescaled
+    assert not same(again, policy(mup=MUP))
+
+
+MUP_MLP = ("--model.mup.base={'width': 4}",)
+MUP_UNET = (*UNET, "--model.mup.base={'channels': [4, 8], 'condition_dim': 4}")
+
+
+@pytest.mark.parametrize("options", [MUP_MLP, MUP_UNET], ids=["mlp", "unet"])
+def test_the_checkpoint_alone_rebuilds_a_policy_under_mup(tmp_path: Path, options: tuple[str, ...]) -> None:
+    cli = train(tmp_path, *options, "--trainer.max_steps=8", "--model.mup.weight_decay=coupled")
+    rebuilt = PolicyModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert same(rebuilt, cli.model)
+    assert rebuilt.mup == cli.model.mup is not None
+    assert rebuilt.mup_config == cli.model.mup_config
+    assert rebuilt.mup_config.weight_decay == "coupled"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        (
+            MUP,
+            MupConfig({"width": 2}),
+            r"with the muP base \{'width': 4\}, and this policy has \{'width': 2\}; give --mod",
+        ),
+        (MUP, None, r"with the muP base \{'width': 4\}, and this policy has none"),
+        (None, MUP, r"with the muP base none, and this policy has \{'width': 4\}"),
+    ],
+)
+def test_a_checkpoint_of_another_base(
+    tmp_path: Path, theirs: MupConfig | None, ours: MupConfig | None, said: str
+) -> None:
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(policy(mup=theirs), datamodule=data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = policy(mup=ours)
+    with pytest.raises(UserError, match=said):
+        trainer(tmp_path).fit(other, datamodule=data(), ckpt_path=tmp_path / "a.ckpt")
+    assert same(other, policy(mup=ours))
+    with pytest.raises(UserError, match=said):
+        PolicyModule.load_from_checkpoint(
+            tmp_path / "a.ckpt",
+            weights_only=True,
+            network=partial(ResidualMLP, width=8, depth=1),
+            algorithm=Regression(),
+            mup=ours,
+        )
+
+
+def test_a_checkpoint_of_another_network_at_the_same_base(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(policy(mup=MUP), datamodule=data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    for network, said in (
+        (partial(ResidualMLP, width=8, depth=2), r"at the muP base \{'width': 4\} its network has other shapes"),
+        (partial(ResidualMLP, width=16, depth=1), r"network.input.weight has shape \(8, 4\) in it and \(16, 4\) here"),
+    ):
+        with pytest.raises(UserError, match=said):
+            trainer(tmp_path).fit(policy(mup=MUP, network=network), datamodule=data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_resume_under_mup_is_bit_identical(tmp_path: Path, base: str) -> None:
+    def start() -> PolicyModule:
+        return policy(mup=MUP, optimizer=OptimizerConfig(base, lr=1e-2, weight_decay=0.1, warmup_steps=2))
+
+    whole = start()
+    trainer(tmp_path, max_steps=20, max_epochs=-1).fit(whole, datamodule=data())
+
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    trainer(tmp_path, Save(), max_steps=20, max_epochs=-1).fit(start(), datamodule=data())
+    resumed = start()
+    with torch.no_grad():
+        resumed.network.readout.weight.add_(1)  # whatever it starts from does not matter
+    trainer(tmp_path, max_steps=20, max_epochs=-1).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "half.ckpt")
+    assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("base", [{"depth_": 1}, {"width": 4, "channels": [4]}])
+def test_keywords_that_the_network_does_not_have(base: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"mup\.base .*name keywords of the network that scale with it"):
+        policy(mup=MupConfig(base))
+
+
+def test_a_base_wider_than_the_network() -> None:
+    with pytest.raises(
+        ValueError, match=r"shape \(8, 4\), narrower than the base model's \(16, 4\); choose a base width"
+    ):
+        policy(mup=MupConfig({"width": 16}))

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import faulty_environment
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from toy_environment import SPEC, Toy, forget, length
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.evaluate import Episode, evaluate
+from dopr_lightning.rollout.seat import Seat
 
 SEEDS = [11, 3, 4, 8, 5, 21, 2, 9, 14]
 
@@ -82,6 +85,57 @@ def test_the_metric_chooses_the_value() -> None:
     assert [e.value for e in episodes] == [e.max_reward for e in episodes]
 
 
+def test_success_as_the_metric() -> None:
+    spec = replace(faulty_environment.SPEC, metric="success")  # where the seed is a multiple of 3, at step 4 of 5 to 7
+    episodes = evaluate(Feedback(act=3), spec, [3, 4, 6, 8])
+    assert [e.value for e in episodes] == [1.0, 0.0, 1.0, 0.0]
+    assert [e.success for e in episodes] == [True, False, True, False]
+    with pytest.raises(UserError, match=r"DoprToy-v0 reports no 'is_success' \(seed 3\)"):
+        evaluate(Feedback(), replace(SPEC, metric="success"), [3])
+
+
+def test_the_actions_are_kept() -> None:
+    """As the policy gave them, and only those executed."""
+    policy = Feedback(act=4)
+    (episode,) = evaluate(policy, SPEC, [7])  # 6 steps: looks at t = 0, 4
+    shown = torch.cat(policy.seen)[:, -1, 0]
+    np.testing.assert_array_equal(episode.actions, -0.5 * shown.repeat_interleave(4)[:6, None].numpy())
+
+
+def test_cameras() -> None:
+    """States as without, and each camera's latest frames, channels first."""
+
+    class Looking(Feedback):
+        def __init__(self) -> None:
+            super().__init__(observe=3, act=2)
+            self.images: list[dict[str, Tensor]] = []
+
+        def predict(self, observations: Any, generators: Sequence[torch.Generator]) -> Tensor:
+            assert set(observations) == {"state", "images"}
+            self.images.append(observations["images"])
+            return super().predict(observations["state"], generators)
+
+    flat, looking = Feedback(observe=3, act=2), Looking()
+    cameras = ("wrist", "front")  # of three
+    kwargs = {"cameras": ("front", "side", "wrist")}
+    spec = replace(faulty_environment.SPEC, cameras=cameras, kwargs=kwargs)
+    episodes = evaluate(looking, spec, [3, 4], num_envs=2)
+    assert episodes == evaluate(flat, faulty_environment.SPEC, [3, 4], num_envs=2)
+    assert all(torch.equal(one, other) for one, other in zip(flat.seen, looking.seen, strict=True))
+    clocks = [window[0, :, 1].tolist() for window in looking.seen]
+    assert clocks[:3] == [[0, 0, 0], [0, 1, 2], [2, 3, 4]]
+    for images, states in zip(looking.images, looking.seen, strict=True):
+        assert set(images) == set(cameras)
+        for camera, number in (("wrist", 2), ("front", 0)):
+            assert images[camera].dtype == torch.uint8
+            assert images[camera].shape == (len(states), 3, 3, 4, 6)
+            pixel = images[camera][:, :, :, 1, 2]
+            assert torch.equal(pixel[..., 0], states[..., 1].to(torch.uint8))  # red is the time
+            assert (pixel[..., 1] == number).all()
+            assert (pixel[..., 2] == 255).all()
+            assert images[camera].sum() == pixel.sum()
+
+
 def test_the_window_rolls_and_starts_padded() -> None:
     policy = Feedback(observe=3, act=2)
     evaluate(policy, SPEC, [7])  # 6 steps: looks at t = 0, 2, 4
@@ -134,6 +188,30 @@ def test_a_simulator_does_not_notice_its_neighbours() -> None:
     one, four = (evaluate(Linear(), spec, range(100, 109), num_envs) for num_envs in (1, 4))
     assert one == four
     assert len({episode.return_ for episode in one}) == 9
+
+
+def test_every_evaluation_starts_from_the_same_states() -> None:
+    """Also where a reset without a seed would go on with the generator of the episode before."""
+    spec = faulty_environment.SPEC
+    first = evaluate(Feedback(), spec, SEEDS, num_envs=1)
+    assert len({episode.return_ for episode in first}) == len(SEEDS)
+    assert evaluate(Feedback(), spec, SEEDS, num_envs=1) == first
+    assert evaluate(Feedback(), spec, SEEDS[::-1], num_envs=4)[::-1] == first
+
+
+def test_a_simulator_starts_from_the_same_state_again() -> None:
+    seat = Seat(EnvironmentSpec("Hopper-v5", 1000, "return"), observe=1)
+    chunk = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
+
+    def episode(seed: int) -> np.ndarray:
+        return np.concatenate([part.observations[0].state for part in (seat.start(seed), seat.execute(chunk))])
+
+    first, other = episode(5), episode(6)
+    assert not np.array_equal(first[:11], other[:11])
+    np.testing.assert_array_equal(episode(5), first)
+    seat.close()
+    np.testing.assert_array_equal(episode(5), first)  # in a new environment
+    seat.close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

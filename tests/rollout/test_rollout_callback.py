@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faulty_environment
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from scipy.stats import binomtest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from toy_environment import SPEC, Toy, forget, length
 
@@ -128,6 +135,88 @@ def test_validation_and_test(tmp_path: Path) -> None:
     assert "rollout/return" in logged.splitlines()[0]
 
 
+def test_success_is_a_rate_beside_the_metric(tmp_path: Path) -> None:
+    """Reported of seeds 3 n: 3 of the 11 from 40 on."""
+    run = trainer(tmp_path, [RolloutEvaluation(report_episodes=11, num_envs=4)])
+    run.test(Constant(), datamodule=data(faulty_environment.SPEC), verbose=False)
+    metrics = {name: value.item() for name, value in run.callback_metrics.items()}
+    assert metrics["rollout/success"] == pytest.approx(3 / 11)
+    wilson = binomtest(3, 11).proportion_ci(method="wilson")
+    assert metrics["rollout/success_low"] == pytest.approx(wilson.low)
+    assert metrics["rollout/success_high"] == pytest.approx(wilson.high)
+    returns = [line["return"] for line in records(tmp_path)]
+    assert metrics["rollout/return"] == pytest.approx(np.mean(returns), rel=1e-5)
+    assert metrics["rollout/ci95_low"] == pytest.approx(bootstrap_interval(returns)[0], rel=1e-5)
+
+    spec = replace(faulty_environment.SPEC, metric="success")
+    run = trainer(tmp_path / "as_metric", [RolloutEvaluation(report_episodes=11, num_envs=4)])
+    run.test(Constant(), datamodule=data(spec), verbose=False)
+    again = {name: value.item() for name, value in run.callback_metrics.items()}
+    assert [again[f"rollout/{name}"] for name in ("success", "ci95_low", "ci95_high")] == [
+        metrics[f"rollout/{name}"] for name in ("success", "success_low", "success_high")
+    ]
+    assert "rollout/return" not in again
+
+
+def test_where_success_is_never_reported_there_is_no_rate(tmp_path: Path) -> None:
+    run = trainer(tmp_path, [RolloutEvaluation(report_episodes=1, first_seed=41)])
+    run.test(Constant(), datamodule=data(), verbose=False)
+    assert {name for name in run.callback_metrics if name.startswith("rollout/")} == {
+        f"rollout/{name}" for name in ("return", "ci95_low", "ci95_high", "episodes")
+    }
+
+
+def test_the_best_and_the_worst_are_filmed(tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, [RolloutEvaluation(report_episodes=5, videos=2)], logger=tensorboard)
+    run.test(Constant(), datamodule=data(faulty_environment.SPEC), verbose=False)
+    ranked = sorted(records(tmp_path), key=lambda line: line["return"])
+    shown = {"best": ranked[-1], "worst": ranked[0]}
+    names = {path.name for path in (tmp_path / "videos").iterdir()}
+    assert names == {f"step-0-seed-{e['seed']}-return-{e['return']:.3g}.mp4" for e in shown.values()}
+
+    events = EventAccumulator(str(tmp_path), {"images": 0})
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == ["rollout/best", "rollout/worst"]
+    for name, line in shown.items():
+        (image,) = events.Images(f"rollout/{name}")
+        gif = Image.open(io.BytesIO(image.encoded_image_string))
+        assert gif.n_frames == 1 + -(-line["length"] // 2)  # type: ignore[attr-defined]  # 25 of 50 frames a second
+
+
+def test_training_goes_on_without_films(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    run = trainer(tmp_path, [RolloutEvaluation(episodes=3, videos=2)])
+    with caplog.at_level(logging.WARNING):
+        run.fit(Constant(), datamodule=data())
+    warned = [message for message in caplog.messages if "no video" in message]
+    assert len(warned) == 1
+    assert "DoprToy-v0 cannot be made to render" in warned[0]
+    assert len(records(tmp_path)) == 6
+
+
+def test_no_encoder_for_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(UserError, match=r"pip install 'dopr-lightning\[video\]'"):
+        trainer(tmp_path, [RolloutEvaluation(videos=1)]).fit(Constant(), datamodule=data())
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_workers(tmp_path: Path) -> None:
+    """A failure on the way is in the record."""
+    fault = {"fault": "raise", "seeds": [42], "folder": str(tmp_path / "attempts")}
+    (tmp_path / "attempts").mkdir()
+    run = trainer(tmp_path, [RolloutEvaluation(report_episodes=4, num_envs=2, workers=1)])
+    spec = replace(faulty_environment.SPEC, kwargs=fault)
+    run.test(Constant(), datamodule=data(spec), verbose=False)
+    lines = records(tmp_path)
+    assert {line["seed"]: line["restarts"] for line in lines} == {40: 0, 41: 0, 42: 1, 43: 0}
+    calm = trainer(tmp_path / "calm", [RolloutEvaluation(report_episodes=4)])
+    calm.test(Constant(), datamodule=data(faulty_environment.SPEC), verbose=False)
+    assert [line | {"restarts": 0} for line in lines] == records(tmp_path / "calm")
+
+
 def test_a_chosen_first_seed(tmp_path: Path) -> None:
     run = trainer(tmp_path, [RolloutEvaluation(report_episodes=2, first_seed=7)])
     run.test(Constant(), datamodule=data(), verbose=False)
@@ -193,15 +282,42 @@ def test_no_environment(tmp_path: Path) -> None:
         trainer(tmp_path, [RolloutEvaluation()]).fit(Constant(), train_dataloaders=loader)
 
 
-@pytest.mark.parametrize("name", ["episodes", "report_episodes", "every_n_epochs", "num_envs"])
-def test_counts_must_be_positive(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}=0"):
-        RolloutEvaluation(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("episodes", -1),
+        ("report_episodes", -1),
+        ("every_n_epochs", 0),
+        ("num_envs", 0),
+        ("workers", -1),
+        ("timeout_s", 0),
+        ("videos", -1),
+    ],
+)
+def test_counts_have_a_least(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"{name}={value}; must be at least {value + 1}"):
+        RolloutEvaluation(**{name: value})
 
 
-@pytest.mark.parametrize("episodes", [5, 1])
-def test_two_processes_share_the_seeds(tmp_path: Path, episodes: int) -> None:
-    """Also when there are more processes than seeds."""
+def test_no_episodes_are_no_rollouts(tmp_path: Path) -> None:
+    """Neither on the way nor at the end; and nothing of an earlier evaluation is left to be taken for one."""
+    callback = RolloutEvaluation(episodes=2, report_episodes=0)
+    run = trainer(tmp_path, [callback])
+    run.fit(Constant(), datamodule=data())
+    seen = list(Toy.resets)
+    assert len(callback.latest) == 2
+    run.test(Constant(), datamodule=data(), verbose=False)
+    assert Toy.resets == seen
+    assert callback.latest == []
+    run = trainer(tmp_path / "none", [RolloutEvaluation(episodes=0)])
+    run.fit(Constant(), datamodule=data())
+    assert Toy.resets == seen
+    assert not any(name.startswith("rollout/") for name in run.callback_metrics)
+
+
+@pytest.mark.parametrize(("processes", "episodes"), [(2, 5), (2, 1), (3, 7)])
+def test_processes_share_the_seeds(tmp_path: Path, processes: int, episodes: int) -> None:
+    """Also unequally, or when there are more processes than seeds."""
 
     class Note(Callback):
         def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -209,15 +325,17 @@ def test_two_processes_share_the_seeds(tmp_path: Path, episodes: int) -> None:
             (tmp_path / f"rank{trainer.global_rank}.json").write_text(json.dumps([Toy.resets, noted]))
 
     callbacks: list[Callback] = [RolloutEvaluation(episodes=episodes, num_envs=2), Note()]
-    run = trainer(tmp_path, callbacks, devices=2, strategy="ddp_fork", max_epochs=1, num_sanity_val_steps=0)
+    run = trainer(tmp_path, callbacks, devices=processes, strategy="ddp_fork", max_epochs=1, num_sanity_val_steps=0)
     run.fit(Constant(), datamodule=data())
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(processes)]
     seeds = [40 + SELECTION_OFFSET + i for i in range(episodes)]
-    assert sorted(first[0]) == seeds[::2]
-    assert sorted(second[0]) == seeds[1::2]
-    assert str(first[1]) == str(second[1])  # as text: one episode's interval is nan
-    assert first[1]["rollout/episodes"] == episodes
-    assert first[1]["rollout/return"] == pytest.approx(np.mean([toy_return(s, 0.02) for s in seeds]), rel=1e-5)
+    steps = -(-4 // processes)  # an epoch's, of which each raises the action by 0.01
+    for rank, (run_here, noted) in enumerate(ranks):
+        assert sorted(run_here) == seeds[rank::processes]
+        assert str(noted) == str(ranks[0][1])  # as text: one episode's interval is nan
+        assert noted["rollout/episodes"] == episodes
+        wanted = np.mean([toy_return(s, steps / 100) for s in seeds])
+        assert noted["rollout/return"] == pytest.approx(wanted, rel=1e-5)
     assert [line["seed"] for line in records(tmp_path)] == seeds
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.statistics import bootstrap_interval, nested_bootstrap_interval
+from dopr_lightning.rollout.statistics import bootstrap_interval, nested_bootstrap_interval, wilson_interval
 
 
 def test_the_interval_agrees_with_normal_theory() -> None:
@@ -90,6 +91,21 @@ def test_one_episode_and_equal_episodes() -> None:
     assert nested_bootstrap_interval([[1.0], [1.0]]) == (1.0, 1.0)
     low, high = bootstrap_interval([0.0, 1.0])
     assert 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+@pytest.mark.parametrize("episodes", [1, 2, 20, 50, 1000])
+def test_wilson_against_scipy(episodes: int, level: float) -> None:
+    for successes in {0, 1, episodes // 3, episodes - 1, episodes}:
+        theirs = binomtest(successes, episodes).proportion_ci(level, method="wilson")
+        ours = wilson_interval(successes, episodes, level)
+        np.testing.assert_allclose(ours, (theirs.low, theirs.high), rtol=1e-12, atol=1e-15)
+        assert 0 <= ours[0] <= successes / episodes <= ours[1] <= 1
+
+
+def test_no_episodes_have_no_rate() -> None:
+    with pytest.raises(UserError, match="0 episodes"):
+        wilson_interval(0, 0)
 
 
 @pytest.mark.parametrize("groups", [[], [[]], [[1.0], []], [[1.0, math.nan]]])

@@ -1,0 +1,222 @@
+"""What happens in an environment between two looks of the policy.
+
+Worker processes run this module, so it imports nothing that takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.errors import UserError
+from dopr_lightning.rollout.environments import make
+
+Array = npt.NDArray[Any]
+
+# Of films. Software rendering takes up to a second per frame, and Hopper has 125 of them per second.
+FRAME_RATE = 25
+FRAME_SIZE = 256
+
+_REMEDY = "check the environment's installation with that seed"
+_OPENGL = "for MuJoCo without a screen, set MUJOCO_GL=egl, which needs: apt-get install libegl1 libgl1-mesa-dri"
+
+
+class SimulationError(UserError):
+    """The environment failed, not the policy: the same episode in a new one may not."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Of an environment.
+
+    Args:
+        state: Shape of what it observes, images aside.
+        action: Shape of what it takes.
+        frame_rate: Of its films, in frames per second of simulated time.
+    """
+
+    state: tuple[int, ...]
+    action: tuple[int, ...]
+    frame_rate: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy may see at one time.
+
+    Args:
+        state: (O,), float32.
+        images: By camera, (H, W, 3), uint8.
+    """
+
+    state: Array
+    images: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of an episode: its reset, or a chunk of actions.
+
+    Args:
+        observations: The latest ones, at most as many as the policy sees; without that of the episode's end.
+        rewards: One per step.
+        success: Whether ``is_success`` was reported in it; ``None`` where no such thing was said.
+        done: The episode is over.
+        frames: Filmed, (H, W, 3) uint8.
+    """
+
+    observations: tuple[Observation, ...] = ()
+    rewards: tuple[float, ...] = ()
+    success: bool | None = None
+    done: bool = False
+    frames: tuple[Array, ...] = ()
+
+
+class Seat:
+    """An environment, made when first needed, and the episode under way in it.
+
+    Args:
+        spec: Of the environment.
+        observe: Observations the policy sees at once.
+        film: Render what happens.
+    """
+
+    def __init__(self, spec: EnvironmentSpec, observe: int, film: bool = False) -> None:
+        self._spec = spec
+        self._observe = observe
+        self._film = film
+        self._env: Any = None
+        self._seed = 0
+        self._steps = 0
+
+    def describe(self) -> Description:
+        """What the environment gives and takes.
+
+        Raises:
+            UserError: There is no such environment.
+        """
+        env = self._made()
+        state = env.observation_space["state"] if self._spec.cameras else env.observation_space
+        return Description(state.shape, env.action_space.shape, self._rate() / self._stride())
+
+    def start(self, seed: int) -> Stretch:
+        """Begin an episode.
+
+        Raises:
+            SimulationError: The environment raised something, or its observation is not sound.
+            UserError: There is no such environment.
+        """
+        env = self._made()
+        self._seed, self._steps = seed, 0
+        observation, _ = self._guard(partial(env.reset, seed=seed))
+        return Stretch((self._checked(observation),), frames=tuple(self._frames()))
+
+    def execute(self, chunk: Array) -> Stretch:
+        """Take actions (act, A) in turn, until the episode ends.
+
+        Raises:
+            SimulationError: As for `start`.
+            UserError: An action is not finite.
+        """
+        space = self._env.action_space
+        seen: deque[Observation] = deque(maxlen=self._observe)
+        rewards: list[float] = []
+        frames: list[Array] = []
+        success, done = None, False
+        for action in chunk:
+            if not np.isfinite(action).all():
+                raise UserError(
+                    f"{self._spec.id}: the policy's action is not finite in the episode with seed {self._seed}, step "
+                    f"{self._steps}; the training diverged, lower the learning rate or load another checkpoint"
+                )
+            clipped = np.clip(action, space.low, space.high).astype(space.dtype)
+            observation, reward, terminated, truncated, info = self._guard(partial(self._env.step, clipped))
+            self._steps += 1
+            rewards.append(float(reward))
+            if "is_success" in info:
+                success = bool(success) or bool(info["is_success"])
+            done = bool(terminated or truncated)
+            frames += self._frames(last=done)
+            if done:
+                break
+            seen.append(self._checked(observation))
+        return Stretch(tuple(seen), tuple(rewards), success, done, tuple(frames))
+
+    def close(self) -> None:
+        """Free the environment; the next episode gets a new one."""
+        if self._env is not None:
+            env, self._env = self._env, None
+            env.close()
+
+    def _made(self) -> Any:
+        if self._env is None:
+            spec = self._spec
+            if self._film:
+                spec = replace(spec, kwargs=spec.kwargs | {"render_mode": "rgb_array"})
+            try:
+                self._env = make(spec)
+            except UserError:
+                raise
+            except Exception as error:  # a simulator may raise anything
+                what = "cannot be made to render" if self._film else "cannot be made"
+                raise SimulationError(f"{spec.id} {what} with {spec.kwargs}: {_line(error)}") from error
+        return self._env
+
+    def _checked(self, observation: Any) -> Observation:
+        # Copies: the simulator may go on writing to the same memory, and the policy looks back.
+        cameras = self._spec.cameras
+        state = np.array(observation["state"] if cameras else observation, dtype=np.float32)
+        if not np.isfinite(state).all():
+            raise SimulationError(f"{self._where()}: the environment's observation is not finite; {_REMEDY}")
+        return Observation(state, {camera: np.array(observation["images"][camera]) for camera in cameras})
+
+    def _frames(self, last: bool = False) -> list[Array]:
+        """The present frame, if it is one to film."""
+        if not self._film or (self._steps % self._stride() and not last):
+            return []
+        frame = self._guard(self._env.render, _OPENGL)
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,):
+            raise SimulationError(f"{self._spec.id} renders no images in render_mode='rgb_array'")
+        return [_small(frame)]
+
+    def _rate(self) -> float:
+        return float(self._env.metadata.get("render_fps") or FRAME_RATE)
+
+    def _stride(self) -> int:
+        return max(1, round(self._rate() / FRAME_RATE))
+
+    def _guard(self, function: Callable[[], Any], remedy: str = _REMEDY) -> Any:
+        # Dropping a failed episode would flatter the policy.
+        try:
+            return function()
+        except Exception as error:
+            raise SimulationError(f"{self._where()}: {_line(error)}; {remedy}") from error
+
+    def _where(self) -> str:
+        return where(self._spec, self._seed, self._steps)
+
+
+def where(spec: EnvironmentSpec, seed: int, step: int) -> str:
+    """What failed: the beginning of a message."""
+    return f"{spec.id} failed in the episode with seed {seed}, step {step}"
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _small(frame: Array) -> Array:
+    """At most FRAME_SIZE high and wide; both even, as H.264 wants them."""
+    from PIL import Image
+
+    height, width = frame.shape[:2]
+    scale = min(1.0, FRAME_SIZE / max(height, width))
+    width, height = (2 * max(1, round(scale * side / 2)) for side in (width, height))
+    return np.asarray(Image.fromarray(frame).resize((width, height)))
