@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
@@ -224,7 +225,9 @@ def find_config(name: str) -> str:
     """
     path = locate(name)
     if not Path(path).is_file():
-        raise UserError(f"no configuration file {name!r} here, nor in the package, which has {', '.join(available())}")
+        close = difflib.get_close_matches(name, available(), n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else "dopr --help lists the package's"
+        raise UserError(f"no configuration file {name!r} here, nor in the package; {hint}")
     return path
 
 

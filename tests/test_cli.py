@@ -65,9 +65,9 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ([*COMPARE, "--model.network.widht", "3"], ["model.network", "'widht'"]),
     ([*COMPARE, "--seed", "1"], ["--seed"]),
     # Files that are not there, or broken.
-    (["fit", "--config", "nothere.yaml"], ["'nothere.yaml'", "humanoid.yaml", "pusht.yaml"]),
-    (["fit", "--config=nothere.yaml"], ["'nothere.yaml'", "humanoid.yaml", "pusht.yaml"]),
-    (["compare", "--config", "nothere.yaml", "--output", "out"], ["'nothere.yaml'", "humanoid.yaml", "pusht.yaml"]),
+    (["fit", "--config", "nothere.yaml"], ["'nothere.yaml'", "dopr --help"]),
+    (["fit", "--config=nothere.yaml"], ["'nothere.yaml'", "dopr --help"]),
+    (["compare", "--config", "nothere.yaml", "--output", "out"], ["'nothere.yaml'", "dopr --help"]),
     ([*FIT, "--config", "broken.yaml"], ["line 2"]),
     (["test", "--config", CONFIG, "--ckpt_path", "nothere.ckpt"], ["nothere.ckpt", "no such file"]),
     (["test", "--config", CONFIG, "--ckpt_path", "broken.yaml"], ["broken.yaml", "not a checkpoint"]),

@@ -22,7 +22,7 @@ DOPR = [command for command in COMMANDS if command.startswith("dopr ")]
 SMALL = {
     "compare": ["--optimizers=adamw,dopr-muon", "--seeds=0", "--episodes=2", "--workers=1", "--trainer.max_steps=60"],
     "fit": ["--trainer.max_steps=110", "--trainer.limit_train_batches=40", "--rollout.episodes=2"],
-    "coord-check": ["--optimizers=dopr-adamw", "--widths=32,64,128", "--seeds=0", "--steps=2"],
+    "coord-check": ["--optimizers=dopr-adamw", "--seeds=0"],
     "sweep": ["--widths=16,32", "--lr-octaves=0.5", "--seeds=0", "--parametrizations=mup", "--trainer.max_steps=110"],
     "bench": ["--models=mlp-256", "--threads=1"],
     "demos": [],

@@ -255,7 +255,9 @@ def test_quantities_are_what_they_are_called() -> None:
     def loss(model: nn.Module) -> Tensor:
         return model(tokens).square().mean()
 
+    state = torch.get_rng_state()
     found = coordinate_check(build, loss, widths, steps=1, seeds=[7])
+    assert torch.equal(torch.get_rng_state(), state)
     rows = {(row.layer, row.quantity): row for row in found.rows}
     for index, width in enumerate(widths):
         torch.manual_seed(7)
@@ -418,6 +420,17 @@ def test_what_cannot_be_judged_is_said() -> None:
         f"{layer}: ||dW||: diverged at width 2; lower the learning rate" for layer in "01"
     ]
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["passed"] is False
+
+
+def test_other_bounds_may_be_right() -> None:
+    x = torch.ones(4, 3)
+    found = coordinate_check(
+        linear_build(0.1), lambda model: model(x).square().mean(), [2, 4, 8], seeds=[0], bounds={"update": (-9.0, 8.0)}
+    )
+    bounds = {row.quantity: (row.low, row.high) for row in found.rows if row.layer == "0"}
+    assert bounds["update"] == (-9.0, 8.0)
+    assert bounds["spectral"] == bounds["change"] == (-0.15, 0.15)
+    assert all(row.passed for row in found.rows if row.quantity == "update")
 
 
 def command(output: Path, *more: str) -> list[str]:

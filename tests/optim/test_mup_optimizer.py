@@ -123,6 +123,22 @@ def test_eps_by_hand() -> None:
     assert not any("eps" in key for group in optimizer.param_groups for key in group)
 
 
+def test_roles_are_read_off_the_shapes() -> None:
+    """Not guessed from the order, by which the last matrix would be the readout."""
+
+    def factory(width: int) -> nn.Module:
+        sizes = {"readout": (width, 2), "input": (5, width), "other": (3, width), "hidden": (width, width)}
+        return nn.ModuleDict({name: nn.Linear(*inout, bias=False) for name, inout in sizes.items()})
+
+    spec, model = MupSpec.from_factory(factory, width=BASE), factory(WIDTH)
+    assert groups(model, make_optimizer(model, "muon", lr=0.01, mup=spec), "lr_mult") == {
+        "readout.weight": 1 / M,
+        "input.weight": 1,
+        "other.weight": 1,
+        "hidden.weight": M**-0.5,
+    }
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     model = Net(WIDTH)
     model.input.requires_grad_(False)
@@ -209,7 +225,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_that_scale_each_groups_rate(name: str) -> None:
     """To their end and beyond, every rate is the multiplier times what a plain optimizer at the base rate has."""
-    model, optimizer = start()
+    model, optimizer = start(width=3 * BASE)  # thirds: rates differ by rounding
     plain = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.01)
     schedulers = [SCHEDULERS[name](o) for o in (optimizer, plain)]
     seen = set()

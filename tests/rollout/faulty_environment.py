@@ -25,8 +25,9 @@ class Faulty(gymnasium.Env[Any, Any]):
     always the same arrays, overwritten. Episodes last 5 + seed % 3 steps; those of multiples of 3 succeed.
 
     Args:
-        fault: What goes wrong: ``raise``, ``die``, ``exit`` or ``hang``, at step 3; ``make``, when made; ``drift``:
-            each episode starts elsewhere; ``blind``: nothing is rendered.
+        fault: What goes wrong: ``raise``, ``die``, ``exit`` or ``hang``, at step 3, after which it is of no more use;
+            ``reset``: it dies there; ``make``: when made; ``drift``: each episode starts elsewhere; ``blind``: nothing
+            is rendered.
         seeds: In which episodes.
         times: How often in each.
         folder: Where to count that, over processes.
@@ -54,13 +55,18 @@ class Faulty(gymnasium.Env[Any, Any]):
         state = Box(-np.inf, np.inf, (2,), np.float32)
         images = Dict({camera: Box(0, 255, (4, 6, 3), np.uint8) for camera in cameras})
         self.observation_space = Dict({"state": state, "images": images}) if cameras else state
+        self.broken = False
         self.state = np.zeros(2, np.float32)
         self.images = {camera: np.zeros((4, 6, 3), np.uint8) for camera in cameras}
         if fault == "make":
             os._exit(3)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        assert not self.broken
         super().reset(seed=seed)
+        if self.fault == "reset" and seed in self.bad_seeds:
+            self.seed = seed
+            self._fail()
         self.seed, self.t, self.x = seed or 0, 0, self.np_random.normal()
         Faulty.episodes += 1
         if self.fault == "drift":
@@ -91,12 +97,13 @@ class Faulty(gymnasium.Env[Any, Any]):
         if number == self.times:
             return
         (attempts / f"{self.seed}-{number}").touch()
+        self.broken = True
         match self.fault:
             case "raise":
                 raise RuntimeError("the simulator\nfell over")
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "exit":
+            case "exit" | "reset":
                 os._exit(3)
             case "hang":
                 time.sleep(600)

@@ -133,6 +133,18 @@ def test_what_others_do_does_not_count_against_an_episode(tmp_path: Path) -> Non
     assert [episode.restarts for episode in episodes] == [2, 2, 2]
 
 
+def test_episodes_that_have_not_begun_are_not_lost(tmp_path: Path) -> None:
+    """Three in one process, each in turn kills it when reset."""
+    seeds = [1, 2, 9]
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        episodes = evaluate(Separate(), failing(folder, "reset", seeds=(seed,)), seeds, num_envs=3, workers=1)
+        assert same(episodes, evaluate(Separate(), SPEC, seeds))
+        # Those reset before it are begun again as well, those after it only now.
+        assert [e.restarts for e in episodes] == [int(s <= seed) for s in seeds]
+
+
 @pytest.mark.parametrize("fault", ["raise", "die"])
 def test_two_failures_are_an_error(tmp_path: Path, fault: str) -> None:
     with pytest.raises(UserError, match=r"seed 9, step [23].*; it failed 2 times"):
