@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     next(iter(subjects.values())).try_widths()
     checks: Checks = {}
     for (arm, kind), subject in subjects.items():
-        print(f"{arm.name}, {kind}: training {len(task.keywords) * len(task.seeds)} networks for {options.steps} steps")
+        print(f"{arm.name}, {kind}: training {len(task.keywords) * len(task.seeds)} networks", flush=True)
         found = coordinate_check(
             subject.build,
             subject.loss,
