@@ -215,8 +215,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
                 axes.set_ylim(least * 0.95, max(row["loss"] for row in shown) * 1.4)
     grid[0, 0].legend(title="width", fontsize=7, title_fontsize=7)
     figure.suptitle(
-        f"{results['task']}, {results['optimizer']}, {results['budget']['steps']} steps; lines: means of "
-        f"{len(results['seeds'])} seeds, shades: their range, stars: best, dashes: best at the narrowest",
+        f"{results['task']}, {results['optimizer']}, {results['budget']['steps']} steps\n"
+        f"lines: means of {len(results['seeds'])} seeds, shades: their range, stars: best, dashes: best at the narrowest",
         fontsize=8,
     )
     figure.savefig(path, dpi=150)
