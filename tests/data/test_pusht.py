@@ -171,7 +171,7 @@ def test_the_protocol_with_images() -> None:
         action = state[2:4].astype(np.float32)  # towards the block
         observation, reward, *_ = env.step(action)
         state, reward_of_state, *_ = state_env.step(action)
-        assert reward == reward_of_state
+        assert reward == pytest.approx(reward_of_state, rel=1e-9)  # gym-pusht sums areas in any order
     env.close(), state_env.close()
 
 
