@@ -2,7 +2,7 @@
 
 All three serve the same random demonstrations, written to a temporary folder: as robomimic's HDF5 file, and as arrays
 (the images memory-mapped). They take turns in one process, for a moment each, in an order that rotates, so that what
-disturbs one disturbs the others; the table has medians over the rounds, and quartiles.
+disturbs one disturbs the others; the table has medians over the rounds, and quartiles, of rates and of ratios.
 
     python benchmarks/data_loading.py
 
@@ -27,7 +27,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,17 +207,17 @@ def forever(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
 
 
 def table(title: str, found: Mapping[str, list[float]]) -> str:
-    ours = statistics.median(found["dopr"])
-    lines = [
-        title,
-        "",
-        "| loader | samples/s | quartiles | dopr is so many times as fast |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    """Medians and quartiles; of the ratio those of each round's, in which both met the same disturbance."""
+    lines = [title, "", "| loader | samples/s | dopr's over it |", "| --- | ---: | ---: |"]
     for name, values in found.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        lines.append(f"| {name} | {middle:,.0f} | {low:,.0f} .. {high:,.0f} | {ours / middle:.3g} |")
+        ratios = [ours / theirs for ours, theirs in zip(found["dopr"], values, strict=True)]
+        lines.append(f"| {name} | {spread(values, ',.0f')} | {spread(ratios, '.1f') if name != 'dopr' else ''} |")
     return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    low, middle, high = (format(value, form) for value in statistics.quantiles(values, n=4))
+    return f"{middle} ({low} .. {high})"
 
 
 def main() -> None:

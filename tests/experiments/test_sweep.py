@@ -118,7 +118,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "lr": pytest.approx(best, rel=1e-3),
         "weight_decay": 1e-5,
         "damping": 0.01,
-        "mup": {"base": {"width": 8}, "weight_decay": "independent"},
+        "mup": {"base": {"width": 8}, "weight_decay": "independent", "zero_readouts": True},
     }
 
     # The same again: nothing is trained. One more width and seed: only theirs. Fewer: refused.
