@@ -216,7 +216,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     grid[0, 0].legend(title="width", fontsize=7, title_fontsize=7)
     figure.suptitle(
         f"{results['task']}, {results['optimizer']}, {results['budget']['steps']} steps\n"
-        f"lines: means of {len(results['seeds'])} seeds, shades: their range, stars: best, dashes: best at the narrowest",
+        f"lines: means of {len(results['seeds'])} seeds, shades: their range, stars: best, dashes: the narrowest's",
         fontsize=8,
     )
     figure.savefig(path, dpi=150)
