@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dopr_lightning.optim.muon import as_matrix, orthogonalize, stackable
+from dopr_lightning.optim.muon import MatrixOptimizer, as_matrix, orthogonalize
 
 Scale = Literal["rms", "spectral"]
 
@@ -21,7 +20,7 @@ _POWER_STEPS = 3
 """One is enough once the direction is found; the others find it in the first updates, which are the largest."""
 
 
-class AdaMuon(Optimizer):
+class AdaMuon(MatrixOptimizer):
     r"""Implements AdaMuon (Si, Zhang and Shen 2025, arXiv 2507.11005, Algorithm 1).
 
     .. math::
@@ -85,20 +84,7 @@ class AdaMuon(Optimizer):
             for parameter in group["params"]:
                 as_matrix(parameter, "AdaMuon")  # refuses what is none
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; ``closure``, if any, is evaluated before."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameters in stackable([p for p in group["params"] if p.grad is not None]):
-                self._step(parameters, group)
-        return loss
-
     def _step(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Step parameters that are matrices of one shape."""
         weights = [as_matrix(p) for p in parameters]
         gradients = [p.grad.reshape(w.shape) for p, w in zip(parameters, weights, strict=True)]  # type: ignore[union-attr]
         momenta = [as_matrix(self._state(p)["momentum_buffer"]) for p in parameters]

@@ -5,11 +5,12 @@ And what such optimizers are made of: parameters as matrices, many of one shape 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim._muon import _adjust_lr
 
 _STACK = 2**24
@@ -17,7 +18,27 @@ _STACK = 2**24
 temporary copies would cost memory and gain no time."""
 
 
-class Muon(torch.optim.Muon):
+class MatrixOptimizer(Optimizer):
+    """Steps parameters that are matrices of one shape together; a subclass says how in ``_step``."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; ``closure``, if any, is evaluated before."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameters in stackable([p for p in group["params"] if p.grad is not None]):
+                self._step(parameters, group)
+        return loss
+
+    def _step(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Step parameters that are matrices of one shape."""
+        raise NotImplementedError
+
+
+class Muon(MatrixOptimizer, torch.optim.Muon):
     """:class:`torch.optim.Muon` that also takes parameters of more than two dimensions, flattened behind the first.
 
     Matrices of one shape are orthogonalised together, and on the CPU not in bfloat16, which is slow there.
@@ -35,20 +56,7 @@ class Muon(torch.optim.Muon):
         for group, parameters in zip(self.param_groups, originals, strict=True):
             group["params"] = parameters
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; ``closure``, if any, is evaluated before."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameters in stackable([p for p in group["params"] if p.grad is not None]):
-                self._step(parameters, group)
-        return loss
-
-    def _step(self, parameters: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        """Step parameters that are matrices of one shape."""
+    def _step(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
         weights = [as_matrix(p) for p in parameters]
         gradients = [p.grad.reshape(w.shape) for p, w in zip(parameters, weights, strict=True)]  # type: ignore[union-attr]
         for p in parameters:
@@ -101,8 +109,8 @@ def orthogonalize(
 ) -> Tensor:
     """Matrices (k, rows, cols) with their singular values brought between 0.7 and 1.2, save for those near 0.
 
-    By the iteration of Newton and Schulz: in bfloat16 on accelerators, as torch's Muon, but on
-    the CPU, where that is several times slower, in the precision given or float32.
+    By the iteration of Newton and Schulz: in bfloat16 on accelerators, as torch's Muon, but on the CPU, where that is
+    several times slower, in the precision given or float32.
     """
     a, b, c = coefficients
     on_cpu = stacked.device.type == "cpu"
