@@ -94,7 +94,7 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     network = config["model"]["network"]["init_args"]
     for key, base in found["mup"]["base"].items():
-        if any(size < least for size, least in zip(_sizes(network[key]), _sizes(base), strict=True)):
+        if any(size < least for size, least in zip(sizes(network[key]), sizes(base), strict=True)):
             raise UserError(
                 f"{FLAG} {folder}: {key} {network[key]} is narrower than the sweep's base, {base}; widen it"
             )
@@ -120,5 +120,6 @@ def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
-def _sizes(value: Any) -> Sequence[int]:
+def sizes(value: Any) -> Sequence[int]:
+    """Those that a scaled keyword names: it holds one, or a list."""
     return value if isinstance(value, list) else [value]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
+from dopr_lightning.experiments.command import numbers, quiet_building, refuse_ours, seed_numbers, task_of
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
-
-T = TypeVar("T", int, float)
 
 OURS = {
     "--seed_everything": "--seeds",
@@ -37,10 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     options, overrides = _parser().parse_known_args(arguments)
     arms = parse_arms(options.optimizers)
-    seeds = numbers("--seeds", options.seeds, int)
+    seeds = seed_numbers(options.seeds)
     rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
     if not all(0 < rate < math.inf for rate in rates):
         raise UserError(f"--learning-rates {options.learning_rates}: a rate must be positive")
     if not 0 < options.damping < math.inf:
@@ -48,9 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("episodes", "workers"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    for flag in (override.partition("=")[0] for override in overrides):
-        if flag in OURS:
-            raise UserError(f"{flag} is what a comparison sets itself; use {OURS[flag]}")
+    refuse_ours(overrides, OURS, "a comparison")
 
     from dopr_lightning.training import find_config, resolve
 
@@ -166,31 +160,13 @@ def _parser() -> Parser:
     return parser
 
 
-def numbers(flag: str, text: str, kind: type[T]) -> list[T]:
-    """The numbers in the text of a comma-separated option.
-
-    Raises:
-        UserError: They are none, or one is there twice.
-    """
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag} {text}: give numbers separated by commas, 0,1,2") from None
-    if len(set(found)) < len(found):
-        raise UserError(f"{flag} {text}: a number is given twice")
-    return found
-
-
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:
     """Build everything, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
     from dopr_lightning.rollout.environments import make
-    from dopr_lightning.training import CLI, quiet
+    from dopr_lightning.training import CLI
 
-    quiet()
-    # What Lightning says of seeds and devices while everything is built is about no run.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_building()
     # One arm per set of DoPr's options is enough: names and damping are checked, and all else they share.
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
@@ -198,16 +174,8 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str
     environment = cli.datamodule.environment
     make(environment).close()
     cli.datamodule.train_dataloader()
-    provenance = cli.datamodule.provenance
-    return {
-        "id": environment.id,
-        "metric": environment.metric,
-        "first_seed": environment.first_seed,
+    return task_of(cli) | {
         "selection_seed": environment.first_seed + SELECTION_OFFSET,
-        "steps": cli.trainer.max_steps,
-        "batch_size": cli.datamodule.batch_size,
-        "train_episodes": provenance["train_episodes"],
         "parameters": sum(p.numel() for p in cli.model.parameters()),
         "lr": cli.model.optimizer_config.lr,
-        "data": provenance,
     }

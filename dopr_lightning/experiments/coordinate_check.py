@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ from torch.optim import Optimizer
 
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.compare import numbers
+from dopr_lightning.experiments.command import network_scales, numbers, quiet_building, refuse_ours, seed_numbers
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import ADAMUON, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.report import versions
@@ -51,12 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, found before anything is trained.
     """
-    from dopr_lightning.training import quiet
-
-    quiet()
-    # What Lightning says of devices while everything is built is about no run.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_building()
     options, overrides = _parser().parse_known_args(arguments)
     task = _task(options, overrides)
     path: Path = options.output / "results.json"
@@ -185,17 +178,7 @@ class _Subject:
         for what in ("observation", "action"):
             getattr(policy, f"{what}_normalizer").fit(self._statistics[what])
         policy.to(self._device)
-        config = policy.optimizer_config
-        optimizer = make_optimizer(
-            policy,
-            config.base,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            mup=policy.mup,
-            weight_decay_rule=policy.mup_config.weight_decay if policy.mup_config else "independent",
-            **config.options,
-        )
-        return policy, optimizer
+        return policy, make_optimizer(policy, **policy.optimizer_arguments)
 
     def loss(self, policy: Any) -> Tensor:
         """The policy's own; without a Trainer its step is 0 for ever, and so its noise is the same."""
@@ -221,17 +204,13 @@ def _task(options: Any, overrides: Sequence[str]) -> _Task:
     from dopr_lightning.training import find_config, resolve
 
     arms = parse_arms(options.optimizers)
-    seeds = numbers("--seeds", options.seeds, int)
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
+    seeds = seed_numbers(options.seeds)
     if options.steps < 1 or options.windows < 1:
         raise UserError(f"--steps and --windows must be at least 1, got {options.steps} and {options.windows}")
     for name in ("damping", "tolerance"):
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
-    for flag in (override.partition("=")[0] for override in overrides):
-        if flag in OURS:
-            raise UserError(f"{flag} is what a coordinate check sets itself; use {OURS[flag]}")
+    refuse_ours(overrides, OURS, "a coordinate check")
 
     base = (
         *(f"--config={find_config(name)}" for name in options.config),
@@ -242,7 +221,7 @@ def _task(options: Any, overrides: Sequence[str]) -> _Task:
     if dopr_of(config) is not None:
         raise UserError("the configuration brings DoPr; leave it out there, --optimizers says which are to have it")
     network = config["model"]["network"]
-    scales = _scales(network["class_path"])
+    scales = network_scales(network["class_path"])
     configured = size(network["init_args"][scales[0]])
     if options.widths is None:
         widths = [round(configured * NARROWEST * 2**k) for k in range(round(math.log2(WIDEST / NARROWEST)) + 1)]
@@ -253,19 +232,6 @@ def _task(options: Any, overrides: Sequence[str]) -> _Task:
     if len(widths) < 3 or widths[0] < 1:
         raise UserError(f"--widths {options.widths}: an exponent needs three or more, each at least 1; 64,128,256,512")
     return _Task(base, config, {width: scaled(network["init_args"], scales, width) for width in widths}, arms, seeds)
-
-
-def _scales(class_path: str) -> Sequence[str]:
-    """Keywords of the network that scale with the width, the width first."""
-    module, _, name = class_path.rpartition(".")
-    network = getattr(importlib.import_module(module), name)
-    scales = getattr(network, "scales", ())
-    if not scales:
-        raise UserError(
-            f"{network.__name__} does not say which of its keywords scale with the width; give it a class attribute, "
-            "scales = ('width',)"
-        )
-    return scales
 
 
 def _parser() -> Parser:

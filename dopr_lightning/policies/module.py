@@ -268,20 +268,17 @@ class PolicyModule(L.LightningModule):
         chunk = self.action_normalizer.inverse(self.algorithm.sample(self.network, seen, shape, generators))
         return chunk[:, self.observe - 1 : self.observe - 1 + self.act]
 
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Keywords of :func:`dopr_lightning.optim.make_optimizer` for this policy."""
+        c = self.optimizer_config
+        rule = {"weight_decay_rule": self.mup_config.weight_decay} if self.mup_config else {}
+        return {"base": c.base, "lr": c.lr, "weight_decay": c.weight_decay, "mup": self.mup, **rule, **c.options}
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One composite optimizer, and its schedule."""
         c = self.optimizer_config
-        return configure_optimizers(
-            self,
-            c.base,
-            lr=c.lr,
-            weight_decay=c.weight_decay,
-            schedule=c.schedule,
-            warmup_steps=c.warmup_steps,
-            mup=self.mup,
-            weight_decay_rule=self.mup_config.weight_decay if self.mup_config else "independent",
-            **c.options,
-        )
+        return configure_optimizers(self, schedule=c.schedule, warmup_steps=c.warmup_steps, **self.optimizer_arguments)
 
     def _loss(self, batch: Batch, noise: torch.Generator, crops: torch.Generator | None) -> Tensor:
         seen = self._encode(batch["observation"], batch.get("images"), crops)

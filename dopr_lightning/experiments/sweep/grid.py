@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.proxy import sizes
 
 HYPERPARAMETERS = ("lr", "weight_decay", "damping")
 
@@ -123,7 +124,7 @@ def scaled(network: Mapping[str, Any], scales: Sequence[str], width: int) -> dic
 
     def scale(key: str, value: int) -> int:
         if value * width % reference:
-            step = reference // _common(reference, [v for k in scales for v in _sizes(network[k])])
+            step = reference // _common(reference, [v for k in scales for v in sizes(network[k])])
             raise UserError(
                 f"--widths {width}: {key} would be {value} x {width} / {reference}, not a whole number; use multiples "
                 f"of {step}"
@@ -138,7 +139,7 @@ def scaled(network: Mapping[str, Any], scales: Sequence[str], width: int) -> dic
 
 def size(value: Any) -> int:
     """The width that a scaled keyword names."""
-    return value[0] if isinstance(value, list) else value
+    return sizes(value)[0]
 
 
 def network_arguments(keywords: Mapping[str, Any]) -> list[str]:
@@ -149,10 +150,6 @@ def network_arguments(keywords: Mapping[str, Any]) -> list[str]:
 def mup_arguments(parametrization: Parametrization, base: Mapping[str, Any]) -> list[str]:
     """Of ``dopr fit``: muP from the narrowest network on, or none."""
     return [f"--model.mup.base={json.dumps(base)}"] if parametrization == "mup" else ["--model.mup=null"]
-
-
-def _sizes(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [value]
 
 
 def _common(reference: int, sizes: Sequence[int]) -> int:

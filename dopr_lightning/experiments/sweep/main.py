@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +12,14 @@ from typing import Any, get_args
 
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.compare import numbers
+from dopr_lightning.experiments.command import (
+    network_scales,
+    numbers,
+    quiet_building,
+    refuse_ours,
+    seed_numbers,
+    task_of,
+)
 from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.runner import KILLED, attempt_all, cores
 from dopr_lightning.experiments.sweep.grid import (
@@ -55,7 +60,7 @@ class Plan:
         base: Arguments of ``dopr fit`` that all runs share.
         config: What they amount to, with the optimizer.
         optimizer: Its name, for people.
-        network: The network's class.
+        scales: The network's keywords that scale with the width.
         keywords: Its scaled keywords, by width.
         centre: Hyperparameters where they are not swept.
         values: Of those that are, increasing.
@@ -67,7 +72,7 @@ class Plan:
     base: tuple[str, ...]
     config: dict[str, Any]
     optimizer: str
-    network: Any
+    scales: Sequence[str]
     keywords: dict[int, dict[str, Any]]
     centre: Point
     values: dict[str, list[float]]
@@ -109,7 +114,7 @@ def main(arguments: Sequence[str]) -> None:
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):
         raise UserError(f"--recommend-width {wide} is less than the narrowest of --widths, which muP starts from")
-    recommended_keywords = scaled(plan.config["model"]["network"]["init_args"], plan.network.scales, wide)
+    recommended_keywords = scaled(plan.config["model"]["network"]["init_args"], plan.scales, wide)
     engine = None
     if options.engine == "ray":
         from dopr_lightning.experiments.sweep.ray_engine import ray_engine
@@ -118,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
 
     output: Path = options.output.absolute()
     settings = {
-        "config": _constant(plan.config, plan.network.scales),
+        "config": _constant(plan.config, plan.scales),
         "base_width": min(plan.keywords),
         "episodes": options.episodes,
     }
@@ -183,8 +188,8 @@ def main(arguments: Sequence[str]) -> None:
         },
         "versions": versions(),
         "data": task["data"],
-        "scales": list(plan.network.scales),
-        "identity": identity(plan.config, plan.network.scales),
+        "scales": list(plan.scales),
+        "identity": identity(plan.config, plan.scales),
         "transfer": transfers,
         "recommended": None,
         "trials": trial_results(outcomes),
@@ -221,11 +226,9 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
 
     quiet()
     widths = sorted(numbers("--widths", options.widths, int))
-    seeds = numbers("--seeds", options.seeds, int)
+    seeds = seed_numbers(options.seeds)
     if not all(width > 0 for width in widths):
         raise UserError(f"--widths {options.widths}: a width is a positive whole number")
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"--seeds {options.seeds}: a seed is a number from 0 to {2**32 - 1}")
     if options.episodes < 0:
         raise UserError(f"--episodes {options.episodes}: 0 for no rollouts, or more")
     if options.workers < 1:
@@ -241,11 +244,9 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
         if name not in get_args(Parametrization) or parametrizations.count(name) > 1:
             raise UserError(f"--parametrizations {options.parametrizations}: mup, standard, or mup,standard")
     arm = _arm(options.optimizer)
-    for flag in (override.partition("=")[0] for override in overrides):
-        if flag in OURS:
-            raise UserError(f"{flag} is what a sweep sets itself; use {OURS[flag]}")
-        if flag == "--model.optimizer.base" and arm:
-            raise UserError("--model.optimizer.base and --optimizer are the same thing; give one")
+    refuse_ours(overrides, OURS, "a sweep")
+    if arm and any(override.partition("=")[0] == "--model.optimizer.base" for override in overrides):
+        raise UserError("--model.optimizer.base and --optimizer are the same thing; give one")
 
     # The rollouts of a sweep judge its runs when they end; on the way they would only cost time.
     configs = [f"--config={find_config(name)}" for name in options.config]
@@ -253,13 +254,7 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
     # Without muP: what it is based on is not known yet.
     config = resolve([*base, "--model.mup=null"])
     arguments = config["model"]["network"].get("init_args", {})
-    network = _class(config["model"]["network"]["class_path"])
-    scales = getattr(network, "scales", ())
-    if not scales:
-        raise UserError(
-            f"{network.__name__} does not say which of its keywords scale with the width; give it a class attribute, "
-            "scales = ('width',)"
-        )
+    scales = network_scales(config["model"]["network"]["class_path"])
     dopr = dopr_of(config)
     if arm and arm.dopr and sum(c["class_path"].endswith(".DoPr") for c in config["trainer"]["callbacks"]) > 1:
         raise UserError("both --optimizer and the configuration bring DoPr; leave one out")
@@ -269,7 +264,7 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
         base,
         config,
         arm.name if arm else f"{'' if dopr is None else 'dopr-'}{optimizer['base']}",
-        network,
+        scales,
         {width: scaled(arguments, scales, width) for width in widths},
         centre,
         _values(options, centre),
@@ -311,11 +306,6 @@ def _values(options: Any, centre: Point) -> dict[str, list[float]]:
     return values
 
 
-def _class(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """The configuration without what is swept: the same for all runs, and for later ones in the same folder."""
     same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None).put_into(config)
@@ -349,9 +339,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI
 
-    # What Lightning says of seeds and devices while everything is built is about no run.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_building()
     parameters = {}
     for width, keywords in plan.keywords.items():
         for parametrization in plan.parametrizations:
@@ -362,21 +350,10 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
             except UserError as error:
                 raise UserError(f"--widths {width}: {error}") from error
         parameters[width] = sum(p.numel() for p in cli.model.parameters())
-    environment = cli.datamodule.environment
     if rollouts:
-        make(environment).close()
+        make(cli.datamodule.environment).close()
     cli.datamodule.train_dataloader()
-    provenance = cli.datamodule.provenance
-    return {
-        "id": environment.id,
-        "metric": environment.metric,
-        "first_seed": environment.first_seed,
-        "steps": cli.trainer.max_steps,
-        "batch_size": cli.datamodule.batch_size,
-        "train_episodes": provenance["train_episodes"],
-        "parameters": parameters,
-        "data": provenance,
-    }
+    return task_of(cli) | {"parameters": parameters}
 
 
 def _write_overlay(config: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,94 @@
+"""What do the commands that train a configuration many times have in common? Their options, and a first look."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from dopr_lightning.errors import UserError
+
+T = TypeVar("T", int, float)
+
+
+def numbers(flag: str, text: str, kind: type[T]) -> list[T]:
+    """The numbers in the text of a comma-separated option.
+
+    Raises:
+        UserError: They are none, or one is there twice.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text}: give numbers separated by commas, 0,1,2") from None
+    if len(set(found)) < len(found):
+        raise UserError(f"{flag} {text}: a number is given twice")
+    return found
+
+
+def seed_numbers(text: str) -> list[int]:
+    """The seeds in the text of ``--seeds``.
+
+    Raises:
+        UserError: One is none.
+    """
+    seeds = numbers("--seeds", text, int)
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"--seeds {text}: a seed is a number from 0 to {2**32 - 1}")
+    return seeds
+
+
+def refuse_ours(overrides: Sequence[str], ours: Mapping[str, str], what: str) -> None:
+    """Refuse options of ``dopr fit`` that the command sets itself.
+
+    Args:
+        overrides: The options given.
+        ours: Those that are not the user's, and how the command is told.
+        what: The command, ``"a sweep"``.
+
+    Raises:
+        UserError: Names the option and what to use.
+    """
+    for flag in (override.partition("=")[0] for override in overrides):
+        if flag in ours:
+            raise UserError(f"{flag} is what {what} sets itself; use {ours[flag]}")
+
+
+def quiet_building() -> None:
+    """Silence what Lightning says of seeds and devices while everything is built: it is about no run."""
+    from dopr_lightning.training import quiet
+
+    quiet()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def network_scales(class_path: str) -> Sequence[str]:
+    """Keywords of a network that scale with the width, the width first.
+
+    Raises:
+        UserError: The network does not say.
+    """
+    module, _, name = class_path.rpartition(".")
+    scales = getattr(getattr(importlib.import_module(module), name), "scales", ())
+    if not scales:
+        raise UserError(
+            f"{name} does not say which of its keywords scale with the width; give it a class attribute, "
+            "scales = ('width',)"
+        )
+    return scales
+
+
+def task_of(cli: Any) -> dict[str, Any]:
+    """What a built configuration trains on and is judged by, for results.json."""
+    environment, provenance = cli.datamodule.environment, cli.datamodule.provenance
+    return {
+        "id": environment.id,
+        "metric": environment.metric,
+        "first_seed": environment.first_seed,
+        "steps": cli.trainer.max_steps,
+        "batch_size": cli.datamodule.batch_size,
+        "train_episodes": provenance["train_episodes"],
+        "data": provenance,
+    }
