@@ -11,7 +11,7 @@ from typing import Any
 
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import numbers, quiet_building, refuse_ours, seed_numbers, task_of
+from dopr_lightning.experiments.command import judge, numbers, quiet_building, refuse_ours, seed_numbers, task_of
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
@@ -171,7 +171,6 @@ def _parser(command: str) -> Parser:
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Project) -> dict[str, Any]:
     """Build everything, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
-    from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI
 
     quiet_building()
@@ -179,8 +178,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
         cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
-    environment = cli.datamodule.environment
-    make(environment).close()
+    environment = judge(cli, "a comparison")
     cli.datamodule.train_dataloader()
     return task_of(cli) | {
         "selection_seed": environment.first_seed + SELECTION_OFFSET,
