@@ -114,7 +114,9 @@ def _say(folder: Path, answers: Answers, questions: Mapping[str, Any]) -> None:
     for key, asked in questions.items():
         answer = answers[key]
         shown = {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else answer
-        others = ["yes" if not answer else "no"] if isinstance(asked, bool) else asked if isinstance(asked, list) else []
+        others = (
+            ["yes" if not answer else "no"] if isinstance(asked, bool) else asked if isinstance(asked, list) else []
+        )
         instead = ", ".join(other for other in others if other != answer)
         print(f"  {key:<13} {shown:<18} {f'or {instead}' if instead else ''}".rstrip())
     print(
@@ -155,7 +157,9 @@ def _parser() -> Parser:
         "answers",
         metavar="key=value",
         nargs="*",
-        help="what is not answered is the first of: " + "; ".join(choices) + f". In words of your own: {', '.join(NAMES[1:])}",
+        help="what is not answered is the first of: "
+        + "; ".join(choices)
+        + f". In words of your own: {', '.join(NAMES[1:])}",
     )
     parser.add_argument("--output", type=Path, default=Path(), help="folder to make it in; default: here")
     return parser

@@ -62,6 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch{{ ", demonstrations: Pat
     small = [
         f"--config={CONFIGS / 'experiment.yaml'}",
         f"--config={CONFIGS / 'debug.yaml'}",
+        "--config=dopr.yaml",
 {%- if c.task == "gymnasium" %}
         "--data.source.init_args.episodes=3",
 {%- elif c.task == "pusht" %}
@@ -71,6 +72,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch{{ ", demonstrations: Pat
 {%- endif %}
         "--data.validation_episodes=1",
         "--data.batch_size=8",
+        "--model.optimizer.schedule=constant",
+        "--model.optimizer.warmup_steps=0",
         "--checkpoint.dirpath=checkpoints",
         "--rollout.episodes=0",
         "--rollout.report_episodes={{ 1 if c.task == "robomimic" else 2 }}",

@@ -52,16 +52,15 @@ def test_bad_files_are_named(source: Recorded) -> None:
     with pytest.raises(UserError, match="no such file"):
         source.load()
 
-{% if c.task == "own" -%}
+{% if c.task == "own" %}
 def test_the_environment_may_come_later(source: Recorded) -> None:
     assert source.environment is None
     named = Recorded(source.path, env_id="Walker2d-v5", max_steps=50).environment
     assert named is not None
     assert (named.id, named.max_steps) == ("Walker2d-v5", 50)
 
-
-{% endif -%}
-{% else %}
+{% endif %}
+{%- else %}
 class Three(Source):
     """Three episodes."""
 

@@ -14,7 +14,7 @@ class Policy(PolicyModule):
     """
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss; and how far actions of the first batch are off on average, in their own units: `val/action_error`."""
+        """The loss; and as `val/action_error` how far actions of the first batch are off, in their own units."""
         super().validation_step(batch, batch_idx)
         if batch_idx == 0:
             noise = [torch.Generator().manual_seed(window) for window in range(len(batch["action"]))]
