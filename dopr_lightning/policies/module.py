@@ -91,8 +91,8 @@ class PolicyModule(L.LightningModule):
         seed: Seeds the training noise.
 
     Raises:
-        UserError: ``horizon`` is too short for ``observe`` and ``act``, or the network has no such keywords as
-            ``mup.base`` names.
+        UserError: ``horizon`` is too short for ``observe`` and ``act``, the algorithm would clip what the normaliser
+            does not bound, or the network has no such keywords as ``mup.base`` names.
         ValueError: The optimizer's base is unknown, or muP has no rule for the network.
     """
 
@@ -116,6 +116,12 @@ class PolicyModule(L.LightningModule):
             raise UserError(
                 f"horizon={horizon} is too short: the chunk starts {observe - 1} steps before the present (observe="
                 f"{observe}) and must reach act={act} actions beyond; set horizon to {observe - 1 + act} or more"
+            )
+        # An algorithm of one's own need not know of clipping.
+        if action_normalizer != "minmax" and getattr(algorithm, "clip", False):
+            raise UserError(
+                f"{type(algorithm).__name__}: clip cuts actions at [-1, 1], which under action_normalizer="
+                f"{action_normalizer!r} they exceed; set the algorithm's clip to false, or action_normalizer to minmax"
             )
         resolve(optimizer.base)  # a mistake is said now, not when everything else is ready
         self.save_hyperparameters(logger=False)
