@@ -185,6 +185,19 @@ def test_the_best_and_the_worst_are_filmed(tmp_path: Path) -> None:
         assert gif.n_frames == 1 + -(-line["length"] // 2)  # type: ignore[attr-defined]  # 25 of 50 frames a second
 
 
+def test_a_report_after_training_is_filmed_too(tmp_path: Path) -> None:
+    """As `dopr fit` does it: Lightning closes TensorBoard's file when the fit ends."""
+    pytest.importorskip("imageio_ffmpeg")
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, [RolloutEvaluation(episodes=1, report_episodes=2, videos=2)], logger=tensorboard)
+    run.fit(Constant(), datamodule=data(faulty_environment.SPEC))
+    run.test(Constant(), datamodule=data(faulty_environment.SPEC), verbose=False)
+    events = EventAccumulator(str(tmp_path), {"images": 0})
+    events.Reload()
+    shown = {name: [image.step for image in events.Images(f"rollout/{name}")] for name in ("best", "worst")}
+    assert shown == {"best": [4, 8, 8], "worst": [8]}
+
+
 def test_training_goes_on_without_films(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("imageio_ffmpeg")
     run = trainer(tmp_path, [RolloutEvaluation(episodes=3, videos=2)])
