@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         "versions": versions(),
         "data": task["data"],
         "arms": [
-            arm_results(arm, seeds, [records[arm, seed] for seed in seeds])
+            arm_results(arm, seeds, [records[arm, seed] for seed in seeds], task["metric"])
             | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
             | {"tuning": [{"lr": rate} | _tuning_result(outcome) for rate, outcome in tuning[arm]]}
             for arm in arms
