@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, did_you_mean
 
 HELP = """\
 usage: dopr VERB [options]     (dopr VERB --help explains each, with an example)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        print(f"dopr: unknown verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        print(f"dopr: unknown verb {verb!r}{did_you_mean(verb, VERBS)} choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         return VERBS[verb](verb, rest) or 0
@@ -62,13 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):
             raise
-        print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dopr: error: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
 
 
 def _is_users(error: Exception) -> bool:
     """Whether an exception speaks to the user: ours, and what libraries raise for bad values, files and settings."""
     return isinstance(error, UserError | ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:  # its own text begins with a number
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _train(verb: str, arguments: list[str]) -> None:

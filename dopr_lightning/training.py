@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import re
 import sys
 import warnings
 import zipfile
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from dopr_lightning import proxy
-from dopr_lightning.configs import available, locate
+from dopr_lightning.configuration import find_config, packaged_configs, reason, reason_with_place
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, folder, missing
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.callback import RolloutEvaluation
@@ -62,7 +60,7 @@ class CLI(LightningCLI):
             super().__init__(
                 PolicyModule,
                 DemonstrationData,
-                args=None if args is None else list(_packaged_configs(args)),
+                args=None if args is None else list(packaged_configs(args)),
                 run=run,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
@@ -72,25 +70,30 @@ class CLI(LightningCLI):
                 **options,
             )
         except ArgumentError as error:
-            raise UserError(f"{_reason(error)}; see: dopr fit --help") from error
+            parser = getattr(self, "_subcommand_parsers", {}).get("fit", self.parser)
+            known = [action.dest for action in parser._actions]
+            said = reason_with_place(error, sys.argv[1:] if args is None else args, known)
+            raise UserError(f"{said}{'' if said.endswith('?') else ';'} see: dopr fit --help") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, fill in what a sweep found, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
 
         Raises:
-            UserError: The checkpoint is missing, or is not what ``torch.save`` writes; the sweep is of another
-                configuration, or a value is given that it gives too.
+            UserError: Nothing can be written where the run is to be; the checkpoint is missing, or is not what
+                ``torch.save`` writes; the sweep is of another configuration, or a value is given that it gives too.
         """
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
         if config.get("mup.from_sweep") is not None:
             self._take_from_sweep(config, sys.argv[1:] if args is None else args)
+        if root := config.get("trainer.default_root_dir"):
+            folder(root)
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
             return
         if not Path(path).is_file():
-            raise UserError(f"--ckpt_path {path}: no such file")
+            raise UserError(f"--ckpt_path {path}: {missing(Path(path))}")
         if not zipfile.is_zipfile(path):
             raise UserError(f"--ckpt_path {path}: damaged, or not a checkpoint")
 
@@ -127,7 +130,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UserError(_reason(error)) from error
+            raise UserError(reason(error)) from error
 
     def before_fit(self) -> None:
         """Find out now, not at the first validation, that the rollouts' environment is not installed."""
@@ -215,43 +218,3 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
-
-
-def find_config(name: str) -> str:
-    """The file of that name here, or else among those that come with the package.
-
-    Raises:
-        UserError: There is none.
-    """
-    path = locate(name)
-    if not Path(path).is_file():
-        close = difflib.get_close_matches(name, available(), n=1, cutoff=0.8)
-        hint = f"did you mean {close[0]}?" if close else "dopr --help lists the package's"
-        raise UserError(f"no configuration file {name!r} here, nor in the package; {hint}")
-    return path
-
-
-def _packaged_configs(args: Sequence[str]) -> Iterator[str]:
-    """Resolve ``--config NAME`` and ``--config=NAME``."""
-    named = False
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        if named:
-            yield find_config(arg)
-        elif equals and flag in ("--config", "-c"):
-            yield f"{flag}={find_config(value)}"
-        else:
-            yield arg
-        named = not named and arg in ("--config", "-c")
-
-
-def _reason(error: Exception) -> str:
-    """The line that says what is wrong, out of the many in which jsonargparse says what it tried."""
-    cause: BaseException = error
-    while "Union subtypes" in str(cause) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    key = re.match(r'Parser key "([^"]+)"', str(error))
-    text = " ".join(str(cause).split())
-    for noise in (r'^Parser key "[^"]+":', r"Type \S.* callable class:", r"\. Got value: Namespace\(.*"):
-        text = re.sub(noise, "", text).strip()
-    return f"{key[1]}: {text}" if key else text

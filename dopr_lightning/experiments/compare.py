@@ -9,9 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import numbers, quiet_building, refuse_ours, seed_numbers, task_of
+from dopr_lightning.experiments.command import (
+    check_steps,
+    numbers,
+    parse,
+    quiet_building,
+    refuse_ours,
+    seed_numbers,
+    task_of,
+)
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
@@ -33,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: A mistake in the arguments, found before anything is trained; or runs that failed.
     """
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = parse(_parser(), arguments)
     arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
     rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
@@ -147,7 +155,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per run; default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the runs, results.json and compare.png")
+    parser.add_argument(
+        "--output", type=folder, required=True, help="folder for the runs, results.json and compare.png"
+    )
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
     parser.add_argument(
         "--learning-rates",
@@ -174,6 +184,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str
     environment = cli.datamodule.environment
     make(environment).close()
     cli.datamodule.train_dataloader()
+    check_steps(cli)
     return task_of(cli) | {
         "selection_seed": environment.first_seed + SELECTION_OFFSET,
         "parameters": sum(p.numel() for p in cli.model.parameters()),

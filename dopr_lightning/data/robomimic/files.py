@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.robomimic.controllers import arm_controllers, version
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, missing
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +51,7 @@ class DemoFile:
     def __init__(self, path: Path, filter_key: str | None = None) -> None:
         self.path = path
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give a robomimic HDF5 file, or fetch one: dopr demos robomimic")
+            raise UserError(f"{path}: {missing(path)}; give a robomimic HDF5 file, or fetch one: dopr demos robomimic")
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:

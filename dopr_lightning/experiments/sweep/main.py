@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
+    check_steps,
     network_scales,
     numbers,
+    parse,
     quiet_building,
     refuse_ours,
     seed_numbers,
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         UserError: A mistake in the arguments, found before anything is trained; or runs that were stopped, or none that
             trained.
     """
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = parse(_parser(), arguments)
     plan = _plan(options, overrides)
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):
@@ -353,6 +355,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     if rollouts:
         make(cli.datamodule.environment).close()
     cli.datamodule.train_dataloader()
+    check_steps(cli)
     return task_of(cli) | {"parameters": parameters}
 
 
@@ -413,7 +416,9 @@ def _parser() -> Parser:
         help="rollouts per run, of its final weights; 0: judge by validation loss alone; default: %(default)s",
     )
     add("--parametrizations", default="mup,standard", help="mup, standard or both; default: %(default)s")
-    add("--output", type=Path, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml")
+    add(
+        "--output", type=folder, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml"
+    )
     add("--recommend-width", type=int, help="of the run to recommend; default: the widest")
     add(
         "--engine",
