@@ -14,11 +14,12 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from dopr_lightning import proxy
 from dopr_lightning.configuration import find_config, packaged_configs, reason, reason_with_place
+from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder, missing
 from dopr_lightning.policies.ema import EMA
@@ -89,6 +90,8 @@ class CLI(LightningCLI):
             self._take_from_sweep(config, sys.argv[1:] if args is None else args)
         if root := config.get("trainer.default_root_dir"):
             folder(root)
+        if subcommand:
+            self._choose_what_is_shown(config["trainer"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
             return
@@ -96,6 +99,18 @@ class CLI(LightningCLI):
             raise UserError(f"--ckpt_path {path}: {missing(Path(path))}")
         if not zipfile.is_zipfile(path):
             raise UserError(f"--ckpt_path {path}: damaged, or not a checkpoint")
+
+    def _choose_what_is_shown(self, trainer: Namespace) -> None:
+        """Our own words, and a bar where there is a terminal, unless the user chose otherwise."""
+        listed = [str(callback.class_path) for callback in trainer.callbacks or []]
+        if trainer.enable_progress_bar is None:
+            trainer.enable_progress_bar = sys.stdout.isatty()
+        if trainer.enable_model_summary is None:
+            trainer.enable_model_summary = False
+        shown: list[Callback] = [Narrator(bar=trainer.enable_progress_bar)]
+        if trainer.enable_progress_bar and not any(name.endswith("ProgressBar") for name in listed):
+            shown.append(StepBar())
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": shown}
 
     def _take_from_sweep(self, config: Namespace, args: Sequence[str]) -> None:
         """Put a sweep's numbers into the configuration, which then no longer depends on the sweep's folder."""
@@ -166,7 +181,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Judge the final EMA weights by rollouts, on the seeds that are reported."""
-        self.trainer.test(self.model, datamodule=self.datamodule)
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 class _ParseOnly(CLI):
@@ -208,7 +223,8 @@ def quiet() -> None:
 
     class NoTips(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            return "Tip:" not in record.getMessage()
+            said = record.getMessage()
+            return "Tip:" not in said and not said.startswith(("TPU available: False", "GPU available: False"))
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoTips())
@@ -216,5 +232,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Logging counts steps over epochs.
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    # Every rank logs the same numbers of rollouts, of which each was run once; of held-out windows a few may repeat.
+    warnings.filterwarnings("ignore", message=r".*recommended to use `self.log\('rollout/.*")
+    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")

@@ -111,7 +111,7 @@ def task_of(cli: Any) -> dict[str, Any]:
     """What a built configuration trains on and is judged by, for results.json."""
     environment, provenance = cli.datamodule.environment, cli.datamodule.provenance
     return {
-        "id": environment.id,
+        "id": environment.title,
         "metric": environment.metric,
         "first_seed": environment.first_seed,
         "steps": cli.trainer.max_steps,

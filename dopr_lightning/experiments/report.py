@@ -11,10 +11,9 @@ from typing import Any
 from dopr_lightning.experiments.arms import Arm
 from dopr_lightning.experiments.trial import Record
 from dopr_lightning.rollout.statistics import nested_bootstrap_interval, wilson_interval
+from dopr_lightning.words import METRIC_LABELS
 
 PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-pusht", "robosuite", "numpy")
-
-METRIC_LABELS = {"return": "return", "max_reward": "score", "success": "success rate"}
 
 
 def arm_results(arm: Arm, seeds: Sequence[int], records: Sequence[Record], metric: str) -> dict[str, Any]:

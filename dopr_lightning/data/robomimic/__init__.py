@@ -103,6 +103,7 @@ class Robomimic(Source):
             extra="robomimic",
             module="dopr_lightning.rollout.robosuite_env",
             cameras=self.cameras,
+            name=f"robomimic's {self.task} {self.dataset_type}{' from images' if sizes else ''}",
         )
 
     def load(self) -> Demonstrations:

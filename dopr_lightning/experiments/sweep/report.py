@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dopr_lightning.experiments.report import METRIC_LABELS
 from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
 from dopr_lightning.experiments.sweep.transfer import Array, analyse
 from dopr_lightning.experiments.trial import Record
+from dopr_lightning.words import METRIC_LABELS
 
 LABELS = {"lr": "learning rate", "weight_decay": "weight decay", "damping": "damping"}
 
