@@ -58,11 +58,13 @@ def lead_inside(text: str, file: Path, page: Path) -> str:
 
 
 def read_page(app: Sphinx, name: str, source: list[str]) -> None:
+    """For the pages themselves, in place."""
     page = Path(app.env.doc2path(name))
     source[0] = lead_inside(source[0], page, page)
 
 
 def read_included(app: Sphinx, path: Path, page: str, source: list[str]) -> None:
+    """For the files that pages include, in place."""
     source[0] = lead_inside(source[0], app.srcdir / path, Path(app.env.doc2path(page)))
 
 
