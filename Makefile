@@ -4,10 +4,11 @@
 # make docs builds the site into docs/_build.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test lint docs wheel clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --seeds 0,1 --output runs/quickstart
@@ -26,9 +27,19 @@ docs: $(INSTALLED)
 # torch and torchvision in one call and from one index: their builds must match.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
+# The package as its users get it: built, installed with the base dependencies alone, and run where no repository is.
+CLEAN := build/clean
+wheel:
+	rm -rf dist $(CLEAN)
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	$(CLEAN)/bin/pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd $(CLEAN) && bin/dopr fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 60 --rollout.report_episodes 2
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build dist docs/_build runs

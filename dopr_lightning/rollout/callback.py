@@ -234,4 +234,6 @@ def _show(logger: TensorBoardLogger, name: str, shown: Film, step: int) -> None:
 
     height, width = shown.frames[0].shape[:2]
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=animation(shown))
-    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+    # The end of a fit closes the writer, and the test after it comes to this one, which opens it again.
+    writer = logger.experiment._get_file_writer()
+    writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)

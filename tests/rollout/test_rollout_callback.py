@@ -166,15 +166,20 @@ def test_where_success_is_never_reported_there_is_no_rate(tmp_path: Path) -> Non
     }
 
 
-def test_the_best_and_the_worst_are_filmed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fitted", [False, True], ids=["test alone", "test after a fit"])
+def test_the_best_and_the_worst_are_filmed(tmp_path: Path, fitted: bool) -> None:
     pytest.importorskip("imageio_ffmpeg")
     tensorboard = TensorBoardLogger(tmp_path, name="", version="")
-    run = trainer(tmp_path, [RolloutEvaluation(report_episodes=5, videos=2)], logger=tensorboard)
-    run.test(Constant(), datamodule=data(faulty_environment.SPEC), verbose=False)
+    callback = RolloutEvaluation(episodes=0, report_episodes=5, videos=2)
+    run, model, task = trainer(tmp_path, [callback], logger=tensorboard), Constant(), data(faulty_environment.SPEC)
+    if fitted:
+        run.fit(model, datamodule=task)
+    run.test(model, datamodule=task, verbose=False)
     ranked = sorted(records(tmp_path), key=lambda line: line["return"])
     shown = {"best": ranked[-1], "worst": ranked[0]}
     names = {path.name for path in (tmp_path / "videos").iterdir()}
-    assert names == {f"step-0-seed-{e['seed']}-return-{e['return']:.3g}.mp4" for e in shown.values()}
+    step = run.global_step
+    assert names == {f"step-{step}-seed-{e['seed']}-return-{e['return']:.3g}.mp4" for e in shown.values()}
 
     events = EventAccumulator(str(tmp_path), {"images": 0})
     events.Reload()
