@@ -28,7 +28,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 
 # A name of ours that leads nowhere fails the build. Those of other projects are not looked up: that needs a network.
 OTHERS = "torch|lightning|numpy|npt|abc|collections|contextlib|pathlib|typing"
