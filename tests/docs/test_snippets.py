@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from pages import PAGES, ROOT, Block, blocks, of_language, write_files
 
 from dopr_lightning.optim import BASES
@@ -21,8 +23,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to work in, that Python looks into; what is registered meanwhile is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    bases = dict(BASES)
+    bases, environment = dict(BASES), dict(os.environ)
     yield tmp_path
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()  # Lightning names the ranks of a group there
+    os.environ.update(environment)
     BASES.clear()
     BASES.update(bases)
     for name, module in list(sys.modules.items()):
