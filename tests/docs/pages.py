@@ -112,6 +112,12 @@ def files(page: str) -> dict[str, str]:
     return found
 
 
+def run_by_commands(page: str) -> set[str]:
+    """The files among them that a command of the page runs."""
+    commands = [assignments(command)[1] for b in blocks(page) if b.language == "bash" for command in b.commands]
+    return {words[1] for words in commands if words[0] == "python"}
+
+
 def write_files(page: str, folder: Path) -> None:
     """Save a page's files."""
     for name, text in files(page).items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from pages import PAGES, ROOT, Block, blocks, of_language, write_files
+from pages import PAGES, ROOT, Block, blocks, of_language, run_by_commands, write_files
 
 from dopr_lightning.optim import BASES
 from dopr_lightning.training import find_config, resolve
@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_snippets_of_a_page_run_one_after_another(page: str, here: Path) -> None:
     namespace = {"__name__": "page"}
     for block in blocks(page):
-        if block.language == "python":
+        if block.language == "python" and block.file not in run_by_commands(page):
             # Lines as the page counts them, for tracebacks.
             exec(compile("\n" * block.line + block.text, page, "exec"), namespace)
 
