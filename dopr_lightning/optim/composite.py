@@ -15,7 +15,7 @@ _RATIO_TOLERANCE = 1e-6
 class CompositeOptimizer(Optimizer):
     """Steps its parts in turn; parameter groups and state are theirs, seen as one.
 
-    Learning-rate schedulers change the groups' rates in place, and :meth:`state_dict` is that of a plain Optimizer
+    Learning-rate schedulers change the groups' rates in place, and ``state_dict`` is that of a plain Optimizer
     over all groups.
 
     Args:

@@ -32,8 +32,8 @@ def mup_table(
         **options: The base's keywords, as far as its scaling hangs on them (``adjust_lr_fn`` of Muon).
 
     Returns:
-        Columns: role; whether the base or AdamW steps it; how many parameters (tensors) and one of them; multipliers of
-        learning rate, weight decay, eps and initial values.
+        The table. Its columns are role; whether the base or AdamW steps it; how many parameters (tensors) and one of
+        them; multipliers of learning rate, weight decay, eps and initial values.
     """
     kinds: dict[tuple[Any, ...], list[Assignment]] = {}
     for entry in plan(model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, options=options):

@@ -36,7 +36,7 @@ class Algorithm(Protocol):
     """
 
     denoises: ClassVar[bool]
-    """Whether its network takes a noisy action and a time: the network's ``denoise`` argument."""
+    """The network's ``denoise`` argument, whether it takes a noisy action and a time."""
 
     def loss(self, network: ActionNetwork, observation: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
         """Return the training loss, a scalar.
