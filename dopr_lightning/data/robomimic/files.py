@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,10 +114,12 @@ class DemoFile:
         """The MuJoCo XML of the scene of one demonstration.
 
         Raises:
-            UserError: There is none.
+            UserError: There is none, or it is damaged.
         """
         with self._reading():
             xml = self._file["data"][demo].attrs.get("model_file")
+            if xml is not None:
+                ElementTree.fromstring(xml)  # attributes have no checksum
         if xml is None:
             raise UserError(f"{self.path}: {demo} has no attribute model_file; take a file with the simulator's states")
         return str(xml)
@@ -183,7 +186,7 @@ class DemoFile:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, KeyError, RuntimeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, AttributeError, ElementTree.ParseError) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
