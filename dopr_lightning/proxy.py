@@ -16,6 +16,9 @@ OVERLAY = "recommended.yaml"
 SETS = ("--model.mup", "--model.optimizer.lr", "--model.optimizer.weight_decay", "--trainer.callbacks.damping")
 """Options whose values the sweep gives."""
 
+LINKED = ("observation_dim", "action_dim", "observe", "horizon", "act")
+"""What a policy takes from the data."""
+
 
 def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """What must be the same in a narrow and a wide run for the one's hyperparameters to suit the other.
@@ -29,15 +32,15 @@ def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]
     """
     model, network, dopr = config["model"], config["model"]["network"], dopr_of(config)
     return {
+        "classes": config.get("classes", {}),
         "data": _without(config["data"], "seed", "num_workers"),
-        "model": {
+        # Whatever else the policy's class has: the algorithm, the normalisers, a subclass's own.
+        "model": _without(model, "seed", "mup", *LINKED)
+        | {
             "network": {
                 "class_path": network["class_path"],
                 "init_args": _without(network.get("init_args", {}), *scales),
             },
-            "algorithm": model["algorithm"],
-            "observation_normalizer": model["observation_normalizer"],
-            "action_normalizer": model["action_normalizer"],
             "optimizer": _without(model["optimizer"], "lr", "weight_decay", "warmup_steps"),
         },
         "trainer": {
