@@ -36,8 +36,8 @@ def make_optimizer(
     Args:
         model: Any module.
         base: ``"adamw"``, ``"muon"`` (torch's Muon on hidden matrices, its update's RMS matched to AdamW's; AdamW with
-            the same rate on the rest), ``"adamuon"`` (likewise), ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"``
-            (momentum 0.9), or an Optimizer class.
+            the same rate on the rest), ``"adamuon"`` (likewise; under muP with ``scale="spectral"``),
+            ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"`` (momentum 0.9), or an Optimizer class.
         lr: Peak learning rate; under muP that of the base width.
         weight_decay: For matrices; biases, norms and other vectors are never decayed.
         roles: Overrides of :func:`~dopr_lightning.optim.roles.parameter_roles`, globs on parameter names to roles.
@@ -87,7 +87,7 @@ def make_optimizer(
                 group["eps"] *= multiplier
         return made
 
-    defaults = dict(chosen.options)
+    defaults = {**chosen.options, **(chosen.mup_options if mup else {})}
     if options.get("fused"):
         defaults.pop("foreach", None)  # torch refuses both
     return CompositeOptimizer(

@@ -188,6 +188,17 @@ def test_roles_are_read_off_the_shapes() -> None:
     }
 
 
+def test_adamuon_keeps_to_its_spectral_norm_under_mup() -> None:
+    """Unless told otherwise; and to the paper's scale without muP."""
+
+    def scales(**options: Any) -> set[str]:
+        _, optimizer = start("adamuon", **options)
+        return {group["scale"] for group in optimizer.param_groups if "scale" in group}
+
+    assert scales() == {"spectral"}
+    assert scales(scale="rms") == scales(mup=None) == {"rms"}
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     model = Net(WIDTH)
     model.input.requires_grad_(False)
