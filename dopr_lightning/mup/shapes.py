@@ -69,8 +69,8 @@ def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
     if isinstance(module, nn.GroupNorm) and module.num_channels < LEAST_PER_GROUP * module.num_groups:
         warnings.warn(
             f"{name} is a GroupNorm of {module.num_channels // module.num_groups} channels per group at the base "
-            "width, and divides by what so few happen to hold: learning rates tuned there are too low for wider models. "
-            f"Take fewer groups, or a base of {LEAST_PER_GROUP * module.num_groups} or more channels",
+            "width, and divides by what so few happen to hold: learning rates tuned there are too low for wider "
+            f"models. Take fewer groups, or a base of {LEAST_PER_GROUP * module.num_groups} or more channels",
             stacklevel=3,
         )
     if isinstance(module, nn.MultiheadAttention) and module.head_dim != wide.head_dim:
