@@ -121,6 +121,7 @@ class CLI(LightningCLI):
         config["mup.from_sweep"] = None
         config["model.optimizer.lr"] = found["lr"]
         config["model.optimizer.weight_decay"] = found["weight_decay"]
+        config["model.optimizer.lr_by_role"] = found["lr_by_role"]
         config["model.mup"] = Namespace(found["mup"])
         if found["damping"] is not None:
             config["trainer.callbacks"][-1]["init_args.damping"] = found["damping"]
