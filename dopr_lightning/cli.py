@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dopr_lightning.errors import UserError, did_you_mean
+from dopr_lightning.project import LIBRARY, Project
 
 HELP = """\
-usage: dopr VERB [options]     (dopr VERB --help explains each, with an example)
+usage: {command} VERB [options]     ({command} VERB --help explains each, with an example)
 
 Train a policy and judge it by rollouts:
-  fit        train:     dopr fit --config walker2d.yaml --config dopr.yaml
+  fit        train:     {command} fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
   test       the same on the seeds that are reported
 
@@ -34,8 +35,10 @@ A configuration file is looked for here first, then among those that come with t
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
     """Run a verb; a user's mistake becomes one line on stderr and exit status 2.
+
+    With ``main(project=Project(policy=Policy))`` every verb trains your own policy.
 
     Set ``DOPR_TRACEBACK=1`` to see where an error came from.
     """
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from dopr_lightning.configs import available
 
-        print(HELP.format(configs=", ".join(available())))
+        print(HELP.format(command=project.command, configs=", ".join(available())))
         return 0
     verb, *rest = arguments
     if verb == "--version":
@@ -52,17 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        print(f"dopr: unknown verb {verb!r}{did_you_mean(verb, VERBS)} choose from {', '.join(VERBS)}", file=sys.stderr)
+        hint = did_you_mean(verb, VERBS) or ";"
+        print(f"{project.command}: unknown verb {verb!r}{hint} choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
-        return VERBS[verb](verb, rest) or 0
+        return VERBS[verb](verb, rest, project) or 0
     except KeyboardInterrupt:
-        print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
+        print(f"{project.command}: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):
             raise
-        print(f"dopr: error: {' '.join(_said(error).split())}", file=sys.stderr)
+        print(f"{project.command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -77,43 +81,43 @@ def _said(error: Exception) -> str:
     return str(error)
 
 
-def _train(verb: str, arguments: list[str]) -> None:
+def _train(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.training import run
 
-    run(verb, arguments)
+    run(verb, arguments, project)
 
 
-def _compare(verb: str, arguments: list[str]) -> None:
+def _compare(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.experiments.compare import main
 
-    main(arguments)
+    main(arguments, project)
 
 
-def _sweep(verb: str, arguments: list[str]) -> None:
+def _sweep(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.experiments.sweep.main import main
 
-    main(arguments)
+    main(arguments, project)
 
 
-def _coordinate_check(verb: str, arguments: list[str]) -> int:
+def _coordinate_check(verb: str, arguments: list[str], project: Project) -> int:
     from dopr_lightning.experiments.coordinate_check import main
 
-    return main(arguments)
+    return main(arguments, project)
 
 
-def _bench(verb: str, arguments: list[str]) -> None:
+def _bench(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.bench.main import main
 
     main(arguments)
 
 
-def _demos(verb: str, arguments: list[str]) -> None:
+def _demos(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.data.demos import main
 
     main(arguments)
 
 
-VERBS: dict[str, Callable[[str, list[str]], int | None]] = {
+VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "fit": _train,
     "validate": _train,
     "test": _train,

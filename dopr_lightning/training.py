@@ -24,6 +24,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder, missing
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.environments import make
 
@@ -33,15 +34,15 @@ __all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
 HELP = {
     "fit": {
         "description": "Train a policy; configurations stack, and any value can be set after them. "
-        "Example: dopr fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
+        "Example: {command} fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
     },
     "validate": {
         "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. "
-        "Example: dopr validate --config walker2d.yaml --ckpt_path last.ckpt"
+        "Example: {command} validate --config walker2d.yaml --ckpt_path last.ckpt"
     },
     "test": {
         "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. "
-        "Example: dopr test --config walker2d.yaml --ckpt_path last.ckpt"
+        "Example: {command} test --config walker2d.yaml --ckpt_path last.ckpt"
     },
 }
 
@@ -52,29 +53,39 @@ class CLI(LightningCLI):
     The policy's sizes and window come from the data, and one ``seed_everything`` seeds weights, batches and noise.
     DoPr is an ordinary callback of the trainer: ``dopr.yaml`` adds it.
 
+    Args:
+        args: The command line's; None for ``sys.argv``.
+        run: Whether there is a verb first, which is then run; without, everything is only built.
+        project: Whose policy and data.
+        options: Of LightningCLI.
+
     Raises:
         UserError: A mistake in the arguments or a configuration file, in one line where jsonargparse prints pages.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, **options: Any) -> None:
+    def __init__(
+        self, args: Sequence[str] | None = None, *, run: bool = True, project: Project = LIBRARY, **options: Any
+    ) -> None:
+        self.project = project
+        texts = {verb: {key: text.format(command=project.command) for key, text in HELP[verb].items()} for verb in HELP}
         try:
             super().__init__(
-                PolicyModule,
-                DemonstrationData,
+                project.policy or PolicyModule,
+                project.data or DemonstrationData,
                 args=None if args is None else list(packaged_configs(args)),
                 run=run,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 save_config_callback=_SaveConfig if run else None,
                 # An abbreviation would be a misspelling that is guessed at.
-                parser_kwargs={"prog": "dopr", "exit_on_error": False, "allow_abbrev": False} | HELP,
+                parser_kwargs={"prog": project.command, "exit_on_error": False, "allow_abbrev": False} | texts,
                 **options,
             )
         except ArgumentError as error:
             parser = getattr(self, "_subcommand_parsers", {}).get("fit", self.parser)
             known = [action.dest for action in parser._actions]
             said = reason_with_place(error, sys.argv[1:] if args is None else args, known)
-            raise UserError(f"{said}{'' if said.endswith('?') else ';'} see: dopr fit --help") from error
+            raise UserError(f"{said}{'' if said.endswith('?') else ';'} see: {project.command} fit --help") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, fill in what a sweep found, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
@@ -125,6 +136,7 @@ class CLI(LightningCLI):
         config["mup.from_sweep"] = None
         config["model.optimizer.lr"] = found["lr"]
         config["model.optimizer.weight_decay"] = found["weight_decay"]
+        config["model.optimizer.lr_by_role"] = found["lr_by_role"]
         config["model.mup"] = Namespace(found["mup"])
         if found["damping"] is not None:
             config["trainer.callbacks"][-1]["init_args.damping"] = found["damping"]
@@ -134,7 +146,8 @@ class CLI(LightningCLI):
         text = self.parser.dump(self.config, format="json", skip_validation=True, skip_link_targets=False)
         verb, plain = self.config.get("subcommand"), json.loads(text)
         plain = plain[verb] if verb else plain
-        return {key: value for key, value in plain.items() if key != "mup"}  # where other values came from
+        del plain["mup"]  # where other values came from
+        return plain | ({"classes": self.project.classes} if self.project.classes else {})
 
     def instantiate_classes(self) -> None:
         """Build everything.
@@ -189,9 +202,12 @@ class _ParseOnly(CLI):
         pass
 
 
-def resolve(arguments: Sequence[str]) -> dict[str, Any]:
-    """The whole configuration that ``arguments`` (of a verb) amount to, as plain values, without building anything."""
-    return _ParseOnly(arguments, run=False).plain_config()
+def resolve(arguments: Sequence[str], project: Project = LIBRARY) -> dict[str, Any]:
+    """The whole configuration that ``arguments`` (of a verb) amount to, as plain values, without building anything.
+
+    A project's own classes are named under ``"classes"``.
+    """
+    return _ParseOnly(arguments, run=False, project=project).plain_config()
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -212,10 +228,10 @@ class _SaveConfig(SaveConfigCallback):
             ) from error
 
 
-def run(verb: str, arguments: Sequence[str]) -> None:
+def run(verb: str, arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run ``dopr fit``, ``validate`` or ``test``."""
     quiet()
-    CLI([verb, *arguments])
+    CLI([verb, *arguments], project=project)
 
 
 def quiet() -> None:

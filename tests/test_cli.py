@@ -15,6 +15,7 @@ from toy_task import CONFIG, train
 from dopr_lightning import __version__
 from dopr_lightning.cli import VERBS, main
 from dopr_lightning.optim import BASES
+from dopr_lightning.project import Project
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -284,7 +285,7 @@ def test_the_traceback_is_there_for_who_wants_it(monkeypatch: pytest.MonkeyPatch
 def test_an_interruption_says_that_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(verb: str, arguments: list[str]) -> None:
+    def interrupted(verb: str, arguments: list[str], project: Project) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(VERBS, "compare", interrupted)

@@ -23,6 +23,7 @@ from dopr_lightning.experiments.command import (
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
+from dopr_lightning.project import LIBRARY, Project
 
 OURS = {
     "--seed_everything": "--seeds",
@@ -35,13 +36,13 @@ TUNING_SEED = 1000
 """Training seed of the tuning runs, so that no reported run was chosen by its own luck."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run the comparison and write its results.
 
     Raises:
         UserError: A mistake in the arguments, found before anything is trained; or runs that failed.
     """
-    options, overrides = parse(_parser(), arguments)
+    options, overrides = parse(_parser(project.command), arguments)
     arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
     rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
@@ -57,19 +58,23 @@ def main(arguments: Sequence[str]) -> None:
     from dopr_lightning.training import find_config, resolve
 
     base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]
-    task = _check(base, arms, options.damping)
+    task = _check(base, arms, options.damping, project)
     output: Path = options.output
-    settings = {"config": resolve(base), "episodes": options.episodes, "damping": options.damping}
+    settings = {"config": resolve(base, project), "episodes": options.episodes, "damping": options.damping}
     check_settings(output, settings)
     _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
 
-    resolved = functools.cache(resolve)  # the seeds of an arm share its configuration
+    resolved = functools.cache(
+        functools.partial(resolve, project=project)
+    )  # the seeds of an arm share its configuration
 
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
         chosen = (*base, *arm.arguments(lr, options.damping))
         name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
-        return Trial(name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes)
+        return Trial(
+            name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes, project=project
+        )
 
     tuning: dict[Arm, list[tuple[float, Record | str]]] = {arm: [] for arm in arms}
     grid = [(arm, rate) for arm in arms for rate in rates]
@@ -137,16 +142,19 @@ def _tuning_result(outcome: Record | str) -> dict[str, Any]:
     return {"mean": outcome.mean, "val_loss": outcome.val_loss}
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(
-        prog="dopr compare",
+        prog=f"{command} compare",
         allow_abbrev=False,
         description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
-        "of its EMA weights on the same fixed seeds. Any option of 'dopr fit' may follow (--trainer.max_steps 500). "
-        "Finished runs are reused and interrupted ones resumed.",
-        epilog="example: dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --output runs/walker2d",
+        f"of its EMA weights on the same fixed seeds. Any option of '{command} fit' may follow (--trainer.max_steps "
+        "500). Finished runs are reused and interrupted ones resumed.",
+        epilog=f"example: {command} compare --config walker2d.yaml --optimizers adamw,dopr-adamw "
+        "--output runs/walker2d",
     )
-    parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    parser.add_argument(
+        "--config", action="append", required=True, help=f"as in {command} fit; may be given several times"
+    )
     parser.add_argument(
         "--optimizers",
         default="adamw,dopr-adamw,muon,dopr-muon",
@@ -170,7 +178,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:
+def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Project) -> dict[str, Any]:
     """Build everything, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
     from dopr_lightning.rollout.environments import make
@@ -180,7 +188,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str
     # One arm per set of DoPr's options is enough: names and damping are checked, and all else they share.
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
-        cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False)
+        cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
     environment = cli.datamodule.environment
     make(environment).close()
     cli.datamodule.train_dataloader()

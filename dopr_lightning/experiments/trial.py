@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import differences
 
 SETTINGS = "settings.json"
@@ -43,6 +44,7 @@ class Trial:
         episodes: Judged rollouts.
         cost: Of training, in any unit, to estimate how long it takes from how long others took.
         keep_checkpoints: Whether they stay once there is a record.
+        project: Whose policy and data.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Trial:
     episodes: int
     cost: float = 1.0
     keep_checkpoints: bool = True
+    project: Project = LIBRARY
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -243,6 +246,7 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
             "--trainer.enable_model_summary=false",
         ],
         run=False,
+        project=trial.project,
     )
     cli.parser.save(cli.config, str(trial.folder / "config.yaml"), skip_check=True, overwrite=True)
     trainer, progress = cli.trainer, Progress()

@@ -37,6 +37,7 @@ class OptimizerConfig:
         weight_decay: For matrices only.
         schedule: Constant, or a cosine to 0, after the warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
+        lr_by_role: Multipliers of the learning rate by role, ``{input: 0.25}``.
         options: Further keywords of the base's algorithm.
     """
 
@@ -45,6 +46,7 @@ class OptimizerConfig:
     weight_decay: float = 1e-5
     schedule: Schedule = "cosine"
     warmup_steps: int = 0
+    lr_by_role: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -279,7 +281,8 @@ class PolicyModule(L.LightningModule):
         """Keywords of :func:`dopr_lightning.optim.make_optimizer` for this policy."""
         c = self.optimizer_config
         rule = {"weight_decay_rule": self.mup_config.weight_decay} if self.mup_config else {}
-        return {"base": c.base, "lr": c.lr, "weight_decay": c.weight_decay, "mup": self.mup, **rule, **c.options}
+        numbers = {"lr": c.lr, "weight_decay": c.weight_decay, "lr_by_role": c.lr_by_role}
+        return {"base": c.base, "mup": self.mup, **numbers, **rule, **c.options}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One composite optimizer, and its schedule."""

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +26,7 @@ from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.runner import KILLED, attempt_all, cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
+    ROLES,
     Cell,
     Parametrization,
     Point,
@@ -36,6 +37,7 @@ from dopr_lightning.experiments.sweep.grid import (
 )
 from dopr_lightning.experiments.sweep.report import best_point, plot, print_table, transfer_results, trial_results
 from dopr_lightning.experiments.trial import Trial, check_settings, load_record, note_settings, write_json
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, identity
 
 OURS = {
@@ -69,6 +71,7 @@ class Plan:
         parametrizations: muP, standard or both.
         seeds: Training seeds.
         product: Every combination of values.
+        project: Whose policy and data.
     """
 
     base: tuple[str, ...]
@@ -81,6 +84,7 @@ class Plan:
     parametrizations: list[Parametrization]
     seeds: list[int]
     product: bool
+    project: Project
 
     @property
     def cells(self) -> list[Cell]:
@@ -104,15 +108,15 @@ class Plan:
         )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run the sweep and write its results.
 
     Raises:
         UserError: A mistake in the arguments, found before anything is trained; or runs that were stopped, or none that
             trained.
     """
-    options, overrides = parse(_parser(), arguments)
-    plan = _plan(options, overrides)
+    options, overrides = parse(_parser(project.command), arguments)
+    plan = _plan(options, overrides, project)
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):
         raise UserError(f"--recommend-width {wide} is less than the narrowest of --widths, which muP starts from")
@@ -137,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     from dopr_lightning.training import resolve
 
     # Parsing takes a third of a second, and points differ by numbers alone.
-    resolved = functools.cache(lambda w, p: resolve(plan.arguments(plan.keywords[w], p, plan.centre)))
+    resolved = functools.cache(lambda w, p: resolve(plan.arguments(plan.keywords[w], p, plan.centre), project))
     trials = []
     for cell in plan.cells:
         chosen = plan.arguments(plan.keywords[cell.width], cell.parametrization, cell.point)
@@ -152,6 +156,7 @@ def main(arguments: Sequence[str]) -> None:
                 options.episodes,
                 cost=task["parameters"][cell.width] + OVERHEAD,
                 keep_checkpoints=False,  # hundreds of wide networks fill a disk
+                project=project,
             )
         )
     outcomes = dict(zip(plan.cells, attempt_all(trials, options.workers, engine), strict=True))
@@ -174,7 +179,7 @@ def main(arguments: Sequence[str]) -> None:
         "metric": task["metric"],
         "seeds": plan.seeds,
         "grid": "product" if plan.product else "lines",
-        "centre": asdict(plan.centre),
+        "centre": plan.centre.values,
         "widths": [
             {"width": width, "network": keywords, "parameters": task["parameters"][width]}
             for width, keywords in plan.keywords.items()
@@ -197,14 +202,15 @@ def main(arguments: Sequence[str]) -> None:
         "trials": trial_results(outcomes),
     }
     if best is not None:
-        config = resolve(plan.arguments(recommended_keywords, "mup", best))
+        config = resolve(plan.arguments(recommended_keywords, "mup", best), project)
         results["recommended"] = {
             "width": wide,
             "network": recommended_keywords,
-            **asdict(best),
+            **best.values,
+            "lr_by_role": config["model"]["optimizer"]["lr_by_role"],
             "mup": config["model"]["mup"],
         }
-        _write_overlay(config, output / OVERLAY)
+        _write_overlay(config, output / OVERLAY, project.command)
     write_json(results, output / RESULTS)
     plot(results, output / "transfer.png")
     print_table(results)
@@ -222,7 +228,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"the run it recommends, {best.name} at width {wide}: stack {output / OVERLAY} on the configuration")
 
 
-def _plan(options: Any, overrides: Sequence[str]) -> Plan:
+def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     """Everything that can be wrong without building anything."""
     from dopr_lightning.training import find_config, quiet, resolve
 
@@ -254,14 +260,19 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
     configs = [f"--config={find_config(name)}" for name in options.config]
     base = (*configs, "--rollout.episodes=0", *overrides, *(arm.arguments(None, 0.01) if arm else []))
     # Without muP: what it is based on is not known yet.
-    config = resolve([*base, "--model.mup=null"])
+    config = resolve([*base, "--model.mup=null"], project)
     arguments = config["model"]["network"].get("init_args", {})
     scales = network_scales(config["model"]["network"]["class_path"])
     dopr = dopr_of(config)
     if arm and arm.dopr and sum(c["class_path"].endswith(".DoPr") for c in config["trainer"]["callbacks"]) > 1:
         raise UserError("both --optimizer and the configuration bring DoPr; leave one out")
     optimizer = config["model"]["optimizer"]
-    centre = Point(float(optimizer["lr"]), float(optimizer["weight_decay"]), None if dopr is None else dopr["damping"])
+    centre = Point(
+        float(optimizer["lr"]),
+        float(optimizer["weight_decay"]),
+        None if dopr is None else dopr["damping"],
+        **{name: optimizer["lr_by_role"].get(role) for name, role in ROLES.items()},
+    )
     return Plan(
         base,
         config,
@@ -273,6 +284,7 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
         parametrizations,
         seeds,
         options.grid == "product",
+        project,
     )
 
 
@@ -288,6 +300,7 @@ def _arm(name: str | None) -> Arm | None:
 def _values(options: Any, centre: Point) -> dict[str, list[float]]:
     """The values of each hyperparameter that is swept."""
     flags = {"lr": "learning_rates", "weight_decay": "weight_decays", "damping": "dampings"}
+    flags |= {name: f"{name}s" for name in ROLES}
     values: dict[str, list[float]] = {}
     for name in HYPERPARAMETERS:
         flag, text = f"--{flags[name].replace('_', '-')}", getattr(options, flags[name])
@@ -310,7 +323,7 @@ def _values(options: Any, centre: Point) -> dict[str, list[float]]:
 
 def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """The configuration without what is swept: the same for all runs, and for later ones in the same folder."""
-    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None).put_into(config)
+    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None, **dict.fromkeys(ROLES, 0.0)).put_into(config)
     for key in scales:
         same["model"]["network"]["init_args"].pop(key, None)
     return same
@@ -347,7 +360,9 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
         for parametrization in plan.parametrizations:
             try:
                 cli: Any = CLI(
-                    [*plan.arguments(keywords, parametrization, plan.centre), "--trainer.logger=false"], run=False
+                    [*plan.arguments(keywords, parametrization, plan.centre), "--trainer.logger=false"],
+                    run=False,
+                    project=plan.project,
                 )
             except UserError as error:
                 raise UserError(f"--widths {width}: {error}") from error
@@ -359,7 +374,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     return task_of(cli) | {"parameters": parameters}
 
 
-def _write_overlay(config: Mapping[str, Any], path: Path) -> None:
+def _write_overlay(config: Mapping[str, Any], path: Path, command: str) -> None:
     """What the recommended run adds to the configuration, as a file for ``dopr fit --config``."""
     import yaml
 
@@ -367,24 +382,24 @@ def _write_overlay(config: Mapping[str, Any], path: Path) -> None:
     if config["trainer"].get("callbacks"):
         overlay["trainer"] = {"callbacks": config["trainer"]["callbacks"]}
     path.write_text(
-        "# dopr fit --config THE_SWEEPS_CONFIGURATION --config recommended.yaml\n"
+        f"# {command} fit --config THE_SWEEPS_CONFIGURATION --config recommended.yaml\n"
         + yaml.safe_dump(overlay, sort_keys=False)
     )
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(
-        prog="dopr sweep",
+        prog=f"{command} sweep",
         allow_abbrev=False,
         description="Train one task at several widths and values of its hyperparameters, and report how far the best "
         "values move with the width, under muP and under the standard parametrisation. Any option of 'dopr fit' may "
         "follow (--trainer.max_steps 500). Finished runs are reused and interrupted ones resumed.",
-        epilog="example: dopr sweep --config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
-        "--lr-octaves 2 --output runs/sweep; then: dopr fit --config humanoid.yaml --config dopr.yaml "
+        epilog=f"example: {command} sweep --config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
+        f"--lr-octaves 2 --output runs/sweep; then: {command} fit --config humanoid.yaml --config dopr.yaml "
         "--model.network.width 2048 --mup.from_sweep runs/sweep",
     )
     add = parser.add_argument
-    add("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    add("--config", action="append", required=True, help=f"as in {command} fit; may be given several times")
     add("--optimizer", help="as in dopr compare, dopr-muon say; default: the configuration's")
     add(
         "--widths",
@@ -401,6 +416,8 @@ def _parser() -> Parser:
     )
     add("--weight-decays", help="comma-separated")
     add("--dampings", help="comma-separated; of DoPr")
+    add("--input-rates", help="comma-separated multipliers of the input layers' learning rate, 0.125,0.25,0.5,1 say")
+    add("--readout-rates", help="comma-separated multipliers of the readouts' learning rate")
     add(
         "--grid",
         choices=("lines", "product"),
