@@ -8,7 +8,6 @@ import logging
 import re
 import sys
 import warnings
-import zipfile
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dopr_lightning import proxy
+from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configs import available, locate
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
@@ -45,6 +44,10 @@ HELP = {
         "Example: dopr test --config walker2d.yaml --ckpt_path last.ckpt"
     },
 }
+
+
+# Where other values came from, and what a person puts up with today.
+NOT_SETTINGS = ("mup", "accept_versions")
 
 
 class CLI(LightningCLI):
@@ -87,12 +90,8 @@ class CLI(LightningCLI):
         if config.get("mup.from_sweep") is not None:
             self._take_from_sweep(config, sys.argv[1:] if args is None else args)
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
-        if path in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
-            return
-        if not Path(path).is_file():
-            raise UserError(f"--ckpt_path {path}: no such file")
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"--ckpt_path {path}: damaged, or not a checkpoint")
+        if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
+            checkpoint.require_file(path)
 
     def _take_from_sweep(self, config: Namespace, args: Sequence[str]) -> None:
         """Put a sweep's numbers into the configuration, which then no longer depends on the sweep's folder."""
@@ -116,7 +115,7 @@ class CLI(LightningCLI):
         text = self.parser.dump(self.config, format="json", skip_validation=True, skip_link_targets=False)
         verb, plain = self.config.get("subcommand"), json.loads(text)
         plain = plain[verb] if verb else plain
-        return {key: value for key, value in plain.items() if key != "mup"}  # where other values came from
+        return {key: value for key, value in plain.items() if key not in NOT_SETTINGS}
 
     def instantiate_classes(self) -> None:
         """Build everything.
@@ -128,6 +127,8 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise UserError(_reason(error)) from error
+        accept = self._get(self.config, "accept_versions", default=False)
+        self.trainer.callbacks.append(checkpoint.SelfDescription(self.plain_config(), accept))  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
         """Find out now, not at the first validation, that the rollouts' environment is not installed."""
@@ -151,6 +152,12 @@ class CLI(LightningCLI):
             default=None,
             help="the --output of a dopr sweep of this configuration: train with the learning rate, weight decay and "
             "damping it found on narrower networks, under its muP",
+        )
+        parser.add_argument(
+            "--accept_versions",
+            type=bool,
+            default=False,
+            help="go on from a checkpoint that was trained with another version of the simulator",
         )
         # The last state to resume from, at every validation: rollouts are noisy, so choosing the best is left to you.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})

@@ -23,6 +23,8 @@ class EnvironmentSpec:
         module: The module that registers the id with Gymnasium on import; ``None`` for Gymnasium's own.
         cameras: Whose images are observed. With none, an observation is a vector (O,); with some it is
             ``{"state": (O,), "images": {camera: (H, W, 3) uint8}}``.
+        simulators: The distributions, as pip names them, whose versions decide what an episode is. A checkpoint
+            records them, and is not judged in others unasked.
     """
 
     id: str
@@ -33,3 +35,4 @@ class EnvironmentSpec:
     extra: str | None = None
     module: str | None = None
     cameras: tuple[str, ...] = ()
+    simulators: tuple[str, ...] = ()
