@@ -14,7 +14,7 @@ usage: dopr VERB [options]     (dopr VERB --help explains each, with an example)
 Train a policy and judge it by rollouts:
   fit        train:     dopr fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
-  test       the same on the seeds that are reported
+  test       the same on the seeds that are reported: dopr test --ckpt last.ckpt
 
 Find out whether an optimizer helps:
   compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot
@@ -77,6 +77,15 @@ def _train(verb: str, arguments: list[str]) -> None:
     run(verb, arguments)
 
 
+def _judge(verb: str, arguments: list[str]) -> None:
+    if any(argument.partition("=")[0] == "--ckpt" for argument in arguments):
+        from dopr_lightning.evaluation import run
+    else:
+        from dopr_lightning.training import run
+
+    run(verb, arguments)
+
+
 def _compare(verb: str, arguments: list[str]) -> None:
     from dopr_lightning.experiments.compare import main
 
@@ -109,8 +118,8 @@ def _demos(verb: str, arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[str, list[str]], int | None]] = {
     "fit": _train,
-    "validate": _train,
-    "test": _train,
+    "validate": _judge,
+    "test": _judge,
     "compare": _compare,
     "sweep": _sweep,
     "coord-check": _coordinate_check,

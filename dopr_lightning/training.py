@@ -36,12 +36,14 @@ HELP = {
         "Example: dopr fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
     },
     "validate": {
-        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. "
-        "Example: dopr validate --config walker2d.yaml --ckpt_path last.ckpt"
+        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. With "
+        "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
+        "Example: dopr validate --ckpt last.ckpt"
     },
     "test": {
-        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. "
-        "Example: dopr test --config walker2d.yaml --ckpt_path last.ckpt"
+        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. With "
+        "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
+        "Example: dopr test --ckpt last.ckpt --rollout.report_episodes 100"
     },
 }
 
@@ -65,7 +67,7 @@ class CLI(LightningCLI):
             super().__init__(
                 PolicyModule,
                 DemonstrationData,
-                args=None if args is None else list(_packaged_configs(args)),
+                args=None if args is None else list(packaged_configs(args)),
                 run=run,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
@@ -75,7 +77,7 @@ class CLI(LightningCLI):
                 **options,
             )
         except ArgumentError as error:
-            raise UserError(f"{_reason(error)}; see: dopr fit --help") from error
+            raise UserError(f"{reason(error)}; see: dopr fit --help") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, fill in what a sweep found, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
@@ -126,7 +128,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UserError(_reason(error)) from error
+            raise UserError(reason(error)) from error
         accept = self._get(self.config, "accept_versions", default=False)
         self.trainer.callbacks.append(checkpoint.SelfDescription(self.plain_config(), accept))  # type: ignore[attr-defined]
 
@@ -220,6 +222,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
 
@@ -238,7 +241,7 @@ def find_config(name: str) -> str:
     return path
 
 
-def _packaged_configs(args: Sequence[str]) -> Iterator[str]:
+def packaged_configs(args: Sequence[str]) -> Iterator[str]:
     """Resolve ``--config NAME`` and ``--config=NAME``."""
     named = False
     for arg in args:
@@ -252,7 +255,7 @@ def _packaged_configs(args: Sequence[str]) -> Iterator[str]:
         named = not named and arg in ("--config", "-c")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The line that says what is wrong, out of the many in which jsonargparse says what it tried."""
     cause: BaseException = error
     while "Union subtypes" in str(cause) and cause.__cause__ is not None:
