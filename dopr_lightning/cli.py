@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, did_you_mean
 from dopr_lightning.project import LIBRARY, Project
 
 HELP = """\
@@ -15,7 +15,7 @@ usage: {command} VERB [options]     ({command} VERB --help explains each, with a
 Train a policy and judge it by rollouts:
   fit        train:     {command} fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
-  test       the same on the seeds that are reported
+  test       the same on the seeds that are reported: dopr test --ckpt last.ckpt
 
 Find out whether an optimizer helps:
   compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        print(f"{project.command}: unknown verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        hint = did_you_mean(verb, VERBS) or ";"
+        print(f"{project.command}: unknown verb {verb!r}{hint} choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         return VERBS[verb](verb, rest, project) or 0
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):
             raise
-        print(f"{project.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{project.command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -77,10 +78,25 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, UserError | ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
 
 
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:  # its own text begins with a number
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _train(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.training import run
 
     run(verb, arguments, project)
+
+
+def _judge(verb: str, arguments: list[str], project: Project) -> None:
+    if any(argument.partition("=")[0] == "--ckpt" for argument in arguments):
+        from dopr_lightning.evaluation import run
+
+        run(verb, arguments)  # the checkpoint says whose classes it is of
+    else:
+        _train(verb, arguments, project)
 
 
 def _compare(verb: str, arguments: list[str], project: Project) -> None:
@@ -121,8 +137,8 @@ def _new(verb: str, arguments: list[str], project: Project) -> None:
 
 VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "fit": _train,
-    "validate": _train,
-    "test": _train,
+    "validate": _judge,
+    "test": _judge,
     "compare": _compare,
     "sweep": _sweep,
     "coord-check": _coordinate_check,

@@ -6,7 +6,6 @@ import difflib
 import json
 import runpy
 import shlex
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distribution

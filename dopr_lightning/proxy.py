@@ -41,7 +41,7 @@ def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]
                 "class_path": network["class_path"],
                 "init_args": _without(network.get("init_args", {}), *scales),
             },
-            "optimizer": _without(model["optimizer"], "lr", "weight_decay", "warmup_steps"),
+            "optimizer": _without(model["optimizer"], "lr", "weight_decay", "lr_by_role", "warmup_steps"),
         },
         "trainer": {
             "gradient_clip_val": config["trainer"].get("gradient_clip_val"),
@@ -75,7 +75,8 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         config: The whole configuration of the wide run, as plain values.
 
     Returns:
-        ``{"lr": ..., "weight_decay": ..., "damping": ... or None, "mup": {"base": ..., "weight_decay": ...}}``
+        ``{"lr": ..., "weight_decay": ..., "lr_by_role": {...}, "damping": ... or None, "mup": {"base": ...,
+        "weight_decay": ...}}``
 
     Raises:
         UserError: There is no sweep, it found nothing, or it is of another configuration.
@@ -101,7 +102,8 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"{FLAG} {folder}: {key} {network[key]} is narrower than the sweep's base, {base}; widen it"
             )
-    return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")}
+    shares = found.get("lr_by_role", {})  # older results say nothing of it, which was 1 for all
+    return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")} | {"lr_by_role": shares}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:

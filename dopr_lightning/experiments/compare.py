@@ -9,9 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import judge, numbers, quiet_building, refuse_ours, seed_numbers, task_of
+from dopr_lightning.experiments.command import (
+    check_steps,
+    judge,
+    numbers,
+    parse,
+    quiet_building,
+    refuse_ours,
+    seed_numbers,
+    task_of,
+)
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
@@ -34,7 +43,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     Raises:
         UserError: A mistake in the arguments, found before anything is trained; or runs that failed.
     """
-    options, overrides = _parser(project.command).parse_known_args(arguments)
+    options, overrides = parse(_parser(project.command), arguments)
     arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
     rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
@@ -95,7 +104,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "versions": versions(),
         "data": task["data"],
         "arms": [
-            arm_results(arm, seeds, [records[arm, seed] for seed in seeds])
+            arm_results(arm, seeds, [records[arm, seed] for seed in seeds], task["metric"])
             | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
             | {"tuning": [{"lr": rate} | _tuning_result(outcome) for rate, outcome in tuning[arm]]}
             for arm in arms
@@ -155,7 +164,9 @@ def _parser(command: str) -> Parser:
     )
     parser.add_argument("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per run; default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the runs, results.json and compare.png")
+    parser.add_argument(
+        "--output", type=folder, required=True, help="folder for the runs, results.json and compare.png"
+    )
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
     parser.add_argument(
         "--learning-rates",
@@ -180,6 +191,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
         cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
     environment = judge(cli, "a comparison")
     cli.datamodule.train_dataloader()
+    check_steps(cli)
     return task_of(cli) | {
         "selection_seed": environment.first_seed + SELECTION_OFFSET,
         "parameters": sum(p.numel() for p in cli.model.parameters()),

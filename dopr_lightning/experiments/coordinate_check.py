@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import network_scales, numbers, quiet_building, refuse_ours, seed_numbers
+from dopr_lightning.experiments.command import network_scales, numbers, parse, quiet_building, refuse_ours, seed_numbers
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import ADAMUON, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.report import versions
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> int:
         UserError: A mistake in the arguments, found before anything is trained.
     """
     quiet_building()
-    options, overrides = _parser(project.command).parse_known_args(arguments)
+    options, overrides = parse(_parser(project.command), arguments)
     task = _task(options, overrides, project)
     path: Path = options.output / "results.json"
     settings = {
@@ -275,5 +275,5 @@ def _parser(command: str) -> Parser:
     parser.add_argument("--standard", action="store_true", help="show the standard parametrisation beside muP")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the exponents; default: %(default)s")
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.json and coord_check.png")
+    parser.add_argument("--output", type=folder, required=True, help="folder for results.json and coord_check.png")
     return parser

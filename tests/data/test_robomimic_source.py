@@ -260,6 +260,10 @@ def without_model(file: Any) -> None:
     del file["data/demo_2"].attrs["model_file"]
 
 
+def garbled_model(file: Any) -> None:
+    file["data/demo_2"].attrs["model_file"] = file["data/demo_2"].attrs["model_file"][:500]
+
+
 def without_args(file: Any) -> None:
     del file["data"].attrs["env_args"]
 
@@ -326,6 +330,7 @@ BAD: list[tuple[Callable[[Path], object], dict[str, Any], str]] = [
     (replaced("data/demo_2/obs/object", np.zeros((11, 10))), {}, "12 actions but 11 of obs/object"),
     (replaced("data/demo_2/states", np.zeros((12, 9))), {"absolute": True}, "states have 9 numbers, the scene has 5"),
     (changed(without_model), {"absolute": True}, "demo_2 has no attribute model_file"),
+    (changed(garbled_model), {"absolute": True}, "damaged, or not HDF5 .*; fetch it again"),
     (changed(with_torques), {}, "an arm with a controller JOINT_TORQUE"),
     (changed(of_poses), {"absolute": True}, "poses in the frame of the world: use them as stored"),
     (changed(robot_frame), {"absolute": True}, "offsets in the frame of the base: use them as stored"),

@@ -6,16 +6,18 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
+    check_steps,
     judge,
     network_scales,
     numbers,
+    parse,
     quiet_building,
     refuse_ours,
     seed_numbers,
@@ -25,6 +27,7 @@ from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.runner import KILLED, attempt_all, cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
+    ROLES,
     Cell,
     Parametrization,
     Point,
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         UserError: A mistake in the arguments, found before anything is trained; or runs that were stopped, or none that
             trained.
     """
-    options, overrides = _parser(project.command).parse_known_args(arguments)
+    options, overrides = parse(_parser(project.command), arguments)
     plan = _plan(options, overrides, project)
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):
@@ -177,7 +180,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "metric": task["metric"],
         "seeds": plan.seeds,
         "grid": "product" if plan.product else "lines",
-        "centre": asdict(plan.centre),
+        "centre": plan.centre.values,
         "widths": [
             {"width": width, "network": keywords, "parameters": task["parameters"][width]}
             for width, keywords in plan.keywords.items()
@@ -204,7 +207,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         results["recommended"] = {
             "width": wide,
             "network": recommended_keywords,
-            **asdict(best),
+            **best.values,
+            "lr_by_role": config["model"]["optimizer"]["lr_by_role"],
             "mup": config["model"]["mup"],
         }
         _write_overlay(config, output / OVERLAY, project.command)
@@ -264,7 +268,12 @@ def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     if arm and arm.dopr and sum(c["class_path"].endswith(".DoPr") for c in config["trainer"]["callbacks"]) > 1:
         raise UserError("both --optimizer and the configuration bring DoPr; leave one out")
     optimizer = config["model"]["optimizer"]
-    centre = Point(float(optimizer["lr"]), float(optimizer["weight_decay"]), None if dopr is None else dopr["damping"])
+    centre = Point(
+        float(optimizer["lr"]),
+        float(optimizer["weight_decay"]),
+        None if dopr is None else dopr["damping"],
+        **{name: optimizer["lr_by_role"].get(role) for name, role in ROLES.items()},
+    )
     return Plan(
         base,
         config,
@@ -292,6 +301,7 @@ def _arm(name: str | None) -> Arm | None:
 def _values(options: Any, centre: Point) -> dict[str, list[float]]:
     """The values of each hyperparameter that is swept."""
     flags = {"lr": "learning_rates", "weight_decay": "weight_decays", "damping": "dampings"}
+    flags |= {name: f"{name}s" for name in ROLES}
     values: dict[str, list[float]] = {}
     for name in HYPERPARAMETERS:
         flag, text = f"--{flags[name].replace('_', '-')}", getattr(options, flags[name])
@@ -314,7 +324,7 @@ def _values(options: Any, centre: Point) -> dict[str, list[float]]:
 
 def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """The configuration without what is swept: the same for all runs, and for later ones in the same folder."""
-    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None).put_into(config)
+    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None, **dict.fromkeys(ROLES, 0.0)).put_into(config)
     for key in scales:
         same["model"]["network"]["init_args"].pop(key, None)
     return same
@@ -360,6 +370,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     if rollouts:
         judge(cli, "a sweep with --episodes")
     cli.datamodule.train_dataloader()
+    check_steps(cli)
     return task_of(cli) | {"parameters": parameters}
 
 
@@ -405,6 +416,8 @@ def _parser(command: str) -> Parser:
     )
     add("--weight-decays", help="comma-separated")
     add("--dampings", help="comma-separated; of DoPr")
+    add("--input-rates", help="comma-separated multipliers of the input layers' learning rate, 0.125,0.25,0.5,1 say")
+    add("--readout-rates", help="comma-separated multipliers of the readouts' learning rate")
     add(
         "--grid",
         choices=("lines", "product"),
@@ -420,7 +433,9 @@ def _parser(command: str) -> Parser:
         help="rollouts per run, of its final weights; 0: judge by validation loss alone; default: %(default)s",
     )
     add("--parametrizations", default="mup,standard", help="mup, standard or both; default: %(default)s")
-    add("--output", type=Path, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml")
+    add(
+        "--output", type=folder, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml"
+    )
     add("--recommend-width", type=int, help="of the run to recommend; default: the widest")
     add(
         "--engine",
