@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test lint docs wheel clean
+.PHONY: quickstart test lint docs template wheel clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --seeds 0,1 --output runs/quickstart
@@ -30,6 +30,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
+
+# A project from the template as its users have it, in an environment of its own.
+PROJECT := build/project
+template: $(INSTALLED)
+	rm -rf $(PROJECT)
+	$(BIN)/dopr new my-robot --output $(PROJECT)
+	PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(MAKE) -C $(PROJECT)/my-robot quickstart test LIBRARY=$(CURDIR) PYTHON=$(PYTHON)
 
 # The package as its users get it: built, installed with the base dependencies alone, and run where no repository is.
 CLEAN := build/clean
