@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dopr_lightning.callback import DoPr as DoPr
+    from dopr_lightning.deploy import load_policy as load_policy
     from dopr_lightning.mup import MupSpec as MupSpec
     from dopr_lightning.optim import configure_optimizers as configure_optimizers
     from dopr_lightning.optim import mup_table as mup_table
@@ -23,11 +24,20 @@ _HOME = {
     "DoPr": "dopr_lightning.callback",
     "MupSpec": "dopr_lightning.mup",
     "configure_optimizers": "dopr_lightning.optim",
+    "load_policy": "dopr_lightning.deploy",
     "mup_table": "dopr_lightning.optim",
     "register_layer": "dopr_lightning.preconditioner",
 }
 
-__all__ = ["ActivationPreconditioner", "DoPr", "MupSpec", "configure_optimizers", "mup_table", "register_layer"]
+__all__ = [
+    "ActivationPreconditioner",
+    "DoPr",
+    "MupSpec",
+    "configure_optimizers",
+    "load_policy",
+    "mup_table",
+    "register_layer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ usage: {command} VERB [options]     ({command} VERB --help explains each, with a
 Train a policy and judge it by rollouts:
   fit        train:     {command} fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
-  test       the same on the seeds that are reported
+  test       the same on the seeds that are reported: dopr test --ckpt last.ckpt
 
 Find out whether an optimizer helps:
   compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot
@@ -87,6 +87,15 @@ def _train(verb: str, arguments: list[str], project: Project) -> None:
     run(verb, arguments, project)
 
 
+def _judge(verb: str, arguments: list[str], project: Project) -> None:
+    if any(argument.partition("=")[0] == "--ckpt" for argument in arguments):
+        from dopr_lightning.evaluation import run
+
+        run(verb, arguments)  # the checkpoint says whose classes it is of
+    else:
+        _train(verb, arguments, project)
+
+
 def _compare(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.experiments.compare import main
 
@@ -119,8 +128,8 @@ def _demos(verb: str, arguments: list[str], project: Project) -> None:
 
 VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "fit": _train,
-    "validate": _train,
-    "test": _train,
+    "validate": _judge,
+    "test": _judge,
     "compare": _compare,
     "sweep": _sweep,
     "coord-check": _coordinate_check,

@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import warnings
-import zipfile
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from dopr_lightning import proxy
+from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configuration import find_config, packaged_configs, reason, reason_with_place
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError, folder, missing
+from dopr_lightning.errors import UserError, folder
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.project import LIBRARY, Project
@@ -37,14 +36,20 @@ HELP = {
         "Example: {command} fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
     },
     "validate": {
-        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. "
-        "Example: {command} validate --config walker2d.yaml --ckpt_path last.ckpt"
+        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. With "
+        "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
+        "Example: {command} validate --ckpt last.ckpt"
     },
     "test": {
-        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. "
-        "Example: {command} test --config walker2d.yaml --ckpt_path last.ckpt"
+        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. With "
+        "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
+        "Example: {command} test --ckpt last.ckpt --rollout.report_episodes 100"
     },
 }
+
+
+# Where other values came from, and what a person puts up with today.
+NOT_SETTINGS = ("mup", "accept_versions")
 
 
 class CLI(LightningCLI):
@@ -104,12 +109,8 @@ class CLI(LightningCLI):
         if subcommand:
             self._choose_what_is_shown(config["trainer"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
-        if path in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
-            return
-        if not Path(path).is_file():
-            raise UserError(f"--ckpt_path {path}: {missing(Path(path))}")
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"--ckpt_path {path}: damaged, or not a checkpoint")
+        if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
+            checkpoint.require_file(path)
 
     def _choose_what_is_shown(self, trainer: Namespace) -> None:
         """Our own words, and a bar where there is a terminal, unless the user chose otherwise."""
@@ -146,7 +147,7 @@ class CLI(LightningCLI):
         text = self.parser.dump(self.config, format="json", skip_validation=True, skip_link_targets=False)
         verb, plain = self.config.get("subcommand"), json.loads(text)
         plain = plain[verb] if verb else plain
-        del plain["mup"]  # where other values came from
+        plain = {key: value for key, value in plain.items() if key not in NOT_SETTINGS}
         return plain | ({"classes": self.project.classes} if self.project.classes else {})
 
     def instantiate_classes(self) -> None:
@@ -159,6 +160,8 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise UserError(reason(error)) from error
+        accept = self._get(self.config, "accept_versions", default=False)
+        self.trainer.callbacks.append(checkpoint.SelfDescription(self.plain_config(), accept))  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
         """Find out now, not at the first validation, that the rollouts' environment is not installed."""
@@ -182,6 +185,12 @@ class CLI(LightningCLI):
             default=None,
             help="the --output of a dopr sweep of this configuration: train with the learning rate, weight decay and "
             "damping it found on narrower networks, under its muP",
+        )
+        parser.add_argument(
+            "--accept_versions",
+            type=bool,
+            default=False,
+            help="go on from a checkpoint that was trained with another version of the simulator",
         )
         # The last state to resume from, at every validation: rollouts are noisy, so choosing the best is left to you.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
@@ -253,5 +262,6 @@ def quiet() -> None:
     # Every rank logs the same numbers of rollouts, of which each was run once; of held-out windows a few may repeat.
     warnings.filterwarnings("ignore", message=r".*recommended to use `self.log\('rollout/.*")
     warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")

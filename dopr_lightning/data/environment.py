@@ -24,6 +24,8 @@ class EnvironmentSpec:
         cameras: Whose images are observed. With none, an observation is a vector (O,); with some it is
             ``{"state": (O,), "images": {camera: (H, W, 3) uint8}}``.
         name: What a person calls the task, where the id does not say it.
+        simulators: The distributions, as pip names them, whose versions decide what an episode is. A checkpoint
+            records them, and is not judged in others unasked.
     """
 
     id: str
@@ -35,6 +37,7 @@ class EnvironmentSpec:
     module: str | None = None
     cameras: tuple[str, ...] = ()
     name: str = ""
+    simulators: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dopr_lightning.data.convention import Convention, bounds
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.source import Source
@@ -46,7 +47,18 @@ class Minari(Source):
                 f"Minari dataset {self.dataset_id!r} does not say in which environment, or for how many steps, it was "
                 "recorded; choose a dataset with an env_spec that has max_episode_steps"
             )
-        return EnvironmentSpec(id=spec.id, max_steps=spec.max_episode_steps, metric="return", kwargs=dict(spec.kwargs))
+        return EnvironmentSpec(
+            id=spec.id,
+            max_steps=spec.max_episode_steps,
+            metric="return",
+            kwargs=dict(spec.kwargs),
+            simulators=("mujoco",) if ".mujoco" in str(spec.entry_point) else (),
+        )
+
+    def convention(self) -> Convention:
+        """The environment's own numbers, and the bounds that the dataset says actions have."""
+        low, high = bounds(self._open().action_space)
+        return Convention(low=low, high=high)
 
     def load(self) -> Demonstrations:
         """Read the episodes, each without its final observation, at which nobody acted.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from dopr_lightning.data.convention import Convention
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.source import Source
@@ -82,6 +83,10 @@ class DemonstrationData(L.LightningDataModule):
         """The environment to roll policies out in."""
         return self.source.environment
 
+    def convention(self) -> Convention:
+        """What the numbers of observations and actions mean."""
+        return self.source.convention()
+
     @property
     def observation_dim(self) -> int:
         """Numbers in an observation."""
@@ -96,6 +101,11 @@ class DemonstrationData(L.LightningDataModule):
     def cameras(self) -> tuple[str, ...]:
         """Whose images there are."""
         return self._split[0].cameras
+
+    @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width of each camera's images."""
+        return {camera: (frames.shape[1], frames.shape[2]) for camera, frames in (self._split[0].images or {}).items()}
 
     @property
     def provenance(self) -> dict[str, Any]:

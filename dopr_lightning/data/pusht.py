@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dopr_lightning.data.convention import Convention
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.home import data_home
@@ -30,6 +31,13 @@ SHA256 = "96b514609776a2b0905828f40efc3cf2adb77338cd50648957be87cd5388ebfd"
 
 ARRAYS, IMAGES, RECORD = "pusht.npz", "pusht_images.npy", "pusht.json"
 """What is registered: the low-dimensional arrays, the frames, and where they come from."""
+
+SIMULATORS = ("gym-pusht", "pymunk")
+
+ARENA = 512.0
+"""Side, in pixels."""
+
+KEYS = ("agent_x", "agent_y", "block_x", "block_y", "block_angle")
 
 AGENT = 2
 """The first so many numbers of a state are the agent's, the rest the block's."""
@@ -84,6 +92,7 @@ class PushT(Source):
                 extra="pusht",
                 module="dopr_lightning.rollout.pusht_env",
                 cameras=(CAMERA,),
+                simulators=SIMULATORS,
             )
         return EnvironmentSpec(
             id="gym_pusht/PushT-v0",
@@ -92,7 +101,13 @@ class PushT(Source):
             kwargs={"obs_type": "state"},
             extra="pusht",
             module="gym_pusht",
+            simulators=SIMULATORS,
         )
+
+    def convention(self) -> Convention:
+        """Where the agent shall go, in the arena."""
+        keys = KEYS[:AGENT] if self.images else KEYS
+        return Convention(keys, "absolute", low=(0.0, 0.0), high=(ARENA, ARENA))
 
     def load(self) -> Demonstrations:
         """Read the demonstrations.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from dopr_lightning.data.convention import Convention
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 
@@ -23,3 +24,11 @@ class Source(ABC):
         Raises:
             UserError: They are missing or damaged.
         """
+
+    def convention(self) -> Convention:
+        """What the numbers mean; by default only that they are the environment's own.
+
+        Raises:
+            UserError: The demonstrations, which say so, are missing or damaged.
+        """
+        return Convention()

@@ -183,8 +183,7 @@ class _Running:
     def extend(self, stretch: Stretch) -> bool:
         """Note what happened; returns whether the episode is over."""
         if not self.window:
-            # As in training, the time before the episode repeats its first observation.
-            self.window.extend(stretch.observations * self._observe)
+            self.window.extend(first_window(stretch.observations[0], self._observe))
             return False
         self.window.extend(stretch.observations)
         self._actions.append(self.chunk[: len(stretch.rewards)])
@@ -226,18 +225,42 @@ def _check_fit(policy: Policy, spec: EnvironmentSpec, environment: Description) 
         )
 
 
-def _decide(policy: Policy, running: Sequence[_Running]) -> None:
-    """Ask the policy for every episode's next chunk."""
-    observations = _batched([episode.window for episode in running])
+def first_window(observation: Observation, observe: int) -> list[Observation]:
+    """What a policy sees at first: as in training, the time before the episode repeats its first observation."""
+    return [observation] * observe
+
+
+def decide(
+    policy: Policy, windows: Sequence[Sequence[Observation]], generators: Sequence[torch.Generator]
+) -> npt.NDArray[np.float32]:
+    """Ask the policy for actions.
+
+    Args:
+        policy: In eval mode.
+        windows: n, the latest ``observe`` observations of an episode each, oldest first.
+        generators: n, sources of noise.
+
+    Returns:
+        (n, act, A).
+
+    Raises:
+        UserError: The policy gives something of another shape.
+    """
     with torch.no_grad():
-        actions = policy.predict(observations, [episode.generator for episode in running])
-    expected = (len(running), policy.act, policy.action_dim)
+        actions = policy.predict(_batched(windows), generators)
+    expected = (len(windows), policy.act, policy.action_dim)
     if actions.shape != expected:
         raise UserError(
-            f"the policy's predict() returned shape {tuple(actions.shape)} for {len(running)} episodes; it must return "
+            f"the policy's predict() returned shape {tuple(actions.shape)} for {len(windows)} episodes; it must return "
             f"{expected}"
         )
-    for episode, chunk in zip(running, actions.detach().float().cpu().numpy(), strict=True):
+    return actions.detach().float().cpu().numpy()
+
+
+def _decide(policy: Policy, running: Sequence[_Running]) -> None:
+    """Ask the policy for every episode's next chunk."""
+    chunks = decide(policy, [episode.window for episode in running], [episode.generator for episode in running])
+    for episode, chunk in zip(running, chunks, strict=True):
         episode.chunk = chunk
 
 

@@ -11,6 +11,7 @@ the two against each other.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dopr_lightning.data.convention import Convention
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.home import data_home
 from dopr_lightning.data.robomimic.absolute import stored_as_poses
-from dopr_lightning.data.robomimic.controllers import action_bounds
+from dopr_lightning.data.robomimic.controllers import action_bounds, arm_controllers
 from dopr_lightning.data.robomimic.files import DemoFile
 from dopr_lightning.data.robomimic.frames import image_shape, unpacked
+from dopr_lightning.data.robomimic.rotations import SIX_DIM
 from dopr_lightning.data.source import Source
 from dopr_lightning.errors import UserError
 
@@ -104,7 +107,23 @@ class Robomimic(Source):
             module="dopr_lightning.rollout.robosuite_env",
             cameras=self.cameras,
             name=f"robomimic's {self.task} {self.dataset_type}{' from images' if sizes else ''}",
+            simulators=("robosuite", "mujoco"),
         )
+
+    def convention(self) -> Convention:
+        """Poses with 6-D rotations; or what the file holds, mostly offsets, whose rotations are axis times angle.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        with self._open() as file:
+            arms = arm_controllers(file.env_args, absolute=False)
+            low, high = (tuple(bound.tolist()) for bound in action_bounds(file.env_args))
+        if self.absolute:
+            high = (*[math.inf] * (SIX_DIM - 1), 1.0) * len(arms)
+            return Convention(self.keys, "absolute", "6d", tuple(-bound for bound in high), high)
+        offsets = all(arm["input_type"] == "delta" for arm in arms)
+        return Convention(self.keys, "relative" if offsets else "absolute", "axis_angle", low, high)
 
     def load(self) -> Demonstrations:
         """Read the demonstrations.

@@ -1,0 +1,313 @@
+"""What does a checkpoint say of itself? What its policy saw, did, and where; and does that hold here?
+
+The record lies under ``checkpoint["dopr"]``, as plain values, so that it loads with ``weights_only=True``:
+
+    format         1
+    config         the whole configuration of ``dopr fit``
+    policy         class; observe, horizon, act; modes of the normalisers, whose maps are buffers of the state_dict
+    data           class, source, sha256, episodes and steps
+    observation    keys, dim, cameras with height and width of their images
+    action         dim, kind (absolute, relative, native), rotation, low and high
+    environment    the `EnvironmentSpec`
+    versions       of Python, of what trained it, and of the environment's simulators
+    ema            decay and warmup_power; the state_dict is the average
+
+Beside it lie ``state_dict``, ``mup`` (the `MupSpec`'s shapes), and the state of DoPr and all other callbacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.data.module import DemonstrationData
+from dopr_lightning.errors import UserError, missing
+from dopr_lightning.policies.ema import EMA
+from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.proxy import differences
+
+log = logging.getLogger(__name__)
+
+KEY = "dopr"
+FORMAT = 1
+LIBRARIES = ("dopr-lightning", "torch", "lightning", "gymnasium")
+
+# How an environment is found and called, and which seeds are asked of it, is no part of what it is.
+_ELSEWHERE = ("extra", "module", "first_seed", "simulators", "name")
+
+
+def describe(
+    policy: PolicyModule, data: DemonstrationData, config: Mapping[str, Any], ema: EMA | None
+) -> dict[str, Any]:
+    """The record.
+
+    Args:
+        policy: What is trained.
+        data: What it is trained on.
+        config: The whole configuration, as plain values.
+        ema: The callback that averages the weights, if any.
+
+    Raises:
+        UserError: A keyword of the environment is no plain value.
+    """
+    convention, spec = data.convention(), data.environment
+    return {
+        "format": FORMAT,
+        "config": _plain(config, "the configuration"),
+        "policy": {
+            "class": _path(type(policy)),
+            "observe": policy.observe,
+            "horizon": policy.horizon,
+            "act": policy.act,
+            "observation_normalizer": policy.observation_normalizer.mode,
+            "action_normalizer": policy.action_normalizer.mode,
+        },
+        "data": {"class": _path(type(data)), **data.provenance},
+        "observation": {
+            "keys": list(convention.observation_keys),
+            "dim": policy.observation_dim,
+            "cameras": {camera: list(size) for camera, size in data.image_sizes.items()},
+        },
+        "action": {
+            "dim": policy.action_dim,
+            "kind": convention.actions,
+            "rotation": convention.rotation,
+            "low": None if convention.low is None else list(convention.low),
+            "high": None if convention.high is None else list(convention.high),
+        },
+        "environment": _plain(asdict(spec), f"environment {spec.id!r}"),
+        "versions": {"python": platform.python_version()} | versions([*LIBRARIES, *spec.simulators]),
+        "ema": None if ema is None else {"decay": ema.decay, "warmup_power": ema.warmup_power},
+    }
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint with a record; its tensors stay on the disk until they are used.
+
+    Raises:
+        UserError: There is no such file, it is something else, or it has no record that this version reads.
+    """
+    if Path(path).is_dir():
+        raise UserError(
+            f"{path} is a folder of shards; join them with: python -m lightning.pytorch.utilities."
+            f"consolidate_checkpoint {path}"
+        )
+    require_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a file may be broken in any way
+        raise UserError(f"{path}: damaged, or not a checkpoint ({' '.join(str(error).split())[:100]})") from error
+    record = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if record is None:
+        raise UserError(
+            f"{path} does not say which configuration, data and environment it is of: it was not written by dopr fit, "
+            f"or before checkpoints had that record; what still works: --config FILES --ckpt_path {path}, and "
+            "PolicyModule.load_from_checkpoint"
+        )
+    if record["format"] != FORMAT:
+        raise UserError(
+            f"{path} describes itself in format {record['format']}, and dopr-lightning here reads {FORMAT}; install "
+            f"dopr-lightning=={record['versions'].get('dopr-lightning')}"
+        )
+    return checkpoint
+
+
+def require_file(path: str | Path) -> None:
+    """Refuse what is no file of ``torch.save``.
+
+    Raises:
+        UserError: Says what it is.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: {missing(Path(path))}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: damaged, or not a checkpoint")
+
+
+def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec:
+    """The environment a checkpoint's policy is judged in."""
+    known = {field.name for field in fields(EnvironmentSpec)}
+    return EnvironmentSpec(**{name: value for name, value in record["environment"].items() if name in known})
+
+
+def class_of(record: Mapping[str, Any], part: str) -> type[Any]:
+    """The class of the ``"policy"`` or the ``"data"``.
+
+    Raises:
+        UserError: It cannot be imported.
+    """
+    path = record[part]["class"]
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the checkpoint's {part} is a {path}, which cannot be imported ({error}); install the project it is in, "
+            "or run from its folder"
+        ) from error
+
+
+def check_versions(record: Mapping[str, Any], accept: bool) -> None:
+    """Compare the environment's simulators with those installed.
+
+    Args:
+        record: Of a checkpoint.
+        accept: Warn of another version, where it would be refused.
+
+    Raises:
+        UserError: A version is another, or the simulator is not installed.
+    """
+    names = record["environment"]["simulators"]
+    for name, here in versions(names).items():
+        recorded = record["versions"][name]
+        if here == recorded:
+            continue
+        if here is None:
+            extra = record["environment"]["extra"]
+            wanted = f"'dopr-lightning[{extra}]'" if extra else f"{name}=={recorded}"
+            raise UserError(
+                f"{name} is not installed, and the checkpoint's rollouts need it; run: pip install {wanted}"
+            )
+        said = f"the checkpoint was trained with {name} {recorded}, and here is {here}: its episodes may differ"
+        if not accept:
+            raise UserError(f"{said}; run: pip install {name}=={recorded}, or go on with --accept_versions true")
+        log.warning(said)
+
+
+def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
+    """Compare a checkpoint with the demonstrations here.
+
+    Raises:
+        UserError: They are others, or their numbers mean something else.
+    """
+    theirs, ours = record["data"]["sha256"], data.provenance["sha256"]
+    if theirs != ours:
+        raise UserError(
+            f"the checkpoint was trained on {record['data']['source']} with sha256 {theirs[:12]}, and this is "
+            f"{data.provenance['source']} with {ours[:12]}; give the demonstrations that it was trained on"
+        )
+    convention = data.convention()
+    _refuse_other("observes", record["observation"]["keys"], list(convention.observation_keys))
+    its = record["action"]
+    _refuse_other("takes actions that are", (its["kind"], its["rotation"]), (convention.actions, convention.rotation))
+    for name, bound in (("low", convention.low), ("high", convention.high)):
+        _refuse_other(f"has actions bounded ({name}) by", its[name], None if bound is None else list(bound))
+
+
+def check_environment(record: Mapping[str, Any], spec: EnvironmentSpec) -> None:
+    """Compare a checkpoint's environment with another.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    if changed := differences(record["environment"], _plain(asdict(spec), "environment"), ignore=_ELSEWHERE):
+        raise UserError(
+            f"the checkpoint's policy was trained for another environment ({_short(changed)}); give the configuration "
+            "that it was trained with"
+        )
+
+
+def _refuse_other(what: str, theirs: Any, ours: Any) -> None:
+    if theirs != ours:
+        raise UserError(
+            f"the checkpoint's policy {what} {_short(theirs)}, and here it would be {_short(ours)}; give the "
+            "configuration that it was trained with"
+        )
+
+
+def versions(names: Sequence[str]) -> dict[str, str | None]:
+    """Installed versions of distributions; ``None`` for one that is not."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in names}
+
+
+class SelfDescription(Callback):
+    """Writes the record into every checkpoint, and refuses one that is of other data or another environment.
+
+    Args:
+        config: The whole configuration, as plain values.
+        accept_versions: Go on with another version of the simulator.
+    """
+
+    def __init__(self, config: Mapping[str, Any], accept_versions: bool = False) -> None:
+        self.config = config
+        self.accept_versions = accept_versions
+        self._record: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse checkpoints of weights alone, into which Lightning lets no callback write.
+
+        Raises:
+            UserError: One would be saved so.
+        """
+        self._record = None
+        if any(saver.save_weights_only for saver in _of_type(trainer, ModelCheckpoint)):
+            raise UserError(
+                "checkpoint.save_weights_only=true would save the weights as they are trained, in place of their "
+                "average, and without a record of what they are; leave it out"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the record."""
+        if self._record is None:  # it stays the same while a run lasts
+            ema = next(iter(_of_type(trainer, EMA)), None)
+            self._record = describe(pl_module, trainer.datamodule, self.config, ema)  # type: ignore[arg-type, attr-defined]
+        checkpoint[KEY] = self._record
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compare a record, if there is one.
+
+        Raises:
+            UserError: The checkpoint is of other data, another environment, or another version of it.
+        """
+        record = checkpoint.get(KEY)
+        if record is None:  # an older checkpoint: its shapes have been compared
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        check_versions(record, self.accept_versions)
+        check_environment(record, data.environment)
+        check_data(record, data)
+
+
+def _of_type(trainer: Trainer, kind: type[Any]) -> list[Any]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def _path(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _plain(value: Any, whose: str) -> Any:
+    """``value`` as what a checkpoint may hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, whose) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(inner, whose) for inner in value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise UserError(f"{whose} holds {value!r}, which a checkpoint cannot; use plain values: numbers, words, lists")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 150 else f"{text[:147]}..."

@@ -1,0 +1,162 @@
+"""A policy rebuilt from its checkpoint alone acts as the rollouts did that judged it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from toy_environment import SPEC
+from toy_task import CONFIG, train
+from toy_views import VIEWS, ToyViews
+
+from dopr_lightning import load_policy
+from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.deploy import DeployedPolicy, speed
+from dopr_lightning.errors import UserError
+from dopr_lightning.rollout.environments import make
+from dopr_lightning.rollout.evaluate import Episode, evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("state")
+    train(folder, "--trainer.max_steps=8")
+    return folder / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    train(folder, *VIEWS, "--trainer.max_steps=4")
+    return folder / "last.ckpt"
+
+
+def by_act(policy: DeployedPolicy, spec: EnvironmentSpec, seed: int) -> np.ndarray:
+    """An episode as a user of the policy would write it."""
+    env: gymnasium.Env[Any, Any] = make(spec)
+    policy.reset(seed)
+    observation, _ = env.reset(seed=seed)
+    actions, over = [], False
+    while not over:
+        actions.append(policy.act(observation))
+        clipped = np.clip(actions[-1], env.action_space.low, env.action_space.high)  # type: ignore[attr-defined]
+        observation, _, terminated, truncated, _ = env.step(clipped)
+        over = terminated or truncated
+    env.close()
+    return np.array(actions)
+
+
+@pytest.mark.parametrize("kind", ["state", "images"])
+def test_an_episode_by_act_is_that_of_the_evaluation(kind: str, request: pytest.FixtureRequest) -> None:
+    """Seed 45's episode of 4 steps ends with a prediction; that of seed 44 lasts 3, and leaves one action over."""
+    path, spec = request.getfixturevalue(kind), SPEC if kind == "state" else ToyViews().environment
+    policy = load_policy(path)
+    other = load_policy(path).policy  # nothing shared
+    for seed in (44, 45, 47):
+        expected: Episode
+        (expected,) = evaluate(other, spec, [seed], num_envs=1)
+        np.testing.assert_array_equal(by_act(policy, spec, seed), expected.actions)
+    assert not np.array_equal(by_act(policy, spec, 45)[:3], by_act(policy, spec, 44)[:3])
+
+
+def test_it_acts_with_the_average_in_eval_mode(state: Path) -> None:
+    saved = torch.load(state, weights_only=True)
+    policy: Any = load_policy(state).policy
+    assert not policy.training
+    for name, value in policy.state_dict().items():
+        assert torch.equal(value, saved["state_dict"][name])
+    assert not torch.equal(saved["current_model_state"]["network.input.weight"], policy.network.input.weight)
+
+
+def test_demonstrations_and_simulator_may_be_elsewhere(state: Path) -> None:
+    """In a process that knows neither the toy's demonstrations nor its environment."""
+    code = (
+        "import sys, numpy; from dopr_lightning import load_policy; policy = load_policy(sys.argv[1]); "
+        "print(policy.act(numpy.array([1.0, 0.0])).shape, sorted({'mujoco', 'toy_task'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(state)], capture_output=True, text=True, check=True)
+    assert done.stdout == "(1,) []\n"
+
+
+def test_the_caller_may_write_to_what_it_gave(state: Path) -> None:
+    one, other = load_policy(state), load_policy(state)
+    buffer = np.zeros(2)
+    for step in range(6):
+        buffer[:] = [1.0, step]
+        action = one.act(buffer)
+        buffer[:] = 99.0
+        np.testing.assert_array_equal(action, other.act(np.array([1.0, step])))
+
+
+def test_a_reset_begins_anew(state: Path) -> None:
+    policy = load_policy(state)
+
+    def play(seed: int) -> list[np.ndarray]:
+        policy.reset(seed)
+        return [policy.act(np.array([1.0, step])) for step in range(3)]
+
+    first = play(0)
+    assert not np.array_equal(first, play(1))
+    np.testing.assert_array_equal(first, play(0))
+
+
+VIEW = np.zeros((12, 12, 3), np.uint8)
+WRONG: list[tuple[str, Any, str]] = [
+    ("state", np.zeros(3), r"shape \(2,\) \(observation\), and got \(3,\); one observation, not a batch"),
+    ("state", np.zeros((1, 2)), r"got \(1, 2\)"),
+    ("state", np.array([0.0, np.nan]), "state 1 is not finite"),
+    ("state", {"state": np.zeros(2)}, "observes a vector and no images"),
+    ("images", np.zeros(2), "observes {'state'.*got no dictionary"),
+    ("images", {"state": np.zeros(2)}, "got keys state; give it both"),
+    ("images", {"state": np.zeros(2), "images": {"top": VIEW}}, "needs images of camera 'front', and got top"),
+    ("images", {"state": np.zeros(2), "images": {"front": VIEW[:8]}}, r"\(12, 12, 3\), uint8, and got \(8, 12, 3\)"),
+    ("images", {"state": np.zeros(2), "images": {"front": VIEW / 255}}, "uint8, and got .*float64"),
+]
+
+
+@pytest.mark.parametrize(("kind", "observation", "said"), WRONG, ids=[said for _, _, said in WRONG])
+def test_a_wrong_observation_is_refused(kind: str, observation: Any, said: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(UserError, match=said):
+        load_policy(request.getfixturevalue(kind)).act(observation)
+
+
+def test_its_speed_is_said(images: Path) -> None:
+    policy = load_policy(images)
+    found = speed(policy.policy, {"front": (12, 12)})
+    assert found.predictions > 0
+    assert re.fullmatch(
+        r"\S+ ms per prediction of 2 actions, \S+ actions per second on cpu \(median of \d+ after 3 to warm up\)",
+        str(found),
+    )
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(state: Path, tmp_path: Path) -> None:
+    held = torch.load(state, weights_only=True)
+    other = tmp_path / "other.ckpt"
+    for change, said in (
+        ({"dopr": None}, "does not say which configuration.*--config FILES --ckpt_path .*load_from_checkpoint"),
+        ({"dopr": held["dopr"] | {"format": 2}}, "in format 2, .* reads 1; install dopr-lightning=="),
+        ({"dopr": held["dopr"] | {"policy": {"class": "nowhere.Policy"}}}, "nowhere.Policy, which cannot be imported"),
+        ({"hyper_parameters": {}}, "made of objects in Python"),
+    ):
+        torch.save(held | change, other)
+        with pytest.raises(UserError, match=said):
+            load_policy(other)
+    (tmp_path / "text.ckpt").write_text("hello")
+    for path, said in (
+        (tmp_path / "none.ckpt", "no such file"),
+        (tmp_path / "text.ckpt", "damaged"),
+        (tmp_path, "shards"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_policy(path)
+    assert Path(CONFIG).is_file()
