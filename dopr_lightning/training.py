@@ -110,7 +110,7 @@ class CLI(LightningCLI):
             self._choose_what_is_shown(config["trainer"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
-            checkpoint.require_file(path)
+            checkpoint.require_file(path, "--ckpt_path")
 
     def _choose_what_is_shown(self, trainer: Namespace) -> None:
         """Our own words, and a bar where there is a terminal, unless the user chose otherwise."""
