@@ -8,7 +8,7 @@ The record lies under ``checkpoint["dopr"]``, as plain values, so that it loads 
     data           class, source, sha256, episodes and steps
     observation    keys, dim, cameras with height and width of their images
     action         dim, kind (absolute, relative, native), rotation, low and high
-    environment    the `EnvironmentSpec`
+    environment    the `EnvironmentSpec`, if there was one
     versions       of Python, of what trained it, and of the environment's simulators
     ema            decay and warmup_power; the state_dict is the average
 
@@ -63,6 +63,7 @@ def describe(
         UserError: A keyword of the environment is no plain value.
     """
     convention, spec = data.convention(), data.environment
+    simulators = spec.simulators if spec else ()
     return {
         "format": FORMAT,
         "config": _plain(config, "the configuration"),
@@ -87,8 +88,8 @@ def describe(
             "low": None if convention.low is None else list(convention.low),
             "high": None if convention.high is None else list(convention.high),
         },
-        "environment": _plain(asdict(spec), f"environment {spec.id!r}"),
-        "versions": {"python": platform.python_version()} | versions([*LIBRARIES, *spec.simulators]),
+        "environment": _plain(asdict(spec), f"environment {spec.id!r}") if spec else None,
+        "versions": {"python": platform.python_version()} | versions([*LIBRARIES, *simulators]),
         "ema": None if ema is None else {"decay": ema.decay, "warmup_power": ema.warmup_power},
     }
 
@@ -141,8 +142,10 @@ def require_file(path: str | Path, flag: str = "") -> None:
         raise UserError(f"{said}: damaged, or not a checkpoint")
 
 
-def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec:
-    """The environment a checkpoint's policy is judged in."""
+def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec | None:
+    """The environment a checkpoint's policy is judged in; None where there was none yet."""
+    if record["environment"] is None:
+        return None
     known = {field.name for field in fields(EnvironmentSpec)}
     return EnvironmentSpec(**{name: value for name, value in record["environment"].items() if name in known})
 
@@ -174,7 +177,7 @@ def check_versions(record: Mapping[str, Any], accept: bool) -> None:
     Raises:
         UserError: A version is another, or the simulator is not installed.
     """
-    names = record["environment"]["simulators"]
+    names = record["environment"]["simulators"] if record["environment"] else ()
     for name, here in versions(names).items():
         recorded = record["versions"][name]
         if here == recorded:
@@ -211,12 +214,14 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
         _refuse_other(f"has actions bounded ({name}) by", its[name], None if bound is None else list(bound))
 
 
-def check_environment(record: Mapping[str, Any], spec: EnvironmentSpec) -> None:
-    """Compare a checkpoint's environment with another.
+def check_environment(record: Mapping[str, Any], spec: EnvironmentSpec | None) -> None:
+    """Compare a checkpoint's environment with another, if both are there: one may come after the training.
 
     Raises:
         UserError: Names what differs.
     """
+    if record["environment"] is None or spec is None:
+        return
     if changed := differences(record["environment"], _plain(asdict(spec), "environment"), ignore=_ELSEWHERE):
         raise UserError(
             f"the checkpoint's policy was trained for another environment ({_short(changed)}); give the configuration "

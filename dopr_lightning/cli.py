@@ -27,6 +27,9 @@ Tune narrow, train wide:
 Find out what it costs:
   bench      a step with and without it, measured here; or predicted for a model, ranks and GPUs you do not have yet
 
+Start a project of your own:
+  new        {command} new my-robot: policy, data, configurations and tests to edit, around this library
+
 Prepare data:
   demos      check and register demonstrations, downloading them where needed
 
@@ -126,6 +129,12 @@ def _demos(verb: str, arguments: list[str], project: Project) -> None:
     main(arguments)
 
 
+def _new(verb: str, arguments: list[str], project: Project) -> None:
+    from dopr_lightning.new import main
+
+    main(arguments)
+
+
 VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "fit": _train,
     "validate": _judge,
@@ -135,4 +144,5 @@ VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "coord-check": _coordinate_check,
     "bench": _bench,
     "demos": _demos,
+    "new": _new,
 }

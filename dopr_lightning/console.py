@@ -44,8 +44,13 @@ class Narrator(Callback):
         dopr = any(isinstance(callback, DoPr) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         length = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
         devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
+        judged = (
+            f"{task.title}, judged by {METRIC_LABELS[task.metric]} over at most {task.max_steps} steps"
+            if task
+            else "not judged by rollouts yet"
+        )
         print(
-            f"task:      {task.title}, judged by {METRIC_LABELS[task.metric]} over at most {task.max_steps} steps; "
+            f"task:      {judged}; "
             f"{held['train_episodes']} demonstrations ({held['train_steps']} steps), "
             f"{held['validation_episodes']} more held out, from {held['source']}\n"
             f"policy:    {type(pl_module.algorithm).__name__}, {type(pl_module.network).__name__} of {size:,} "

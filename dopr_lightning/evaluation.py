@@ -51,7 +51,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     options = _parsed(verb, arguments, record)
     checkpoint.check_versions(record, options.accept_versions)
     data = RecordedData(record, _demonstrations(record, options))
-    make(data.environment).close()
+    if data.environment is not None:
+        make(data.environment).close()
     policy = rebuild(path, held)
     if data.demonstrations is None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]
@@ -79,8 +80,8 @@ class RecordedData(LightningDataModule):
         self.demonstrations = demonstrations
 
     @property
-    def environment(self) -> EnvironmentSpec:
-        """The environment to roll the policy out in."""
+    def environment(self) -> EnvironmentSpec | None:
+        """The environment to roll the policy out in, if the checkpoint has one."""
         return checkpoint.environment_of(self.record)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -167,7 +167,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find out now, not at the first validation, that the rollouts' environment is not installed."""
-        make(self.datamodule.environment).close()
+        if self.datamodule.environment is not None:
+            make(self.datamodule.environment).close()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -13,6 +13,7 @@ from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     check_steps,
+    judge,
     numbers,
     parse,
     quiet_building,
@@ -181,7 +182,6 @@ def _parser(command: str) -> Parser:
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Project) -> dict[str, Any]:
     """Build everything, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
-    from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI
 
     quiet_building()
@@ -189,8 +189,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
         cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
-    environment = cli.datamodule.environment
-    make(environment).close()
+    environment = judge(cli, "a comparison")
     cli.datamodule.train_dataloader()
     check_steps(cli)
     return task_of(cli) | {

@@ -14,6 +14,7 @@ from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     check_steps,
+    judge,
     network_scales,
     numbers,
     parse,
@@ -351,7 +352,6 @@ def _keep_results(path: Path, plan: Plan) -> None:
 
 def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     """Build every width, so that mistakes show before hours of training, and say what the task is."""
-    from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI
 
     quiet_building()
@@ -368,7 +368,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
                 raise UserError(f"--widths {width}: {error}") from error
         parameters[width] = sum(p.numel() for p in cli.model.parameters())
     if rollouts:
-        make(cli.datamodule.environment).close()
+        judge(cli, "a sweep with --episodes")
     cli.datamodule.train_dataloader()
     check_steps(cli)
     return task_of(cli) | {"parameters": parameters}
