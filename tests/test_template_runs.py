@@ -1,4 +1,4 @@
-"""Projects of the template at work: their own tests, two processes, a resumed run, a sweep and the run it recommends."""
+"""Projects of the template at work: their own tests, two processes, resuming, a sweep and the run it recommends."""
 
 from __future__ import annotations
 
