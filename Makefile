@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test lint docs template wheel clean
+.PHONY: quickstart test lint docs wheel template clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --seeds 0,1 --output runs/quickstart
@@ -31,13 +31,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-# A project from the template as its users have it, in an environment of its own.
-PROJECT := build/project
-template: $(INSTALLED)
-	rm -rf $(PROJECT)
-	$(BIN)/dopr new my-robot --output $(PROJECT)
-	PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(MAKE) -C $(PROJECT)/my-robot quickstart test LIBRARY=$(CURDIR) PYTHON=$(PYTHON)
-
 # The package as its users get it: built, installed with the base dependencies alone, and run where no repository is.
 CLEAN := build/clean
 wheel:
@@ -47,6 +40,12 @@ wheel:
 	$(CLEAN)/bin/pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
 	$(CLEAN)/bin/pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
 	cd $(CLEAN) && bin/dopr fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 60 --rollout.report_episodes 2
+
+# A project from the template in an environment of its own, with this checkout for its library: its two commands.
+template: $(INSTALLED)
+	rm -rf build/project
+	$(BIN)/dopr new "Robot Policy" --output build/project
+	PIP_CONSTRAINT='$(abspath $(CONSTRAINTS))' $(MAKE) -C build/project/robot-policy quickstart test LIBRARY='$(CURDIR)'
 
 clean:
 	rm -rf $(VENV) build dist docs/_build runs

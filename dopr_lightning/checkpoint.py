@@ -125,16 +125,21 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def require_file(path: str | Path) -> None:
+def require_file(path: str | Path, flag: str = "") -> None:
     """Refuse what is no file of ``torch.save``.
+
+    Args:
+        path: Of the checkpoint.
+        flag: The option that named it, for the message.
 
     Raises:
         UserError: Says what it is.
     """
+    said = f"{flag} {path}".lstrip()
     if not Path(path).is_file():
-        raise UserError(f"{path}: {missing(Path(path))}")
+        raise UserError(f"{said}: {missing(Path(path))}")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: damaged, or not a checkpoint")
+        raise UserError(f"{said}: damaged, or not a checkpoint")
 
 
 def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 from dopr_lightning.callback import DoPr
 from dopr_lightning.policies.module import PolicyModule
@@ -73,7 +76,8 @@ class Narrator(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how good the averaged weights are, on the seeds that choose a checkpoint."""
         if not trainer.sanity_checking:
-            self._say(trainer, f"step {trainer.global_step}", "val/loss")
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            self._say(trainer, f"step {trainer.global_step}" if fitting else "validated", "val/loss")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how good they are on the seeds that are reported, and where everything is."""
@@ -96,14 +100,19 @@ class Narrator(Callback):
         if judge is not None and judge.latest:
             metric = trainer.datamodule.environment.metric  # type: ignore[attr-defined]
             seeds = [episode.seed for episode in judge.latest]
-            said.append(
-                f"{METRIC_LABELS[metric]} {values[f'rollout/{metric}']:.4g} in {len(seeds)} rollouts (95 % interval "
-                f"{values['rollout/ci95_low']:.4g} .. {values['rollout/ci95_high']:.4g}; seeds {seeds[0]} to "
-                f"{seeds[-1]})"
-            )
+            said.append(f"{METRIC_LABELS[metric]} {values[f'rollout/{metric}']:.4g} in {_rollouts(seeds)}")
+            low, high = values["rollout/ci95_low"], values["rollout/ci95_high"]
+            if not math.isnan(low):  # one return says nothing of the spread
+                said.append(f"95 % interval {low:.4g} .. {high:.4g}")
             if restarts := sum(episode.restarts > 0 for episode in judge.latest):
                 said.append(f"{restarts} of them begun again after a crash")
         print(f"{what}: {', '.join(said)}", flush=True)
+
+
+def _rollouts(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"1 rollout (seed {seeds[0]})"
+    return f"{len(seeds)} rollouts (seeds {seeds[0]} to {seeds[-1]})"
 
 
 class StepBar(RichProgressBar):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from dopr_lightning import checkpoint
 from dopr_lightning.configuration import packaged_configs, reason
+from dopr_lightning.console import Narrator
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.deploy import image_sizes, rebuild, speed
@@ -55,7 +56,12 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     policy = rebuild(path, held)
     if data.demonstrations is None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]
-    callbacks = [options.rollout, Stopwatch(image_sizes(record)), *(options.trainer.pop("callbacks", None) or [])]
+    callbacks = [
+        options.rollout,
+        Narrator(bar=False),
+        Stopwatch(image_sizes(record)),
+        *(options.trainer.pop("callbacks", None) or []),
+    ]
     trainer = Trainer(**options.trainer.as_dict(), callbacks=callbacks)
     getattr(trainer, verb)(policy, datamodule=data)
 

@@ -110,7 +110,9 @@ class CLI(LightningCLI):
             self._choose_what_is_shown(config["trainer"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
-            checkpoint.require_file(path)
+            checkpoint.require_file(path, "--ckpt_path")
+        elif path is None and subcommand in ("validate", "test"):
+            raise UserError("what is to be judged? Give --ckpt FILE, or --ckpt_path FILE beside its configuration")
 
     def _choose_what_is_shown(self, trainer: Namespace) -> None:
         """Our own words, and a bar where there is a terminal, unless the user chose otherwise."""

@@ -37,7 +37,7 @@ def test_a_run_says_what_it_does_how_far_it_is_and_how_good(here: Path, capfd: p
     assert [line.partition(":")[0] for line in out.splitlines() if " of 20: training loss" in line] == [
         f"step {step} of 20" for step in range(2, 21, 2)
     ]
-    judged = r"held-out loss \S+, return \S+ in {} rollouts \(95 % interval \S+ \.\. \S+; seeds {}\)"
+    judged = r"held-out loss \S+, return \S+ in {} rollouts \(seeds {}\), 95 % interval \S+ \.\. \S+"
     chosen = judged.format(2, "1000040 to 1000041")
     assert [step for step in (8, 16) if re.search(f"^step {step}: {chosen}$", out, re.M)] == [8, 16]
     assert re.search(f"^reported: {judged.format(3, '40 to 42')}$", out, re.M)

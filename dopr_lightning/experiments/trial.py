@@ -100,13 +100,13 @@ def load_record(trial: Trial) -> Record | str | None:
     path = trial.folder / "record.json"
     if not path.exists():
         diverged = trial.folder / DIVERGED
-        if diverged.exists() and (found := json.loads(diverged.read_text()))["settings"] == trial.settings:
+        if diverged.exists() and not _changed((found := json.loads(diverged.read_text()))["settings"], trial.settings):
             return found["message"]
         check_settings(trial.folder, trial.settings)
         return None
     record = Record(**json.loads(path.read_text()))
-    if record.settings != trial.settings:
-        raise _other_settings(trial.folder, record.settings, trial.settings)
+    if changed := _changed(record.settings, trial.settings):
+        raise _other_settings(trial.folder, changed)
     return record
 
 
@@ -120,8 +120,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     old = json.loads(path.read_text())
-    if old != settings and (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
-        raise _other_settings(folder, old, settings)
+    if (changed := _changed(old, settings)) and (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
+        raise _other_settings(folder, changed)
 
 
 def note_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -130,9 +130,13 @@ def note_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_json(settings, folder / SETTINGS)
 
 
-def _other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> UserError:
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs, in a few words; an option that is new and empty, as one of a later version may be, does not."""
     # The configuration's keys are known by their own names, "model.optimizer.lr".
-    changed = differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config",))
+    return differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config",))
+
+
+def _other_settings(folder: Path, changed: str) -> UserError:
     return UserError(f"{folder} holds a run with other settings ({changed}); choose another --output")
 
 
