@@ -77,15 +77,13 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
     assert ("in 2 rollouts" in said) == (answers["task"] != "own")
 
     # As `make sweep`, with little of everything.
-    kind, widths = ("mup", "64,128") if answers["mup"] else ("standard", "64")
-    if answers["network"] == "unet":
-        widths = {"64,128": "32,64", "64": "32"}[widths]
+    kind, widths, rates = ("mup", "8,16", "1e-3") if answers["mup"] else ("standard", "16", "1e-4,1e-3")
     sweep = ["sweep", *configs, "--config=configs/sweep.yaml", f"--optimizer=dopr-{answers['base']}", *small]
-    sweep += [f"--widths={widths}", "--learning-rates=1e-4,1e-3", "--seeds=0", f"--parametrizations={kind}"]
+    sweep += [f"--widths={widths}", f"--learning-rates={rates}", "--seeds=0", f"--parametrizations={kind}"]
     run(project, "-m", "arm", *sweep, "--trainer.max_steps=2", "--output=runs/sweep", "--workers=1", **environment)
     results = json.loads((project / "runs/sweep/results.json").read_text())
     assert (results["recommended"] is not None) == answers["mup"]
-    assert len(results["trials"]) == 2 * len(widths.split(","))
+    assert len(results["trials"]) == 2
     assert results["identity"]["classes"] == {"policy": "arm.module.Policy", "data": "arm.data.Data"}
     if answers["mup"]:
         narrow = ["--mup.from_sweep=runs/sweep", "--trainer.max_steps=2", "--checkpoint.dirpath=recommended"]
