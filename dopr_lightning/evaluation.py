@@ -100,7 +100,8 @@ class Stopwatch(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print it."""
-        found = speed(pl_module, self.image_sizes)  # type: ignore[arg-type]
+        with pl_module.gathered():  # type: ignore[operator]
+            found = speed(pl_module, self.image_sizes)  # type: ignore[arg-type]
         if trainer.is_global_zero:
             print(found)
 
