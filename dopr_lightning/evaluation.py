@@ -55,7 +55,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]
     callbacks = [options.rollout, Stopwatch(image_sizes(record)), *(options.trainer.pop("callbacks", None) or [])]
     trainer = Trainer(**options.trainer.as_dict(), callbacks=callbacks)
-    getattr(trainer, verb)(policy, datamodule=data)
+    # With its path, or on a SLURM machine Lightning would take the weights of a preempted run that lies here.
+    getattr(trainer, verb)(policy, datamodule=data, ckpt_path=path)
 
 
 class RecordedData(LightningDataModule):

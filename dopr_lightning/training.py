@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configs import available, locate
@@ -172,6 +174,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Judge the final EMA weights by rollouts, on the seeds that are reported."""
+        settle(self.trainer)
         self.trainer.test(self.model, datamodule=self.datamodule)
 
 
@@ -185,8 +188,22 @@ def resolve(arguments: Sequence[str]) -> dict[str, Any]:
     return _ParseOnly(arguments, run=False).plain_config()
 
 
+def settle(trainer: Trainer) -> None:
+    """After a fit that was preempted under SLURM: make its end what Lightning finds there.
+
+    Lightning looks for the checkpoint of a preemption whenever none is named, also for a test: it would judge the
+    weights that the run had then. And the same command, should it be run again, has nothing left to do.
+    """
+    connector = trainer._checkpoint_connector
+    if SLURMEnvironment.detect() and connector._hpc_resume_path is not None:
+        trainer.save_checkpoint(connector.hpc_save_path(trainer.default_root_dir))
+
+
 class _SaveConfig(SaveConfigCallback):
-    """Beside the logs; a second run in the same folder goes into its own ``version_N``, so nothing is overwritten."""
+    """Beside the logs; a second run in the same folder goes into its own ``version_N``, so nothing is overwritten.
+
+    Under SLURM N is the job's number, which a requeued job keeps: it goes on in its folder.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file.
@@ -194,6 +211,11 @@ class _SaveConfig(SaveConfigCallback):
         Raises:
             UserError: Without a logger there is no ``version_N``, and another run's file is there.
         """
+        path = Path(trainer.log_dir or "") / self.config_filename  # log_dir: on every rank
+        requeued = trainer._checkpoint_connector._hpc_resume_path is not None
+        if requeued and path.is_file():
+            mine = self.parser.dump(self.config, skip_none=False)
+            self.already_saved = yaml.safe_load(path.read_text()) == yaml.safe_load(mine)
         try:
             super().setup(trainer, pl_module, stage)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""``dopr fit`` under the configurations of ``trainer/``, with real processes: DDP and FSDP2 train as one process does."""
+"""``dopr fit`` under the configurations of ``trainer/``, with real processes: DDP and FSDP2 train as one does."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from dopr_lightning.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
 REGRESSION = "--model.algorithm=dopr_lightning.policies.algorithms.Regression"  # draws no noise, which ranks do apart
+# AdamW would hide a gradient's scale, and it and little damping would show how gradients of 0 are rounded.
+SGD = ("--trainer.callbacks.damping=1.0", "--model.optimizer.base=sgd", "--model.optimizer.lr=1e-4")
 BUDGET = (*DOPR, "--trainer.max_steps=8", "--rollout.episodes=3")
 ON_CPU = ("--trainer.accelerator=cpu", f"--trainer.devices={RANKS}", "--data.batch_size=6")
 DDP = ("--config=trainer/ddp.yaml", *ON_CPU)
@@ -57,15 +59,15 @@ def runs(folder: Path) -> dict[str, Callable[[], Any]]:
         return lambda: held(folder / name, *options)
 
     return {
-        "ddp": run("ddp", *DDP, REGRESSION),
-        "fsdp2": run("fsdp2", *FSDP2, REGRESSION),
+        "ddp": run("ddp", *DDP, *SGD, REGRESSION),
+        "fsdp2": run("fsdp2", *FSDP2, *SGD, REGRESSION),
         "ddp flow": run("ddp flow", *DDP),
         "fsdp2 flow": run("fsdp2 flow", *FSDP2),
         "fsdp2 resumed": lambda: interrupted(folder / "fsdp2 resumed", *FSDP2),
-        "ddp unet": run("ddp unet", *DDP, *UNET),
-        "fsdp2 unet": run("fsdp2 unet", *FSDP2, *UNET),
-        "ddp views": run("ddp views", *DDP, *VIEWS),
-        "fsdp2 views": run("fsdp2 views", *FSDP2, *VIEWS),
+        "ddp unet": run("ddp unet", *DDP, *SGD, *UNET),
+        "fsdp2 unet": run("fsdp2 unet", *FSDP2, *SGD, *UNET),
+        "ddp views": run("ddp views", *DDP, *SGD, *VIEWS),
+        "fsdp2 views": run("fsdp2 views", *FSDP2, *SGD, *VIEWS),
         "ddp muon": run("ddp muon", *DDP, "--model.optimizer.base=muon"),
         "fsdp2 muon": run("fsdp2 muon", *FSDP2, "--model.optimizer.base=muon"),
         "fsdp2 bf16, clipped": run(
@@ -89,17 +91,19 @@ def episodes(folder: Path) -> list[tuple[int, float]]:
     return [(line["seed"], line["return"]) for line in map(json.loads, lines)]
 
 
-def assert_close(one: Path, other: Path, tolerance: float = 2e-4) -> None:
-    """Trained weights, their average, and what it earns in rollouts."""
+PARTS = ("current_model_state", "state_dict")
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Trained weights and their average, as far as they have moved; and what it earns in rollouts."""
     a, b = saved(one), saved(other)
     assert a["global_step"] == b["global_step"]
-    for part in ("state_dict", "current_model_state"):
+    trained, average = (torch.cat([value.flatten() for value in a[part].values()]) for part in PARTS)
+    moved = (trained - average).norm()
+    for part in PARTS:
         assert a[part].keys() == b[part].keys()
-        for name, value in a[part].items():
-            assert (value - b[part][name]).norm() <= tolerance * value.norm() + 1e-6, (part, name)
-    assert not torch.equal(
-        a["state_dict"]["network.readout.weight"], a["current_model_state"]["network.readout.weight"]
-    )
+        off = torch.cat([(value - b[part][name]).flatten() for name, value in a[part].items()])
+        assert off.norm() <= 1e-3 * moved, part
     assert [seed for seed, _ in episodes(one)] == [seed for seed, _ in episodes(other)]
     for (_, mine), (_, its) in zip(episodes(one), episodes(other), strict=True):
         assert mine == pytest.approx(its, rel=1e-3, abs=1e-3)
@@ -110,7 +114,7 @@ def test_two_processes_train_as_one_on_the_same_batches(
     strategy: str, outcome: Callable[[str], list[Any]], folder: Path, tmp_path: Path
 ) -> None:
     outcome(strategy)
-    train(tmp_path, *BUDGET, REGRESSION)
+    train(tmp_path, *BUDGET, REGRESSION, *SGD)
     assert_close(tmp_path, folder / strategy)
     assert len(episodes(tmp_path)) == 6
 
@@ -159,6 +163,6 @@ def test_a_checkpoint_of_fsdp2_is_like_any_other(
 
 
 def test_shards_that_are_not_one_file_are_refused(tmp_path: Path) -> None:
-    strategy = "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+    strategy = '--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'
     with pytest.raises(UserError, match=r"save_distributed_checkpoint=False.*FSDP2, which does"):
         train(tmp_path, strategy, "--trainer.max_steps=4")

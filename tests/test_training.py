@@ -30,7 +30,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, inner in pairs for k, v in flat(inner, f"{name}/{key}").items()}
     return {name: value}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from dopr_lightning.policies.networks.base import ActionNetwork
 
@@ -41,10 +41,15 @@ def shard(network: ActionNetwork, mesh: DeviceMesh) -> None:
         network: Whole.
         mesh: The processes, in one dimension.
     """
+    columns = {weight for module in network.modules() if (weight := _of_transpose(module, mesh)) is not None}
+
+    def place(weight: nn.Parameter) -> Shard | None:
+        return Shard(1) if weight in columns else None
+
     for block in _blocks(network):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
     # Always cut up between two passes: whoever reads the weights there (an average, a checkpoint) reads shards.
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, shard_placement_fn=place, reshard_after_forward=True)
     register_fsdp_forward_method(network, "encode")
 
 
@@ -81,6 +86,15 @@ def local(tensor: Tensor) -> Tensor:
 
 def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _of_transpose(module: nn.Module, mesh: DeviceMesh) -> nn.Parameter | None:
+    """The weight of a transposed convolution, whose outputs, along which DoPr wants weights cut, are its columns."""
+    if not isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return None
+    weight = cast(nn.Parameter, module.weight)
+    # FSDP2 cuts columns into equal parts only.
+    return weight if weight.shape[1] % mesh.size() == 0 else None
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
