@@ -26,6 +26,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.preemption import Preemption
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.environments import make
 
@@ -132,6 +133,7 @@ class CLI(LightningCLI):
         except ValueError as error:
             raise UserError(reason(error)) from error
         accept = self._get(self.config, "accept_versions", default=False)
+        self.trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
         self.trainer.callbacks.append(checkpoint.SelfDescription(self.plain_config(), accept))  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
