@@ -26,6 +26,7 @@ SMALL = {
     "sweep": ["--widths=16,32", "--lr-octaves=0.5", "--seeds=0", "--parametrizations=mup", "--trainer.max_steps=110"],
     "bench": ["--models=mlp-256", "--threads=1"],
     "demos": [],
+    "test": ["--rollout.report_episodes=2"],
 }
 
 
