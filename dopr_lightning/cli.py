@@ -71,7 +71,10 @@ def _listed(names: Sequence[str]) -> str:
     """Configuration files in lines: tasks and optimizers, then where to train."""
     trainers = [name for name in names if name.startswith("trainer/")]
     parts = ([name for name in names if name not in trainers], trainers)
-    return "\n".join(textwrap.fill(", ".join(part), 100, initial_indent="  ", subsequent_indent="  ") for part in parts)
+    return "\n".join(
+        textwrap.fill(", ".join(part), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        for part in parts
+    )
 
 
 def _is_users(error: Exception) -> bool:
