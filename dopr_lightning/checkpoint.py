@@ -8,7 +8,7 @@ The record lies under ``checkpoint["dopr"]``, as plain values, so that it loads 
     data           class, source, sha256, episodes and steps
     observation    keys, dim, cameras with height and width of their images
     action         dim, kind (absolute, relative, native), rotation, low and high
-    environment    the `EnvironmentSpec`
+    environment    the `EnvironmentSpec`, if there was one
     versions       of Python, of what trained it, and of the environment's simulators
     ema            decay and warmup_power; the state_dict is the average
 
@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, missing
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.proxy import differences
@@ -44,8 +44,8 @@ KEY = "dopr"
 FORMAT = 1
 LIBRARIES = ("dopr-lightning", "torch", "lightning", "gymnasium")
 
-# How an environment is found and which seeds are asked of it is no part of what it is.
-_ELSEWHERE = ("extra", "module", "first_seed", "simulators")
+# How an environment is found and called, and which seeds are asked of it, is no part of what it is.
+_ELSEWHERE = ("extra", "module", "first_seed", "simulators", "name")
 
 
 def describe(
@@ -63,6 +63,7 @@ def describe(
         UserError: A keyword of the environment is no plain value.
     """
     convention, spec = data.convention(), data.environment
+    simulators = spec.simulators if spec else ()
     return {
         "format": FORMAT,
         "config": _plain(config, "the configuration"),
@@ -87,8 +88,8 @@ def describe(
             "low": None if convention.low is None else list(convention.low),
             "high": None if convention.high is None else list(convention.high),
         },
-        "environment": _plain(asdict(spec), f"environment {spec.id!r}"),
-        "versions": {"python": platform.python_version()} | versions([*LIBRARIES, *spec.simulators]),
+        "environment": _plain(asdict(spec), f"environment {spec.id!r}") if spec else None,
+        "versions": {"python": platform.python_version()} | versions([*LIBRARIES, *simulators]),
         "ema": None if ema is None else {"decay": ema.decay, "warmup_power": ema.warmup_power},
     }
 
@@ -124,20 +125,27 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def require_file(path: str | Path) -> None:
+def require_file(path: str | Path, flag: str = "") -> None:
     """Refuse what is no file of ``torch.save``.
+
+    Args:
+        path: Of the checkpoint.
+        flag: The option that named it, for the message.
 
     Raises:
         UserError: Says what it is.
     """
+    said = f"{flag} {path}".lstrip()
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{said}: {missing(Path(path))}")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: damaged, or not a checkpoint")
+        raise UserError(f"{said}: damaged, or not a checkpoint")
 
 
-def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec:
-    """The environment a checkpoint's policy is judged in."""
+def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec | None:
+    """The environment a checkpoint's policy is judged in; None where there was none yet."""
+    if record["environment"] is None:
+        return None
     known = {field.name for field in fields(EnvironmentSpec)}
     return EnvironmentSpec(**{name: value for name, value in record["environment"].items() if name in known})
 
@@ -169,7 +177,7 @@ def check_versions(record: Mapping[str, Any], accept: bool) -> None:
     Raises:
         UserError: A version is another, or the simulator is not installed.
     """
-    names = record["environment"]["simulators"]
+    names = record["environment"]["simulators"] if record["environment"] else ()
     for name, here in versions(names).items():
         recorded = record["versions"][name]
         if here == recorded:
@@ -206,12 +214,14 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
         _refuse_other(f"has actions bounded ({name}) by", its[name], None if bound is None else list(bound))
 
 
-def check_environment(record: Mapping[str, Any], spec: EnvironmentSpec) -> None:
-    """Compare a checkpoint's environment with another.
+def check_environment(record: Mapping[str, Any], spec: EnvironmentSpec | None) -> None:
+    """Compare a checkpoint's environment with another, if both are there: one may come after the training.
 
     Raises:
         UserError: Names what differs.
     """
+    if record["environment"] is None or spec is None:
+        return
     if changed := differences(record["environment"], _plain(asdict(spec), "environment"), ignore=_ELSEWHERE):
         raise UserError(
             f"the checkpoint's policy was trained for another environment ({_short(changed)}); give the configuration "

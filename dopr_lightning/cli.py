@@ -7,13 +7,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, did_you_mean
+from dopr_lightning.project import LIBRARY, Project
 
 HELP = """\
-usage: dopr VERB [options]     (dopr VERB --help explains each, with an example)
+usage: {command} VERB [options]     ({command} VERB --help explains each, with an example)
 
 Train a policy and judge it by rollouts:
-  fit        train:     dopr fit --config walker2d.yaml --config dopr.yaml
+  fit        train:     {command} fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
   test       the same on the seeds that are reported: dopr test --ckpt last.ckpt
 
@@ -27,6 +28,9 @@ Tune narrow, train wide:
 Find out what it costs:
   bench      a step with and without it, measured here; or predicted for a model, ranks and GPUs you do not have yet
 
+Start a project of your own:
+  new        {command} new my-robot: policy, data, configurations and tests to edit, around this library
+
 Prepare data:
   demos      check and register demonstrations, downloading them where needed
 
@@ -35,8 +39,10 @@ A configuration file is looked for here first, then among those that come with t
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
     """Run a verb; a user's mistake becomes one line on stderr and exit status 2.
+
+    With ``main(project=Project(policy=Policy))`` every verb trains your own policy.
 
     Set ``DOPR_TRACEBACK=1`` to see where an error came from.
     """
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from dopr_lightning.configs import available
 
-        print(HELP.format(configs=_listed(available())))
+        print(HELP.format(command=project.command, configs=_listed(available())))
         return 0
     verb, *rest = arguments
     if verb == "--version":
@@ -53,17 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        print(f"dopr: unknown verb {verb!r}; choose from {', '.join(VERBS)}", file=sys.stderr)
+        hint = did_you_mean(verb, VERBS) or ";"
+        print(f"{project.command}: unknown verb {verb!r}{hint} choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
-        return VERBS[verb](verb, rest) or 0
+        return VERBS[verb](verb, rest, project) or 0
     except KeyboardInterrupt:
-        print("dopr: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
+        print(f"{project.command}: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):
             raise
-        print(f"dopr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{project.command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -82,52 +89,64 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, UserError | ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
 
 
-def _train(verb: str, arguments: list[str]) -> None:
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:  # its own text begins with a number
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _train(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.training import run
 
-    run(verb, arguments)
+    run(verb, arguments, project)
 
 
-def _judge(verb: str, arguments: list[str]) -> None:
+def _judge(verb: str, arguments: list[str], project: Project) -> None:
     if any(argument.partition("=")[0] == "--ckpt" for argument in arguments):
         from dopr_lightning.evaluation import run
+
+        run(verb, arguments)  # the checkpoint says whose classes it is of
     else:
-        from dopr_lightning.training import run
-
-    run(verb, arguments)
+        _train(verb, arguments, project)
 
 
-def _compare(verb: str, arguments: list[str]) -> None:
+def _compare(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.experiments.compare import main
 
-    main(arguments)
+    main(arguments, project)
 
 
-def _sweep(verb: str, arguments: list[str]) -> None:
+def _sweep(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.experiments.sweep.main import main
 
-    main(arguments)
+    main(arguments, project)
 
 
-def _coordinate_check(verb: str, arguments: list[str]) -> int:
+def _coordinate_check(verb: str, arguments: list[str], project: Project) -> int:
     from dopr_lightning.experiments.coordinate_check import main
 
-    return main(arguments)
+    return main(arguments, project)
 
 
-def _bench(verb: str, arguments: list[str]) -> None:
+def _bench(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.bench.main import main
 
     main(arguments)
 
 
-def _demos(verb: str, arguments: list[str]) -> None:
+def _demos(verb: str, arguments: list[str], project: Project) -> None:
     from dopr_lightning.data.demos import main
 
     main(arguments)
 
 
-VERBS: dict[str, Callable[[str, list[str]], int | None]] = {
+def _new(verb: str, arguments: list[str], project: Project) -> None:
+    from dopr_lightning.new import main
+
+    main(arguments)
+
+
+VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "fit": _train,
     "validate": _judge,
     "test": _judge,
@@ -136,4 +155,5 @@ VERBS: dict[str, Callable[[str, list[str]], int | None]] = {
     "coord-check": _coordinate_check,
     "bench": _bench,
     "demos": _demos,
+    "new": _new,
 }

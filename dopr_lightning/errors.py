@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -28,6 +32,45 @@ def import_extra(module: str, extra: str) -> ModuleType:
         raise UserError(
             f"{error.name or module} is not installed; run: pip install 'dopr-lightning[{extra}]'"
         ) from error
+
+
+def missing(path: Path) -> str:
+    """Why a path is no file: ``"no such file"``, or that a folder is there."""
+    return "a folder, not a file" if path.is_dir() else "no such file"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean batch_size?"``, or nothing if none of them is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def folder(text: str) -> Path:
+    """Where results will be written: an argument's type, which refuses what they could not be written to.
+
+    Raises:
+        UserError: A file is in the way, or nothing may be written there.
+    """
+    path = Path(text)
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: {there} is a file, and a folder is needed; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: nothing may be written in {there}; choose another folder")
+    return path
+
+
+def new_file(text: str) -> Path:
+    """A file to be written, which may be there: as `folder`.
+
+    Raises:
+        UserError: It is a folder, or its own folder will not do.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    folder(str(path.parent))
+    return path
 
 
 class Parser(argparse.ArgumentParser):

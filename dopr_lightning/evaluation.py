@@ -18,13 +18,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
 from dopr_lightning import checkpoint
+from dopr_lightning.configuration import packaged_configs, reason
+from dopr_lightning.console import Narrator
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.deploy import image_sizes, rebuild, speed
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.environments import make
-from dopr_lightning.training import packaged_configs, quiet, reason
+from dopr_lightning.training import quiet
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,17 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     options = _parsed(verb, arguments, record)
     checkpoint.check_versions(record, options.accept_versions)
     data = RecordedData(record, _demonstrations(record, options))
-    make(data.environment).close()
+    if data.environment is not None:
+        make(data.environment).close()
     policy = rebuild(path, held)
     if data.demonstrations is None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]
-    callbacks = [options.rollout, Stopwatch(image_sizes(record)), *(options.trainer.pop("callbacks", None) or [])]
+    callbacks = [
+        options.rollout,
+        Narrator(bar=False),
+        Stopwatch(image_sizes(record)),
+        *(options.trainer.pop("callbacks", None) or []),
+    ]
     trainer = Trainer(**options.trainer.as_dict(), callbacks=callbacks)
     # With its path, or on a SLURM machine Lightning would take the weights of a preempted run that lies here.
     getattr(trainer, verb)(policy, datamodule=data, ckpt_path=path)
@@ -73,8 +81,8 @@ class RecordedData(LightningDataModule):
         self.demonstrations = demonstrations
 
     @property
-    def environment(self) -> EnvironmentSpec:
-        """The environment to roll the policy out in."""
+    def environment(self) -> EnvironmentSpec | None:
+        """The environment to roll the policy out in, if the checkpoint has one."""
         return checkpoint.environment_of(self.record)
 
     def val_dataloader(self) -> DataLoader[Any]:

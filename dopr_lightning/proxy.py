@@ -16,6 +16,9 @@ OVERLAY = "recommended.yaml"
 SETS = ("--model.mup", "--model.optimizer.lr", "--model.optimizer.weight_decay", "--trainer.callbacks.damping")
 """Options whose values the sweep gives."""
 
+LINKED = ("observation_dim", "action_dim", "observe", "horizon", "act")
+"""What a policy takes from the data."""
+
 
 def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """What must be the same in a narrow and a wide run for the one's hyperparameters to suit the other.
@@ -29,16 +32,16 @@ def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]
     """
     model, network, dopr = config["model"], config["model"]["network"], dopr_of(config)
     return {
+        "classes": config.get("classes", {}),
         "data": _without(config["data"], "seed", "num_workers"),
-        "model": {
+        # Whatever else the policy's class has: the algorithm, the normalisers, a subclass's own.
+        "model": _without(model, "seed", "mup", *LINKED)
+        | {
             "network": {
                 "class_path": network["class_path"],
                 "init_args": _without(network.get("init_args", {}), *scales),
             },
-            "algorithm": model["algorithm"],
-            "observation_normalizer": model["observation_normalizer"],
-            "action_normalizer": model["action_normalizer"],
-            "optimizer": _without(model["optimizer"], "lr", "weight_decay", "warmup_steps"),
+            "optimizer": _without(model["optimizer"], "lr", "weight_decay", "lr_by_role", "warmup_steps"),
         },
         "trainer": {
             "gradient_clip_val": config["trainer"].get("gradient_clip_val"),
@@ -72,7 +75,8 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         config: The whole configuration of the wide run, as plain values.
 
     Returns:
-        ``{"lr": ..., "weight_decay": ..., "damping": ... or None, "mup": {"base": ..., "weight_decay": ...}}``
+        ``{"lr": ..., "weight_decay": ..., "lr_by_role": {...}, "damping": ... or None, "mup": {"base": ...,
+        "weight_decay": ...}}``
 
     Raises:
         UserError: There is no sweep, it found nothing, or it is of another configuration.
@@ -98,7 +102,8 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"{FLAG} {folder}: {key} {network[key]} is narrower than the sweep's base, {base}; widen it"
             )
-    return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")}
+    shares = found.get("lr_by_role", {})  # older results say nothing of it, which was 1 for all
+    return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")} | {"lr_by_role": shares}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from dopr_lightning import checkpoint, proxy
-from dopr_lightning.configs import available, locate
+from dopr_lightning.configuration import find_config, packaged_configs, reason, reason_with_place
+from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, folder
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.preemption import Preemption
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.environments import make
 
@@ -36,17 +36,17 @@ __all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
 HELP = {
     "fit": {
         "description": "Train a policy; configurations stack, and any value can be set after them. "
-        "Example: dopr fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
+        "Example: {command} fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
     },
     "validate": {
         "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. With "
         "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
-        "Example: dopr validate --ckpt last.ckpt"
+        "Example: {command} validate --ckpt last.ckpt"
     },
     "test": {
         "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. With "
         "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
-        "Example: dopr test --ckpt last.ckpt --rollout.report_episodes 100"
+        "Example: {command} test --ckpt last.ckpt --rollout.report_episodes 100"
     },
 }
 
@@ -61,42 +61,73 @@ class CLI(LightningCLI):
     The policy's sizes and window come from the data, and one ``seed_everything`` seeds weights, batches and noise.
     DoPr is an ordinary callback of the trainer: ``dopr.yaml`` adds it.
 
+    Args:
+        args: The command line's; None for ``sys.argv``.
+        run: Whether there is a verb first, which is then run; without, everything is only built.
+        project: Whose policy and data.
+        options: Of LightningCLI.
+
     Raises:
         UserError: A mistake in the arguments or a configuration file, in one line where jsonargparse prints pages.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, **options: Any) -> None:
+    def __init__(
+        self, args: Sequence[str] | None = None, *, run: bool = True, project: Project = LIBRARY, **options: Any
+    ) -> None:
+        self.project = project
+        texts = {verb: {key: text.format(command=project.command) for key, text in HELP[verb].items()} for verb in HELP}
         try:
             super().__init__(
-                PolicyModule,
-                DemonstrationData,
+                project.policy or PolicyModule,
+                project.data or DemonstrationData,
                 args=None if args is None else list(packaged_configs(args)),
                 run=run,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 save_config_callback=_SaveConfig if run else None,
                 # An abbreviation would be a misspelling that is guessed at.
-                parser_kwargs={"prog": "dopr", "exit_on_error": False, "allow_abbrev": False} | HELP,
+                parser_kwargs={"prog": project.command, "exit_on_error": False, "allow_abbrev": False} | texts,
                 **options,
             )
         except ArgumentError as error:
-            raise UserError(f"{reason(error)}; see: dopr fit --help") from error
+            parser = getattr(self, "_subcommand_parsers", {}).get("fit", self.parser)
+            known = [action.dest for action in parser._actions]
+            said = reason_with_place(error, sys.argv[1:] if args is None else args, known)
+            raise UserError(f"{said}{'' if said.endswith('?') else ';'} see: {project.command} fit --help") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, fill in what a sweep found, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.
 
         Raises:
-            UserError: The checkpoint is missing, or is not what ``torch.save`` writes; the sweep is of another
-                configuration, or a value is given that it gives too.
+            UserError: Nothing can be written where the run is to be; the checkpoint is missing, or is not what
+                ``torch.save`` writes; the sweep is of another configuration, or a value is given that it gives too.
         """
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
         if config.get("mup.from_sweep") is not None:
             self._take_from_sweep(config, sys.argv[1:] if args is None else args)
+        if root := config.get("trainer.default_root_dir"):
+            folder(root)
+        if subcommand:
+            self._choose_what_is_shown(config["trainer"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
-            checkpoint.require_file(path)
+            checkpoint.require_file(path, "--ckpt_path")
+        elif path is None and subcommand in ("validate", "test"):
+            raise UserError("what is to be judged? Give --ckpt FILE, or --ckpt_path FILE beside its configuration")
+
+    def _choose_what_is_shown(self, trainer: Namespace) -> None:
+        """Our own words, and a bar where there is a terminal, unless the user chose otherwise."""
+        listed = [str(callback.class_path) for callback in trainer.callbacks or []]
+        if trainer.enable_progress_bar is None:
+            trainer.enable_progress_bar = sys.stdout.isatty()
+        if trainer.enable_model_summary is None:
+            trainer.enable_model_summary = False
+        shown: list[Callback] = [Narrator(bar=trainer.enable_progress_bar)]
+        if trainer.enable_progress_bar and not any(name.endswith("ProgressBar") for name in listed):
+            shown.append(StepBar())
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": shown}
 
     def _take_from_sweep(self, config: Namespace, args: Sequence[str]) -> None:
         """Put a sweep's numbers into the configuration, which then no longer depends on the sweep's folder."""
@@ -111,6 +142,7 @@ class CLI(LightningCLI):
         config["mup.from_sweep"] = None
         config["model.optimizer.lr"] = found["lr"]
         config["model.optimizer.weight_decay"] = found["weight_decay"]
+        config["model.optimizer.lr_by_role"] = found["lr_by_role"]
         config["model.mup"] = Namespace(found["mup"])
         if found["damping"] is not None:
             config["trainer.callbacks"][-1]["init_args.damping"] = found["damping"]
@@ -120,7 +152,8 @@ class CLI(LightningCLI):
         text = self.parser.dump(self.config, format="json", skip_validation=True, skip_link_targets=False)
         verb, plain = self.config.get("subcommand"), json.loads(text)
         plain = plain[verb] if verb else plain
-        return {key: value for key, value in plain.items() if key not in NOT_SETTINGS}
+        plain = {key: value for key, value in plain.items() if key not in NOT_SETTINGS}
+        return plain | ({"classes": self.project.classes} if self.project.classes else {})
 
     def instantiate_classes(self) -> None:
         """Build everything.
@@ -138,7 +171,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find out now, not at the first validation, that the rollouts' environment is not installed."""
-        make(self.datamodule.environment).close()
+        if self.datamodule.environment is not None:
+            make(self.datamodule.environment).close()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -177,7 +211,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Judge the final EMA weights by rollouts, on the seeds that are reported."""
         settle(self.trainer)
-        self.trainer.test(self.model, datamodule=self.datamodule)
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 class _ParseOnly(CLI):
@@ -185,9 +219,12 @@ class _ParseOnly(CLI):
         pass
 
 
-def resolve(arguments: Sequence[str]) -> dict[str, Any]:
-    """The whole configuration that ``arguments`` (of a verb) amount to, as plain values, without building anything."""
-    return _ParseOnly(arguments, run=False).plain_config()
+def resolve(arguments: Sequence[str], project: Project = LIBRARY) -> dict[str, Any]:
+    """The whole configuration that ``arguments`` (of a verb) amount to, as plain values, without building anything.
+
+    A project's own classes are named under ``"classes"``.
+    """
+    return _ParseOnly(arguments, run=False, project=project).plain_config()
 
 
 def settle(trainer: Trainer) -> None:
@@ -227,10 +264,10 @@ class _SaveConfig(SaveConfigCallback):
             ) from error
 
 
-def run(verb: str, arguments: Sequence[str]) -> None:
+def run(verb: str, arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run ``dopr fit``, ``validate`` or ``test``."""
     quiet()
-    CLI([verb, *arguments])
+    CLI([verb, *arguments], project=project)
 
 
 def quiet() -> None:
@@ -238,7 +275,8 @@ def quiet() -> None:
 
     class NoTips(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            return "Tip:" not in record.getMessage()
+            said = record.getMessage()
+            return "Tip:" not in said and not said.startswith(("TPU available: False", "GPU available: False"))
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoTips())
@@ -246,49 +284,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # All processes know all episodes, so there is nothing to reduce; and nobody writes into what a network returned.
-    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('rollout/.*")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
+    # Logging counts steps over epochs.
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    # Every rank logs the same numbers of rollouts, of which each was run once; of held-out windows a few may repeat.
+    warnings.filterwarnings("ignore", message=r".*recommended to use `self.log\('rollout/.*")
+    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
-
-
-def find_config(name: str) -> str:
-    """The file of that name here, or else among those that come with the package.
-
-    Raises:
-        UserError: There is none.
-    """
-    path = locate(name)
-    if not Path(path).is_file():
-        close = difflib.get_close_matches(name, available(), n=1, cutoff=0.8)
-        hint = f"did you mean {close[0]}?" if close else "dopr --help lists the package's"
-        raise UserError(f"no configuration file {name!r} here, nor in the package; {hint}")
-    return path
-
-
-def packaged_configs(args: Sequence[str]) -> Iterator[str]:
-    """Resolve ``--config NAME`` and ``--config=NAME``."""
-    named = False
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        if named:
-            yield find_config(arg)
-        elif equals and flag in ("--config", "-c"):
-            yield f"{flag}={find_config(value)}"
-        else:
-            yield arg
-        named = not named and arg in ("--config", "-c")
-
-
-def reason(error: Exception) -> str:
-    """The line that says what is wrong, out of the many in which jsonargparse says what it tried."""
-    cause: BaseException = error
-    while "Union subtypes" in str(cause) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    key = re.match(r'Parser key "([^"]+)"', str(error))
-    text = " ".join(str(cause).split())
-    for noise in (r'^Parser key "[^"]+":', r"Type \S.* callable class:", r"\. Got value: Namespace\(.*"):
-        text = re.sub(noise, "", text).strip()
-    return f"{key[1]}: {text}" if key else text

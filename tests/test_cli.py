@@ -15,6 +15,7 @@ from toy_task import CONFIG, train
 from dopr_lightning import __version__
 from dopr_lightning.cli import VERBS, main
 from dopr_lightning.optim import BASES
+from dopr_lightning.project import Project
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -57,18 +58,40 @@ ACT = "--trainer.callbacks+=dopr_lightning.DoPr"
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (["fut"], ["unknown verb 'fut'", *VERBS]),
+    (["demo", "lift"], ["unknown verb 'demo'; did you mean demos?"]),
+    (["fit"], ["fit.data.source; name a configuration, as in --config walker2d.yaml"]),
     # Unknown keys, on the command line and in a file; abbreviations are not guessed at.
     ([*FIT, "--model.network.widht", "3"], ["model.network", "'widht'", "dopr fit --help"]),
     ([*FIT, "--modle.seed=3"], ["--modle.seed", "dopr fit --help"]),
-    ([*FIT, "--trainer.max_step=3"], ["--trainer.max_step"]),
-    ([*FIT, "--config", "misspelt.yaml"], ["model.networkk"]),
+    ([*FIT, "--trainer.max_step=3"], ["--trainer.max_step=3; did you mean trainer.max_steps? see: dopr fit --help"]),
+    ([*COMPARE, "--trainer.max_step=3"], ["did you mean trainer.max_steps?"]),
+    ([*FIT, "--config", "misspelt.yaml"], ["misspelt.yaml: ", "'model.networkk'; did you mean model.network?"]),
+    ([*FIT, "--config", "class.yaml"], ["class.yaml: data.source has 'init_arg' beside", "did you mean init_args?"]),
+    ([*FIT, "--model.network", "toy_task.ToyTusk"], ["model.network: module 'toy_task'", "did you mean ToyTask?"]),
+    ([*FIT, "--model.network", "ResidualMPL"], ["ResidualMPL; give the whole path, as in dopr_lightning.policies"]),
     ([*COMPARE, "--model.network.widht", "3"], ["model.network", "'widht'"]),
-    ([*COMPARE, "--seed", "1"], ["--seed"]),
+    ([*COMPARE, "--seed", "1"], ["--seed; did you mean --seeds? see: dopr compare --help"]),
     # Files that are not there, or broken.
     (["fit", "--config", "nothere.yaml"], ["'nothere.yaml'", "dopr --help"]),
     (["fit", "--config=nothere.yaml"], ["'nothere.yaml'", "dopr --help"]),
     (["compare", "--config", "nothere.yaml", "--output", "out"], ["'nothere.yaml'", "dopr --help"]),
-    ([*FIT, "--config", "broken.yaml"], ["line 2"]),
+    ([*FIT, "--config", "broken.yaml"], ["broken.yaml: not YAML", "line 2"]),
+    ([*COMPARE, "--config", "words.yaml"], ["words.yaml: holds no settings"]),
+    (["demos", "pusht", "--path", "folder"], ["folder: a folder, not a file"]),
+    (["demos", "replay", "folder"], ["folder: a folder, not a file"]),
+    (["demos", "lift", "--scripted", "1", "--output", "folder"], ["folder is a folder; name a file in it"]),
+    (["validate", "--config", CONFIG], ["Give --ckpt FILE, or --ckpt_path FILE"]),
+    (["test", "--config", CONFIG, "--ckpt_path", "folder"], ["--ckpt_path folder: a folder, not a file"]),
+    # Found before the work that could not be written down.
+    ([*FIT, "--trainer.default_root_dir", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
+    (["sweep", "--config", CONFIG, "--widths", "8,16", "--output", "broken.yaml"], ["a folder is needed"]),
+    (["coord-check", "--config", CONFIG, "--output", "broken.yaml/out"], ["broken.yaml/out", "a folder is needed"]),
+    (["bench", "--quick", "--output", "broken.yaml"], ["a folder is needed"]),
+    (["demos", "lift", "--scripted", "1", "--output", "broken.yaml/x.hdf5"], ["a folder is needed"]),
+    (
+        [*COMPARE, "--model.optimizer.warmup_steps=20"],
+        ["beyond its 20 warm-up steps, got 20; set Trainer(max_steps=...)"],
+    ),
     (["test", "--config", CONFIG, "--ckpt_path", "nothere.ckpt"], ["nothere.ckpt", "no such file"]),
     (["test", "--config", CONFIG, "--ckpt_path", "broken.yaml"], ["broken.yaml", "not a checkpoint"]),
     (["test", "--config", CONFIG, "--ckpt_path", "cut.ckpt"], ["cut.ckpt", "damaged"]),
@@ -120,6 +143,9 @@ def test_a_mistake_is_one_line(
 ) -> None:
     (here / "misspelt.yaml").write_text("model:\n  networkk: 3\n")
     (here / "broken.yaml").write_text("model: [\n")
+    (here / "class.yaml").write_text("data:\n  source:\n    class_path: toy_task.ToyTask\n    init_arg: {}\n")
+    (here / "words.yaml").write_text("width 3\n")
+    (here / "folder").mkdir()
     torch.save(torch.zeros(1000), here / "whole.ckpt")
     (here / "cut.ckpt").write_bytes((here / "whole.ckpt").read_bytes()[:2000])
     if "cut.zip" in arguments:
@@ -260,7 +286,7 @@ def test_the_traceback_is_there_for_who_wants_it(monkeypatch: pytest.MonkeyPatch
 def test_an_interruption_says_that_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(verb: str, arguments: list[str]) -> None:
+    def interrupted(verb: str, arguments: list[str], project: Project) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(VERBS, "compare", interrupted)

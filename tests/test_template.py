@@ -1,101 +1,208 @@
-"""The cookiecutter template makes a project that lints, trains and passes its own tests, or says what to mend."""
+"""Every project that the template makes is whole, lints, type-checks and parses; or answers are refused in a line."""
 
-import os
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import runpy
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+import yaml
+from baking import CHOICES, ROOT, TEMPLATE, bake, possible
 from cookiecutter.exceptions import FailedHookException
-from cookiecutter.main import cookiecutter
+from covering import pairwise
 
-ROOT = Path(__file__).parents[1]
+from dopr_lightning.optim import BASES
+from dopr_lightning.training import resolve
 
-Bake = Callable[..., Path]
-
-
-@pytest.fixture
-def bake(tmp_path: Path) -> Bake:
-    settings = tmp_path / "settings.yaml"  # so that nothing is read from, or written to, the home directory
-    settings.write_text(f"replay_dir: {tmp_path / 'replay'}\ncookiecutters_dir: {tmp_path / 'cookiecutters'}\n")
-    output = tmp_path / "output"
-
-    def run(directory: str | None = "template", **answers: str) -> Path:
-        return Path(
-            cookiecutter(
-                str(ROOT),
-                directory=directory,
-                no_input=True,
-                extra_context=answers,
-                output_dir=str(output),
-                config_file=str(settings),
-            )
-        )
-
-    return run
+FACTORS = {key: values for key, values in CHOICES.items() if key != "licence"}
+ROWS = pairwise(FACTORS, possible)
+PARTS = 2  # of the rows, for processes to share
 
 
-def check(project: Path) -> None:
-    files = [path for path in project.rglob("*") if path.is_file()]
-    assert len(files) == 9
-    for path in files:
-        text = f"{path.relative_to(project)}\n{path.read_text()}"
-        assert not [mark for mark in ("{{", "}}", "{%", "cookiecutter") if mark in text], path
-    for verb in (["check"], ["format", "--check"]):
-        subprocess.run([sys.executable, "-m", "ruff", *verb, "--isolated", "--no-cache"], cwd=project, check=True)
+def files(project: Path) -> list[str]:
+    return sorted(str(path.relative_to(project)) for path in project.rglob("*") if path.is_file())
 
 
-def test_from_the_root_and_in_its_own_words(bake: Bake) -> None:
-    project = bake(directory=None)
-    check(project)
-    assert project.name == "robot-policy"
-    assert (project / "src" / "robot_policy" / "module.py").is_file()
+COMMON = [
+    ".github/workflows/ci.yml",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "configs/debug.yaml",
+    "configs/experiment.yaml",
+    "configs/sweep.yaml",
+    "configs/trainer.yaml",
+    "pyproject.toml",
+    "src/{package}/__init__.py",
+    "src/{package}/__main__.py",
+    "src/{package}/data.py",
+    "src/{package}/module.py",
+    "tests/conftest.py",
+    "tests/test_data.py",
+    "tests/test_policy.py",
+]
 
 
-def test_answers_end_up_where_they_belong(bake: Bake) -> None:
-    project = bake(project_name='Jan\'s "Arm" 2', base_optimizer="sgd", damping="5e-3")
-    check(project)
-    package = project / "src" / "jan_s_arm_2"
-    assert 'base = "sgd"' in (package / "module.py").read_text()
-    assert '"dopr.damping": 0.005' in (package / "train.py").read_text()
+def check_whole(project: Path, package: str, answers: dict[str, Any]) -> None:
+    """Nothing is missing, nothing is there that the answers have no use for, and nothing of the template is left."""
+    wanted = [name.format(package=package) for name in COMMON]
+    wanted += [f"src/{package}/example.py"] if answers["task"] == "own" else []
+    wanted += ["train.sbatch"] if answers["trainer"] == "slurm" else []
+    assert files(project) == sorted(wanted)
+    for name in files(project):
+        text = (project / name).read_text()
+        left = re.findall(r"\{\{|\}\}|\{%|%\}|cookiecutter", text)
+        assert not left, (name, left)
+        assert text.endswith("\n"), name
+        assert not text.endswith("\n\n"), name
+        if name.endswith((".yaml", ".yml")):
+            yaml.safe_load(text)
+    unused = {"own": "example", "slurm": "sbatch", "wandb": "wandb"}
+    whole = "".join((project / name).read_text() for name in files(project) if name != "tests/conftest.py")
+    for answer, word in unused.items():
+        assert (word in whole.lower().replace("for example", "").replace("an example", "")) == (
+            answer in answers.values()
+        ), word
 
 
-@pytest.mark.parametrize("base", ["adamw", "muon", "sgd"])
-def test_every_base_optimizer(bake: Bake, base: str) -> None:
-    project = bake(base_optimizer=base)
-    check(project)
-    assert f'base = "{base}"' in (project / "src" / "robot_policy" / "module.py").read_text()
+@pytest.mark.parametrize("part", range(PARTS))
+def test_all_pairs_of_answers(part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    projects = []
+    for index, answers in list(enumerate(ROWS))[part::PARTS]:
+        name = f"Pair {index}"
+        project = bake(tmp_path, project_name=name, **answers)
+        check_whole(project, f"pair_{index}", answers)
+        projects.append((f"pair_{index}", project))
 
-
-def test_its_two_commands(bake: Bake) -> None:
-    project = bake(base_optimizer="muon")
-    np.savez(project / "demos.npz", observations=np.ones((8, 3)), actions=np.ones((8, 2)))
-    make = ["make", "test", "train", f"PYTHON={sys.executable}", "ARGS=--trainer.max_steps 2"]
-    environment = {**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(make, cwd=project, env=environment, capture_output=True, text=True)
+    # One run of the tools over all; a test module's name must be its own there.
+    everything = tmp_path / "everything"
+    for package, project in projects:
+        for test in (project / "tests").glob("*.py"):
+            text = test.read_text().replace("from conftest import", f"from {package}_conftest import")
+            (everything / "tests").mkdir(parents=True, exist_ok=True)
+            (everything / "tests" / f"{package}_{test.name}").write_text(text)
+        shutil.copytree(project / "src" / package, everything / "src" / package)
+    shutil.copy(projects[0][1] / "pyproject.toml", everything)
+    ruff = [sys.executable, "-m", "ruff"]
+    for verb in (["check"], ["format", "--check", "--diff"]):
+        done = subprocess.run([*ruff, *verb, "--no-cache", str(tmp_path / "output")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    mypy = [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache")]
+    environment = {"MYPYPATH": "src:tests", "PATH": ""}
+    done = subprocess.run(mypy, cwd=everything, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
-    assert list(project.glob("lightning_logs/version_0/checkpoints/*step=2.ckpt"))
+
+    monkeypatch.chdir(tmp_path)
+    for package, project in projects:
+        monkeypatch.syspath_prepend(str(project / "src"))
+        own = importlib.import_module(f"{package}.__main__").PROJECT
+        experiment = f"--config={project / 'configs' / 'experiment.yaml'}"
+        for others in (["trainer"], ["debug"], ["sweep"]):
+            config = resolve(
+                [experiment, *(f"--config={project / 'configs' / f'{name}.yaml'}" for name in others)], own
+            )
+            assert config["classes"]["policy"] == f"{package}.module.Policy"
+
+
+def test_names_end_up_where_they_belong(tmp_path: Path) -> None:
+    name, author = 'Jan\'s "Arm" 2 \\ é', 'J. "X" O\'Neil'
+    project = bake(tmp_path, project_name=name, author=author, licence="BSD-3-Clause")
+    assert project.name == "jan-s-arm-2-e"
+    about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    assert about["name"] == "jan-s-arm-2-e"
+    assert about["description"].startswith(f"{name}: ")
+    assert about["authors"] == [{"name": author}]
+    assert about["license"] == "BSD-3-Clause"
+    assert (project / "README.md").read_text().startswith(f"# {name}\n")
+    assert author in (project / "LICENSE").read_text()
+    assert (project / "src/jan_s_arm_2_e/module.py").is_file()
 
 
 @pytest.mark.parametrize(
-    ("answers", "message"),
+    ("licence", "begins"),
     [
-        ({"project_slug": "My Policy"}, "project_slug must be lowercase letters and digits"),
-        ({"package": "class"}, "package must be a lowercase Python identifier, got 'class'"),
-        ({"project_name": "Torch"}, "'torch' is a library that the project uses; choose another name"),
-        ({"damping": "-1"}, "damping must be a positive number, got '-1'"),
-        ({"damping": "strong"}, "damping must be a positive number, got 'strong'"),
+        ("MIT", "MIT License"),
+        ("Apache-2.0", "Apache License"),
+        ("BSD-3-Clause", "BSD 3-Clause License"),
+        ("proprietary", "Copyright"),
     ],
 )
+def test_licences(tmp_path: Path, licence: str, begins: str) -> None:
+    text = (bake(tmp_path, licence=licence, author="Somebody") / "LICENSE").read_text()
+    assert text.strip().startswith(begins)
+    assert re.search(r"Copyright (\(c\) )?20\d\d,? Somebody", text)
+
+
+def test_the_bases_are_the_librarys() -> None:
+    assert set(CHOICES["base"]) == set(BASES)
+
+
+@pytest.mark.parametrize("where", ["the root", "a clone"])
+def test_from_the_root_and_from_a_git_url(tmp_path: Path, where: str) -> None:
+    if where == "the root":
+        project = bake(tmp_path, directory=None)
+    else:
+        repository = tmp_path / "repository.git"  # cookiecutter asks that git be in the address
+        shutil.copytree(TEMPLATE, repository / "template", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "cookiecutter.json", repository)
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-C", str(repository)]
+        for command in (["init", "-q"], ["add", "--all", "--force"], ["commit", "-q", "-m", "template"]):
+            subprocess.run([*git, *command], check=True)
+        project = bake(tmp_path, f"file://{repository}", directory=None)
+    assert project.name == "robot-policy"
+    defaults = {key: values[0] for key, values in CHOICES.items()}
+    check_whole(project, "robot_policy", defaults)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"project_slug": "My Policy"}, "project_slug must be lowercase letters and digits, joined by single hyphens"),
+    ({"package": "class"}, "package must be a lowercase Python identifier of at most 40 characters, got 'class'"),
+    ({"package": "a" * 41}, "package must be a lowercase Python identifier of at most 40 characters"),
+    ({"project_name": "Torch"}, "project_slug 'torch' is a module that the project uses; choose another name"),
+    ({"package": "json"}, "package 'json' is a module that the project uses; choose another name"),
+    ({"author": " "}, "author must be a line of printable characters without braces, got ' '"),
+    ({"author": "a\nb"}, "author must be a line of printable characters"),
+    ({"project_name": "a {b}", "project_slug": "a"}, "project_name must be a line of printable characters without"),
+    ({"base": "soap", "trainer": "fsdp2"}, "base 'soap' needs whole matrices, which trainer 'fsdp2' shards; answer"),
+]
+
+
+@pytest.mark.parametrize(("answers", "message"), BAD)
 def test_bad_answers_are_refused_in_one_line(
-    bake: Bake, tmp_path: Path, capfd: pytest.CaptureFixture[str], answers: dict[str, str], message: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], answers: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(FailedHookException):
-        bake(**answers)
+        bake(tmp_path, **answers)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert not list((tmp_path / "output").iterdir())
+
+
+def test_what_the_hook_refuses_is_what_cannot_work() -> None:
+    complaint = runpy.run_path(str(TEMPLATE / "hooks/pre_gen_project.py"))["complaint"]
+    names = {"project_name": "A", "project_slug": "a-b", "package": "a_b", "author": "A"}
+    assert complaint(names | {"base": "adamw", "trainer": "cpu"}) is None
+    for base in CHOICES["base"]:
+        for trainer in CHOICES["trainer"]:
+            answers = {"base": base, "trainer": trainer}
+            assert (complaint(names | answers) is None) == possible(answers)
+
+
+def test_the_prompts_are_of_the_questions() -> None:
+    asked = json.loads((TEMPLATE / "cookiecutter.json").read_text())
+    prompts = asked.pop("__prompts__")
+    assert set(prompts) == set(asked)
+    for key, prompt in prompts.items():
+        if isinstance(prompt, dict):
+            assert set(prompt) - {"__prompt__"} == set(asked[key])

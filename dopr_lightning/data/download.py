@@ -50,7 +50,10 @@ def download(
         announced = _fetch(url, partial, progress)
     except OSError as error:  # URLError, a timeout, a connection reset, a full disk
         fetched = f", {partial.stat().st_size / 1e6:.0f} MB are kept" if partial.exists() else ""
-        raise UserError(f"the download of {url} failed ({error}){fetched}; run it again to go on") from error
+        raise UserError(
+            f"the download of {url} failed ({error}){fetched}; run it again to go on, or put the file there yourself: "
+            f"{target}"
+        ) from error
     with partial.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     expected = sha256 or announced

@@ -23,6 +23,7 @@ class EnvironmentSpec:
         module: The module that registers the id with Gymnasium on import; ``None`` for Gymnasium's own.
         cameras: Whose images are observed. With none, an observation is a vector (O,); with some it is
             ``{"state": (O,), "images": {camera: (H, W, 3) uint8}}``.
+        name: What a person calls the task, where the id does not say it.
         simulators: The distributions, as pip names them, whose versions decide what an episode is. A checkpoint
             records them, and is not judged in others unasked.
     """
@@ -35,4 +36,10 @@ class EnvironmentSpec:
     extra: str | None = None
     module: str | None = None
     cameras: tuple[str, ...] = ()
+    name: str = ""
     simulators: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The task's name, or else the id."""
+        return self.name or self.id

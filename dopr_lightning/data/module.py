@@ -81,8 +81,8 @@ class DemonstrationData(L.LightningDataModule):
         return (train if self.episodes is None else train.take(self.episodes)), validation
 
     @property
-    def environment(self) -> EnvironmentSpec:
-        """The environment to roll policies out in."""
+    def environment(self) -> EnvironmentSpec | None:
+        """The environment to roll policies out in, if the source names one."""
         return self.source.environment
 
     def convention(self) -> Convention:

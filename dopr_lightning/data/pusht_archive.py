@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.demonstrations import Demonstrations
-from dopr_lightning.errors import UserError, import_extra
+from dopr_lightning.errors import UserError, import_extra, missing
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +35,7 @@ def read_archive(path: Path, images: Callable[[tuple[int, ...]], Array] | None =
     """
     way_out = "give Diffusion Policy's pusht_cchi_v7_replay.zarr.zip, or run without --path to download it"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {way_out}")
+        raise UserError(f"{path}: {missing(path)}; {way_out}")
     zarr = import_extra("zarr", "pusht")
     try:
         with path.open("rb") as file:

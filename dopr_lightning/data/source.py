@@ -14,8 +14,8 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def environment(self) -> EnvironmentSpec:
-        """The environment to roll policies out in."""
+    def environment(self) -> EnvironmentSpec | None:
+        """The environment to roll policies out in; None as long as there is none."""
 
     @abstractmethod
     def load(self) -> Demonstrations:

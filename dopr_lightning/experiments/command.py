@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import Parser, UserError, did_you_mean
+from dopr_lightning.optim.schedules import check_schedule
+
+if TYPE_CHECKING:
+    from dopr_lightning.data.environment import EnvironmentSpec
 
 T = TypeVar("T", int, float)
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own options, and those of ``dopr fit`` that follow.
+
+    Raises:
+        UserError: An option is a misspelling of the command's own.
+    """
+    options, overrides = parser.parse_known_args(arguments)
+    own = [name for action in parser._actions for name in action.option_strings]
+    for flag in (override.partition("=")[0] for override in overrides):
+        if "." not in flag and (hint := did_you_mean(flag, own)):  # those of fit have a dot
+            raise UserError(f"unrecognized {flag}{hint} see: {parser.prog} --help")
+    return options, overrides
+
+
+def check_steps(cli: Any) -> None:
+    """Refuse a run too short for its schedule, which otherwise every run would find out for itself.
+
+    Raises:
+        ValueError: As `check_schedule` says.
+    """
+    optimizer, steps = cli.model.optimizer_config, cli.trainer.max_steps
+    if steps > 0:  # else the epochs decide
+        check_schedule(optimizer.schedule, optimizer.warmup_steps, steps)
 
 
 def numbers(flag: str, text: str, kind: type[T]) -> list[T]:
@@ -80,13 +110,34 @@ def network_scales(class_path: str) -> Sequence[str]:
     return scales
 
 
+def judge(cli: Any, what: str) -> EnvironmentSpec:
+    """The environment in which a command judges, which is there.
+
+    Args:
+        cli: With the data.
+        what: The command, ``"a comparison"``.
+
+    Raises:
+        UserError: The source names none, or it is not installed.
+    """
+    from dopr_lightning.rollout.environments import make
+
+    environment: EnvironmentSpec | None = cli.datamodule.environment
+    if environment is None:
+        source = type(cli.datamodule.source).__name__
+        raise UserError(f"{what} judges by rollouts, and {source} names no environment; give it one to roll out in")
+    make(environment).close()
+    return environment
+
+
 def task_of(cli: Any) -> dict[str, Any]:
     """What a built configuration trains on and is judged by, for results.json."""
-    environment, provenance = cli.datamodule.environment, cli.datamodule.provenance
+    environment: EnvironmentSpec | None = cli.datamodule.environment
+    provenance = cli.datamodule.provenance
     return {
-        "id": environment.id,
-        "metric": environment.metric,
-        "first_seed": environment.first_seed,
+        "id": environment.title if environment else provenance["source"],
+        "metric": environment.metric if environment else None,
+        "first_seed": environment.first_seed if environment else 0,
         "steps": cli.trainer.max_steps,
         "batch_size": cli.datamodule.batch_size,
         "train_episodes": provenance["train_episodes"],

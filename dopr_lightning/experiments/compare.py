@@ -9,12 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import numbers, quiet_building, refuse_ours, seed_numbers, task_of
+from dopr_lightning.experiments.command import (
+    check_steps,
+    judge,
+    numbers,
+    parse,
+    quiet_building,
+    refuse_ours,
+    seed_numbers,
+    task_of,
+)
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
+from dopr_lightning.project import LIBRARY, Project
 
 OURS = {
     "--seed_everything": "--seeds",
@@ -27,13 +37,13 @@ TUNING_SEED = 1000
 """Training seed of the tuning runs, so that no reported run was chosen by its own luck."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run the comparison and write its results.
 
     Raises:
         UserError: A mistake in the arguments, found before anything is trained; or runs that failed.
     """
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = parse(_parser(project.command), arguments)
     arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
     rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
@@ -49,19 +59,23 @@ def main(arguments: Sequence[str]) -> None:
     from dopr_lightning.training import find_config, resolve
 
     base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]
-    task = _check(base, arms, options.damping)
+    task = _check(base, arms, options.damping, project)
     output: Path = options.output
-    settings = {"config": resolve(base), "episodes": options.episodes, "damping": options.damping}
+    settings = {"config": resolve(base, project), "episodes": options.episodes, "damping": options.damping}
     check_settings(output, settings)
     _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
 
-    resolved = functools.cache(resolve)  # the seeds of an arm share its configuration
+    resolved = functools.cache(
+        functools.partial(resolve, project=project)
+    )  # the seeds of an arm share its configuration
 
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
         chosen = (*base, *arm.arguments(lr, options.damping))
         name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
-        return Trial(name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes)
+        return Trial(
+            name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes, project=project
+        )
 
     tuning: dict[Arm, list[tuple[float, Record | str]]] = {arm: [] for arm in arms}
     grid = [(arm, rate) for arm in arms for rate in rates]
@@ -90,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         "versions": versions(),
         "data": task["data"],
         "arms": [
-            arm_results(arm, seeds, [records[arm, seed] for seed in seeds])
+            arm_results(arm, seeds, [records[arm, seed] for seed in seeds], task["metric"])
             | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
             | {"tuning": [{"lr": rate} | _tuning_result(outcome) for rate, outcome in tuning[arm]]}
             for arm in arms
@@ -129,16 +143,19 @@ def _tuning_result(outcome: Record | str) -> dict[str, Any]:
     return {"mean": outcome.mean, "val_loss": outcome.val_loss}
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(
-        prog="dopr compare",
+        prog=f"{command} compare",
         allow_abbrev=False,
         description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
-        "of its EMA weights on the same fixed seeds. Any option of 'dopr fit' may follow (--trainer.max_steps 500). "
-        "Finished runs are reused and interrupted ones resumed.",
-        epilog="example: dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --output runs/walker2d",
+        f"of its EMA weights on the same fixed seeds. Any option of '{command} fit' may follow (--trainer.max_steps "
+        "500). Finished runs are reused and interrupted ones resumed.",
+        epilog=f"example: {command} compare --config walker2d.yaml --optimizers adamw,dopr-adamw "
+        "--output runs/walker2d",
     )
-    parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    parser.add_argument(
+        "--config", action="append", required=True, help=f"as in {command} fit; may be given several times"
+    )
     parser.add_argument(
         "--optimizers",
         default="adamw,dopr-adamw,muon,dopr-muon",
@@ -147,7 +164,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per run; default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the runs, results.json and compare.png")
+    parser.add_argument(
+        "--output", type=folder, required=True, help="folder for the runs, results.json and compare.png"
+    )
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
     parser.add_argument(
         "--learning-rates",
@@ -160,20 +179,19 @@ def _parser() -> Parser:
     return parser
 
 
-def _check(base: Sequence[str], arms: Sequence[Arm], damping: float) -> dict[str, Any]:
+def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Project) -> dict[str, Any]:
     """Build everything, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
-    from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI
 
     quiet_building()
     # One arm per set of DoPr's options is enough: names and damping are checked, and all else they share.
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
-        cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False)
-    environment = cli.datamodule.environment
-    make(environment).close()
+        cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
+    environment = judge(cli, "a comparison")
     cli.datamodule.train_dataloader()
+    check_steps(cli)
     return task_of(cli) | {
         "selection_seed": environment.first_seed + SELECTION_OFFSET,
         "parameters": sum(p.numel() for p in cli.model.parameters()),

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import network_scales, numbers, quiet_building, refuse_ours, seed_numbers
+from dopr_lightning.experiments.command import network_scales, numbers, parse, quiet_building, refuse_ours, seed_numbers
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import ADAMUON, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
 from dopr_lightning.experiments.trial import write_json
+from dopr_lightning.project import LIBRARY, Project
 
 __all__ = ["CoordinateCheck", "coordinate_check", "main"]
 
@@ -40,7 +41,7 @@ NARROWEST, WIDEST = 1 / 8, 2
 """Relative to the configured width, where none are asked for."""
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> int:
     """Run the check, and write its table, results.json and coord_check.png.
 
     Returns:
@@ -50,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         UserError: A mistake in the arguments, found before anything is trained.
     """
     quiet_building()
-    options, overrides = _parser().parse_known_args(arguments)
-    task = _task(options, overrides)
+    options, overrides = parse(_parser(project.command), arguments)
+    task = _task(options, overrides, project)
     path: Path = options.output / "results.json"
     settings = {
         "config": task.config,
@@ -121,6 +122,7 @@ class _Task:
         keywords: The network's scaled keywords, by width.
         arms: Optimizers.
         seeds: Of the initial values.
+        project: Whose policy and data.
     """
 
     base: tuple[str, ...]
@@ -128,6 +130,7 @@ class _Task:
     keywords: dict[int, dict[str, Any]]
     arms: list[Arm]
     seeds: list[int]
+    project: Project
 
 
 class _Subject:
@@ -147,8 +150,10 @@ class _Subject:
                 "--trainer.logger=false",
             ],
             run=False,
+            project=task.project,
         )
         self.keywords = task.keywords
+        self._class = type(cli.model)
         self.dopr: Mapping[str, Any] | None = next(
             (callback.options for callback in cli.trainer.callbacks if isinstance(callback, DoPr)), None
         )
@@ -191,14 +196,12 @@ class _Subject:
     def _policy(self, width: int, **changes: Any) -> Any:
         from lightning.pytorch.cli import instantiate_module
 
-        from dopr_lightning.policies.module import PolicyModule
-
         config = copy.deepcopy(self._config) | changes
         config["network"].setdefault("init_args", {}).update(self.keywords[width])
-        return instantiate_module(PolicyModule, config)
+        return instantiate_module(self._class, config)
 
 
-def _task(options: Any, overrides: Sequence[str]) -> _Task:
+def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
     """Everything that can be wrong without building anything."""
     from dopr_lightning.proxy import dopr_of
     from dopr_lightning.training import find_config, resolve
@@ -217,7 +220,7 @@ def _task(options: Any, overrides: Sequence[str]) -> _Task:
         *overrides,
         f"--data.batch_size={options.windows}",
     )
-    config = resolve([*base, "--model.mup=null"])
+    config = resolve([*base, "--model.mup=null"], project)
     if dopr_of(config) is not None:
         raise UserError("the configuration brings DoPr; leave it out there, --optimizers says which are to have it")
     network = config["model"]["network"]
@@ -231,20 +234,24 @@ def _task(options: Any, overrides: Sequence[str]) -> _Task:
         widths = sorted(numbers("--widths", options.widths, int))
     if len(widths) < 3 or widths[0] < 1:
         raise UserError(f"--widths {options.widths}: an exponent needs three or more, each at least 1; 64,128,256,512")
-    return _Task(base, config, {width: scaled(network["init_args"], scales, width) for width in widths}, arms, seeds)
+    keywords = {width: scaled(network["init_args"], scales, width) for width in widths}
+    return _Task(base, config, keywords, arms, seeds, project)
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(
-        prog="dopr coord-check",
+        prog=f"{command} coord-check",
         allow_abbrev=False,
         description="Train a configuration's network for a few steps at several widths on one small batch, and measure "
         "how its activations and updates depend on the width. Under muP they must not: a learning rate, initial values "
         "or an architecture that do not follow its rules show as an exponent, and the exit status is 1. Any option of "
         "'dopr fit' may follow (--model.optimizer.lr 1e-3).",
-        epilog="example: dopr coord-check --config humanoid.yaml --optimizers dopr-adamw,dopr-muon --output runs/check",
+        epilog=f"example: {command} coord-check --config humanoid.yaml --optimizers dopr-adamw,dopr-muon "
+        "--output runs/check",
     )
-    parser.add_argument("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    parser.add_argument(
+        "--config", action="append", required=True, help=f"as in {command} fit; may be given several times"
+    )
     parser.add_argument(
         "--optimizers",
         default="adamw,dopr-adamw,dopr-muon",
@@ -268,5 +275,5 @@ def _parser() -> Parser:
     parser.add_argument("--standard", action="store_true", help="show the standard parametrisation beside muP")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the exponents; default: %(default)s")
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.json and coord_check.png")
+    parser.add_argument("--output", type=folder, required=True, help="folder for results.json and coord_check.png")
     return parser

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.words import duration
 
 
 class TimeLeft:
@@ -133,11 +134,3 @@ class Display:
     def _time_left(self) -> list[str]:
         seconds = self.left.seconds() if self._done < self._total else None
         return [] if seconds is None else [f"about {duration(seconds)} left"]
-
-
-def duration(seconds: float) -> str:
-    """``"40 s"``, ``"12 min"``, ``"3 h 20 min"``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

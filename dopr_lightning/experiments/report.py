@@ -10,20 +10,22 @@ from typing import Any
 
 from dopr_lightning.experiments.arms import Arm
 from dopr_lightning.experiments.trial import Record
-from dopr_lightning.rollout.statistics import nested_bootstrap_interval
+from dopr_lightning.rollout.statistics import nested_bootstrap_interval, wilson_interval
+from dopr_lightning.words import METRIC_LABELS
 
-PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-pusht", "numpy")
-
-METRIC_LABELS = {"return": "return", "max_reward": "score"}
+PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-pusht", "robosuite", "numpy")
 
 
-def arm_results(arm: Arm, seeds: Sequence[int], records: Sequence[Record]) -> dict[str, Any]:
+def arm_results(arm: Arm, seeds: Sequence[int], records: Sequence[Record], metric: str) -> dict[str, Any]:
     """One arm's entry of results.json: a record per seed, the mean over all episodes, and its interval.
 
-    The interval resamples runs, then episodes within runs; null where there is too little to resample.
+    The interval resamples runs, then episodes within runs; null where there is too little to resample. For a success
+    rate of one run, or of runs that all ended alike, it is Wilson's: of 20 successes in 20 a resampling would be sure.
     """
     episodes = [record.episodes for record in records]
     low, high = nested_bootstrap_interval(episodes)
+    if metric == "success" and (len(episodes) == 1 or low == high):
+        low, high = wilson_interval(round(sum(map(sum, episodes))), sum(map(len, episodes)))
     return {
         "name": arm.name,
         "seeds": list(seeds),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import differences
 
 SETTINGS = "settings.json"
@@ -43,6 +44,7 @@ class Trial:
         episodes: Judged rollouts.
         cost: Of training, in any unit, to estimate how long it takes from how long others took.
         keep_checkpoints: Whether they stay once there is a record.
+        project: Whose policy and data.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Trial:
     episodes: int
     cost: float = 1.0
     keep_checkpoints: bool = True
+    project: Project = LIBRARY
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,13 +100,13 @@ def load_record(trial: Trial) -> Record | str | None:
     path = trial.folder / "record.json"
     if not path.exists():
         diverged = trial.folder / DIVERGED
-        if diverged.exists() and (found := json.loads(diverged.read_text()))["settings"] == trial.settings:
+        if diverged.exists() and not _changed((found := json.loads(diverged.read_text()))["settings"], trial.settings):
             return found["message"]
         check_settings(trial.folder, trial.settings)
         return None
     record = Record(**json.loads(path.read_text()))
-    if record.settings != trial.settings:
-        raise _other_settings(trial.folder, record.settings, trial.settings)
+    if changed := _changed(record.settings, trial.settings):
+        raise _other_settings(trial.folder, changed)
     return record
 
 
@@ -117,8 +120,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     old = json.loads(path.read_text())
-    if old != settings and (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
-        raise _other_settings(folder, old, settings)
+    if (changed := _changed(old, settings)) and (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
+        raise _other_settings(folder, changed)
 
 
 def note_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -127,9 +130,13 @@ def note_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_json(settings, folder / SETTINGS)
 
 
-def _other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> UserError:
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs, in a few words; an option that is new and empty, as one of a later version may be, does not."""
     # The configuration's keys are known by their own names, "model.optimizer.lr".
-    changed = differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config",))
+    return differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config",))
+
+
+def _other_settings(folder: Path, changed: str) -> UserError:
     return UserError(f"{folder} holds a run with other settings ({changed}); choose another --output")
 
 
@@ -243,6 +250,7 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
             "--trainer.enable_model_summary=false",
         ],
         run=False,
+        project=trial.project,
     )
     cli.parser.save(cli.config, str(trial.folder / "config.yaml"), skip_check=True, overwrite=True)
     trainer, progress = cli.trainer, Progress()

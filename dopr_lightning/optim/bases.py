@@ -27,6 +27,7 @@ class Base:
             Takes the parameters whose role is in ``roles``.
         roles: None: all.
         options: Defaults of ``algorithm``; the user's keywords win.
+        mup_options: Further defaults under muP.
         growth: How the spectral norm of the algorithm's update grows with the width, for muP. None: not known.
         rest: Takes the other parameters.
         rest_options: Its defaults.
@@ -35,6 +36,7 @@ class Base:
 
     algorithm: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
+    mup_options: Mapping[str, Any] = field(default_factory=dict)
     roles: frozenset[Role] | None = None
     growth: Growth | None = None
     rest: Callable[..., Optimizer] = torch.optim.AdamW
@@ -69,7 +71,14 @@ BASES: dict[str, Base] = {
     ),
     "sgd": Base(torch.optim.SGD, {"momentum": 0.9, **_FOREACH}, growth=gradient),
     "signum": Base(_library("Signum"), _FOREACH, growth=sign),
-    "adamuon": Base(AdaMuon, roles=frozenset({"hidden"}), growth=_as_muon, rest_options=_FOREACH),
+    "adamuon": Base(
+        AdaMuon,
+        # With the paper's scale the spectral norm, on which transfer over widths hangs, grows with what is learnt.
+        mup_options={"scale": "spectral"},
+        roles=frozenset({"hidden"}),
+        growth=_as_muon,
+        rest_options=_FOREACH,
+    ),
     # No one exponent: 0.8 to 1.1 over widths while the eigenbases are stale, 0.4 to 0.7 (Muon's is 0.5) once they fit.
     # In a residual MLP the best rate drifted by -0.4 octave from width 64 to 256 with this one, by -1.3 with 0.5.
     "soap": Base(_library("SOAP"), growth=sign),

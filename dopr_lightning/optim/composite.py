@@ -9,13 +9,13 @@ import torch
 from torch.optim import Optimizer
 
 _RATIO_TOLERANCE = 1e-6
-"""How far, relative to the peak rate, groups may stray from muP's ratios: far above rounding, far below a mistake."""
+"""How far, relative to the peak rate, groups may stray from their ratios: far above rounding, far below a mistake."""
 
 
 class CompositeOptimizer(Optimizer):
     """Steps its parts in turn; parameter groups and state are theirs, seen as one.
 
-    Learning-rate schedulers change the groups' rates in place, and :meth:`state_dict` is that of a plain Optimizer
+    Learning-rate schedulers change the groups' rates in place, and ``state_dict`` is that of a plain Optimizer
     over all groups.
 
     Args:
@@ -57,7 +57,7 @@ class CompositeOptimizer(Optimizer):
         return loss
 
     def _check_rates(self) -> None:
-        """Refuse rates that no longer have muP's ratios, which many schedulers and tools silently destroy.
+        """Refuse rates that no longer have their ratios, which many schedulers and tools silently destroy.
 
         Raises:
             ValueError: They do not. Rates that are tensors are not looked at: reading them would wait for the device.
@@ -68,9 +68,9 @@ class CompositeOptimizer(Optimizer):
             low, high = rates.index(min(rates)), rates.index(max(rates))
             raise ValueError(
                 f"the learning rates of {groups[low]['param_names'][0]} and {groups[high]['param_names'][0]} no longer "
-                "have the ratio that muP gave them. Whatever set them must scale each group's own rate: LambdaLR does; "
-                "OneCycleLR needs max_lr=[group['lr'] for group in optimizer.param_groups], CosineAnnealingLR "
-                "eta_min=0, ReduceLROnPlateau min_lr=0 and eps=0; lr_find cannot"
+                "have the ratio that muP, or lr_by_role, gave them. What set them must scale each group's own rate: "
+                "LambdaLR does; OneCycleLR needs max_lr=[group['lr'] for group in optimizer.param_groups], "
+                "CosineAnnealingLR eta_min=0, ReduceLROnPlateau min_lr=0 and eps=0; lr_find cannot"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class CompositeOptimizer(Optimizer):
         if saved != ours and any(multiplier is not None for multiplier in saved + ours):
             raise ValueError(
                 f"the checkpoint's groups have learning-rate multipliers {saved}, this optimizer's {ours}; resume with "
-                "the muP base that the run was started with"
+                "the muP base and the lr_by_role that the run was started with"
             )
         super().load_state_dict(state_dict)
         self._share()

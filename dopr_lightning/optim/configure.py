@@ -28,6 +28,7 @@ def make_optimizer(
     roles: Mapping[str, str] | None = None,
     mup: MupSpec | None = None,
     weight_decay_rule: WeightDecayRule = "independent",
+    lr_by_role: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Optimizer:
     """One Optimizer for all trainable parameters of ``model``.
@@ -35,8 +36,8 @@ def make_optimizer(
     Args:
         model: Any module.
         base: ``"adamw"``, ``"muon"`` (torch's Muon on hidden matrices, its update's RMS matched to AdamW's; AdamW with
-            the same rate on the rest), ``"adamuon"`` (likewise), ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"``
-            (momentum 0.9), or an Optimizer class.
+            the same rate on the rest), ``"adamuon"`` (likewise; under muP with ``scale="spectral"``),
+            ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"`` (momentum 0.9), or an Optimizer class.
         lr: Peak learning rate; under muP that of the base width.
         weight_decay: For matrices; biases, norms and other vectors are never decayed.
         roles: Overrides of :func:`~dopr_lightning.optim.roles.parameter_roles`, globs on parameter names to roles.
@@ -44,16 +45,21 @@ def make_optimizer(
             carry their multiplier as ``"lr_mult"``. None: standard parametrisation, the same numbers for all.
         weight_decay_rule: How weight decay follows the learning rate under muP, see
             :func:`~dopr_lightning.mup.rules.weight_decay`.
+        lr_by_role: Multipliers of the learning rate by role, ``{"input": 0.25}``, beside muP's, or without it: one rate
+            rarely serves layers of very different fan-in (Tensor Programs V, arXiv 2203.03466, tunes such multipliers
+            too). They hold at every width. The groups carry the product as ``"lr_mult"``. Default: 1 for all.
         **options: Further keywords of the base's algorithm, ``betas=(0.9, 0.95)`` say.
 
     Raises:
         ValueError: Unknown base, role, rule or option, a rate that is not positive, nothing to train, a spec of another
-            model, or a base whose scaling with the width is not known.
+            model, a base whose scaling with the width is not known, or a role that no parameter has.
     """
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
     chosen = resolve(base)
-    entries = plan(model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, options=options)
+    entries = plan(
+        model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
+    )
 
     def part(algorithm: Callable[..., Optimizer], main: bool, defaults: Mapping[str, Any]) -> list[Optimizer]:
         alike: dict[tuple[Any, ...], list[Assignment]] = {}
@@ -69,7 +75,8 @@ def make_optimizer(
                 "lr": lr * lr_mult,
                 "weight_decay": 0.0 if vectors else weight_decay * decay_mult,
             }
-            groups.append(group | ({"lr_mult": lr_mult, "eps_mult": members[0].eps} if mup else {}))
+            scaled = {"lr_mult": lr_mult, "eps_mult": members[0].eps} if mup or lr_by_role else {}
+            groups.append(group | scaled)
         try:
             made = [algorithm(groups, lr=lr, **defaults)] if groups else []
         except TypeError as error:
@@ -80,7 +87,7 @@ def make_optimizer(
                 group["eps"] *= multiplier
         return made
 
-    defaults = dict(chosen.options)
+    defaults = {**chosen.options, **(chosen.mup_options if mup else {})}
     if options.get("fused"):
         defaults.pop("foreach", None)  # torch refuses both
     return CompositeOptimizer(
@@ -100,6 +107,7 @@ def configure_optimizers(
     roles: Mapping[str, str] | None = None,
     mup: MupSpec | None = None,
     weight_decay_rule: WeightDecayRule = "independent",
+    lr_by_role: Mapping[str, float] | None = None,
     **options: Any,
 ) -> OptimizerLRScheduler:
     """Return this from ``LightningModule.configure_optimizers``.
@@ -115,6 +123,7 @@ def configure_optimizers(
         roles: Overrides of the parameters' roles.
         mup: Scale rates, weight decay and eps with the width.
         weight_decay_rule: How weight decay follows the learning rate under muP.
+        lr_by_role: Multipliers of the learning rate by role, ``{"input": 0.25}``.
         **options: Further keywords of the base's algorithm.
 
     Example:
@@ -130,6 +139,7 @@ def configure_optimizers(
         roles=roles,
         mup=mup,
         weight_decay_rule=weight_decay_rule,
+        lr_by_role=lr_by_role,
         **options,
     )
     steps = module.trainer.estimated_stepping_batches if total_steps is None else total_steps

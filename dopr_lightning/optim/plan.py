@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Assignment:
         role: See :func:`~dopr_lightning.optim.roles.parameter_roles`.
         main: Whether the base's own algorithm takes it, or the one for the rest.
         decays: Whether weight decay applies: to matrices, not to vectors.
-        lr: Multiplier of the learning rate.
+        lr: Multiplier of the learning rate, its role's among it.
         weight_decay: Multiplier of the weight decay.
         eps: Multiplier of eps, where the algorithm has one.
         initial_value: What :meth:`MupSpec.initialize` multiplies its initial values by.
@@ -48,30 +49,34 @@ def plan(
     roles: Mapping[str, str] | None = None,
     mup: MupSpec | None = None,
     weight_decay_rule: WeightDecayRule = "independent",
+    lr_by_role: Mapping[str, float] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[Assignment]:
     """An entry per trainable parameter of ``model``, in its order; arguments as of :func:`make_optimizer`.
 
     Raises:
-        ValueError: Unknown base, role or rule, nothing to train, a spec of another model, or a base whose scaling with
-            the width is not known.
+        ValueError: Unknown base, role or rule, nothing to train, a spec of another model, a base whose scaling with
+            the width is not known, or a role's multiplier that is not positive, or of a role that nothing has.
     """
     chosen = resolve(base)
     role_of = parameter_roles(model, roles, known=mup.roles(model) if mup else None)
     if not role_of:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
+    by_role = dict(lr_by_role or {})
+    _check_roles(by_role, role_of.values())
     growth = mup.growth(model) if mup else {}
     initial = mup.multiplier_of_initial_values(model) if mup else {}
     found = []
     for name, role in role_of.items():
         main = chosen.roles is None or role in chosen.roles
-        multipliers: dict[str, float] = {}
+        multipliers: dict[str, float] = {"lr": by_role.get(role, 1.0)}
         if mup:
             update = _update(chosen, base, main, options or {})
             # Rounded, so that what differs by rounding alone shares a group.
             lr = float(f"{rules.learning_rate(growth[name], *update):.12g}")
             multipliers = {
-                "lr": lr,
+                "lr": lr * by_role.get(role, 1.0),
+                # Of the width alone: a role's rate scales its decay as well, at every width alike.
                 "weight_decay": rules.weight_decay(lr, weight_decay_rule),
                 "eps": rules.eps(growth[name]),
                 "initial_value": initial[name],
@@ -79,6 +84,16 @@ def plan(
         shape = tuple(model.get_parameter(name).shape)
         found.append(Assignment(name, shape, role, main, decays=role != "vector", **multipliers))
     return found
+
+
+def _check_roles(by_role: Mapping[str, float], present: Collection[str]) -> None:
+    for role, multiplier in by_role.items():
+        if not 0 < multiplier < math.inf:
+            raise ValueError(f"lr_by_role: the multiplier of {role!r} must be positive, got {multiplier}")
+        if role not in present:
+            raise ValueError(
+                f"lr_by_role: no trainable parameter has the role {role!r}; there are {', '.join(sorted(set(present)))}"
+            )
 
 
 def _update(

@@ -26,6 +26,23 @@ def warmup_factor(step: int, *, schedule: Schedule, warmup_steps: int, total_ste
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def check_schedule(schedule: Schedule, warmup_steps: int, total_steps: float) -> None:
+    """See :func:`make_scheduler`.
+
+    Raises:
+        ValueError: Unknown schedule, negative warm-up, or a cosine without a finite end after the warm-up.
+    """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(get_args(Schedule))}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+    if schedule == "cosine" and not warmup_steps < total_steps < math.inf:
+        raise ValueError(
+            f"a cosine schedule needs a finite number of steps beyond its {warmup_steps} warm-up steps, "
+            f"got {total_steps}; set Trainer(max_steps=...) or total_steps, or lower warmup_steps"
+        )
+
+
 def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, total_steps: float) -> LambdaLR:
     """A scheduler to be stepped after every optimizer step.
 
@@ -38,15 +55,7 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, 
     Raises:
         ValueError: Unknown schedule, negative warm-up, or a cosine without a finite end after the warm-up.
     """
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(get_args(Schedule))}")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
-    if schedule == "cosine" and not warmup_steps < total_steps < math.inf:
-        raise ValueError(
-            f"a cosine schedule needs a finite number of steps beyond its {warmup_steps} warm-up steps, "
-            f"got {total_steps}; set Trainer(max_steps=...) or total_steps"
-        )
+    check_schedule(schedule, warmup_steps, total_steps)
     # Not an object with attributes: LambdaLR would restore these from a checkpoint, and a longer run would end early.
     factor = partial(warmup_factor, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps)
     return LambdaLR(optimizer, factor)

@@ -19,6 +19,8 @@ def mup_table(
     *,
     roles: Mapping[str, str] | None = None,
     weight_decay_rule: WeightDecayRule = "independent",
+    lr_by_role: Mapping[str, float] | None = None,
+    zero_readouts: bool = False,
     **options: Any,
 ) -> str:
     """A row per kind of parameter that muP treats alike; print it.
@@ -29,16 +31,21 @@ def mup_table(
         mup: The spec of the model's family.
         roles: Overrides of the parameters' roles.
         weight_decay_rule: See :func:`~dopr_lightning.mup.rules.weight_decay`.
+        lr_by_role: Multipliers of the learning rate by role, which are shown multiplied with muP's.
+        zero_readouts: Whether readouts start from 0, see :meth:`~dopr_lightning.MupSpec.initialize`.
         **options: The base's keywords, as far as its scaling hangs on them (``adjust_lr_fn`` of Muon).
 
     Returns:
-        Columns: role; whether the base or AdamW steps it; how many parameters (tensors) and one of them; multipliers of
-        learning rate, weight decay, eps and initial values.
+        The table. Its columns are role; whether the base or AdamW steps it; how many parameters (tensors) and one of
+        them; multipliers of learning rate, weight decay, eps and initial values.
     """
     kinds: dict[tuple[Any, ...], list[Assignment]] = {}
-    for entry in plan(model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, options=options):
+    for entry in plan(
+        model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
+    ):
         decay = entry.weight_decay if entry.decays else 0.0
-        kinds.setdefault((entry.role, entry.main, entry.lr, decay, entry.eps, entry.initial_value), []).append(entry)
+        initial = 0.0 if zero_readouts and entry.role == "readout" else entry.initial_value
+        kinds.setdefault((entry.role, entry.main, entry.lr, decay, entry.eps, initial), []).append(entry)
     name = base if isinstance(base, str) else base.__name__
     rows = [("role", "by", "tensors", "for example", "lr", "weight decay", "eps", "initial value")]
     for (role, main, *multipliers), entries in sorted(kinds.items(), key=lambda kind: kind[0][:2]):

@@ -36,7 +36,7 @@ class Algorithm(Protocol):
     """
 
     denoises: ClassVar[bool]
-    """Whether its network takes a noisy action and a time: the network's ``denoise`` argument."""
+    """The network's ``denoise`` argument, whether it takes a noisy action and a time."""
 
     def loss(self, network: ActionNetwork, observation: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
         """Return the training loss, a scalar.
@@ -122,7 +122,7 @@ class Diffusion:
         prediction: What the network predicts: ``"epsilon"`` the noise, ``"sample"`` the action, or ``"v"``.
         clip: Clip the action that each step supposes to [-1, 1], where min-max normalised actions lie: in the first
             steps a predicted noise is a little wrong and the action it supposes far outside (100 steps multiply the
-            error by 2000). Set it to false with ``action_normalizer: standard``, whose actions go beyond.
+            error by 2000). With ``action_normalizer: standard``, whose actions go beyond, it must be false.
         eta: For DDIM: 0 has no noise but the first, 1 has DDPM's.
 
     Raises:

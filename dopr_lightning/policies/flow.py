@@ -34,9 +34,9 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 def flow_matching_loss(
     velocity: Velocity[Condition], x1: Tensor, condition: Condition, *, x0: Tensor, t: Tensor
 ) -> Tensor:
-    """Return the mean squared error of the velocity, per coordinate: E |v(x_t, t, c) - (x1 - x0)|^2.
+    """Return the mean squared error of the velocity, per coordinate: ``E |v(x_t, t, c) - (x1 - x0)|^2``.
 
-    Its minimiser is v(x, t, c) = E[x1 - x0 | x_t = x, c], the velocity of a flow that carries noise to
+    Its minimiser is ``v(x, t, c) = E[x1 - x0 | x_t = x, c]``, the velocity of a flow that carries noise to
     actions.
 
     Args:

@@ -39,6 +39,7 @@ class OptimizerConfig:
         weight_decay: For matrices only.
         schedule: Constant, or a cosine to 0, after the warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
+        lr_by_role: Multipliers of the learning rate by role, ``{input: 0.25}``.
         options: Further keywords of the base's algorithm.
     """
 
@@ -47,6 +48,7 @@ class OptimizerConfig:
     weight_decay: float = 1e-5
     schedule: Schedule = "cosine"
     warmup_steps: int = 0
+    lr_by_role: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,8 +95,8 @@ class PolicyModule(L.LightningModule):
         seed: Seeds the training noise.
 
     Raises:
-        UserError: ``horizon`` is too short for ``observe`` and ``act``, or the network has no such keywords as
-            ``mup.base`` names.
+        UserError: ``horizon`` is too short for ``observe`` and ``act``, the algorithm would clip what the normaliser
+            does not bound, or the network has no such keywords as ``mup.base`` names.
         ValueError: The optimizer's base is unknown, or muP has no rule for the network.
     """
 
@@ -118,6 +120,12 @@ class PolicyModule(L.LightningModule):
             raise UserError(
                 f"horizon={horizon} is too short: the chunk starts {observe - 1} steps before the present (observe="
                 f"{observe}) and must reach act={act} actions beyond; set horizon to {observe - 1 + act} or more"
+            )
+        # An algorithm of one's own need not know of clipping.
+        if action_normalizer != "minmax" and getattr(algorithm, "clip", False):
+            raise UserError(
+                f"{type(algorithm).__name__}: clip cuts actions at [-1, 1], which under action_normalizer="
+                f"{action_normalizer!r} they exceed; set the algorithm's clip to false, or action_normalizer to minmax"
             )
         resolve(optimizer.base)  # a mistake is said now, not when everything else is ready
         self.save_hyperparameters(logger=False)
@@ -297,7 +305,8 @@ class PolicyModule(L.LightningModule):
         """Keywords of :func:`dopr_lightning.optim.make_optimizer` for this policy."""
         c = self.optimizer_config
         rule = {"weight_decay_rule": self.mup_config.weight_decay} if self.mup_config else {}
-        return {"base": c.base, "lr": c.lr, "weight_decay": c.weight_decay, "mup": self.mup, **rule, **c.options}
+        numbers = {"lr": c.lr, "weight_decay": c.weight_decay, "lr_by_role": c.lr_by_role}
+        return {"base": c.base, "mup": self.mup, **numbers, **rule, **c.options}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One composite optimizer, and its schedule."""

@@ -59,6 +59,8 @@ class RolloutEvaluation(Callback):
             Each goes to ``videos/step-STEP-seed-SEED-METRIC-VALUE.mp4`` beside ``rollouts.jsonl``, and to TensorBoard's
             images.
 
+    Where the data's environment is None there are no rollouts, and a warning says so.
+
     Attributes:
         latest: The episodes of the last evaluation, all ranks', in the order of their seeds.
     """
@@ -94,6 +96,7 @@ class RolloutEvaluation(Callback):
         self.timeout_s = timeout_s
         self.videos = videos
         self.latest: list[Episode] = []
+        self._said_none = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a run whose rollouts would be of the wrong weights, or nowhere.
@@ -112,10 +115,17 @@ class RolloutEvaluation(Callback):
                     f"RolloutEvaluation would see the raw weights: list {type(callback).__name__} before it in the "
                     "trainer's callbacks"
                 )
-        if not isinstance(self._environment(trainer), EnvironmentSpec):
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "environment"):
             raise UserError(
                 "RolloutEvaluation needs a data module with an 'environment' (an EnvironmentSpec); pass one, or remove "
                 "the callback"
+            )
+        if data.environment is None and trainer.is_global_zero and not self._said_none:
+            self._said_none = True
+            log.warning(
+                "no rollouts: the data names no environment. Rollouts are the metric, a validation loss does not say "
+                "how a policy does on its own predictions: give the source an environment as soon as there is one"
             )
         if self.videos:
             require_encoder()
@@ -125,17 +135,18 @@ class RolloutEvaluation(Callback):
         skipped_epoch = trainer.state.fn == TrainerFn.FITTING and (trainer.current_epoch + 1) % self.every_n_epochs
         if trainer.sanity_checking or skipped_epoch:
             return
-        self._run(trainer, pl_module, "validate", self._first_seed(trainer) + SELECTION_OFFSET, self.episodes)
+        self._run(trainer, pl_module, "validate", SELECTION_OFFSET, self.episodes)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Roll out on the seeds that are reported."""
-        self._run(trainer, pl_module, "test", self._first_seed(trainer), self.report_episodes)
+        self._run(trainer, pl_module, "test", 0, self.report_episodes)
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, first_seed: int, count: int) -> None:
-        if count == 0:
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, offset: int, count: int) -> None:
+        spec: EnvironmentSpec | None = trainer.datamodule.environment  # type: ignore[attr-defined]
+        if count == 0 or spec is None:
             self.latest = []
             return
-        spec = self._environment(trainer)
+        first_seed = offset + (spec.first_seed if self.first_seed is None else self.first_seed)
         seeds = range(first_seed, first_seed + count)
         mine = seeds[trainer.global_rank :: trainer.world_size]
         error: UserError | None = None
@@ -192,14 +203,6 @@ class RolloutEvaluation(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     _show(logger, f"rollout/{name}", shown, step)
-
-    def _first_seed(self, trainer: L.Trainer) -> int:
-        return self._environment(trainer).first_seed if self.first_seed is None else self.first_seed
-
-    @staticmethod
-    def _environment(trainer: L.Trainer) -> EnvironmentSpec:
-        # None without a data module: only `setup`, which refuses that, ever sees it.
-        return cast(EnvironmentSpec, getattr(getattr(trainer, "datamodule", None), "environment", None))
 
 
 def _gather(mine: Any) -> list[Any]:

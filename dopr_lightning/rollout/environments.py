@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.data.opengl import mujoco_loads
 from dopr_lightning.errors import UserError, import_extra
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def make(spec: EnvironmentSpec) -> gymnasium.Env[Any, Any]:
 
     Raises:
         UserError: It is not installed, unknown, its actions are not flat vectors, or its observations are not what
-            the spec's cameras say.
+            the spec's cameras say; or MuJoCo lacks the OpenGL it is told to load.
     """
     import gymnasium
 
@@ -27,7 +28,8 @@ def make(spec: EnvironmentSpec) -> gymnasium.Env[Any, Any]:
         import_extra(spec.module, spec.extra or "dev")
     try:
         # Gymnasium's checker warns about observations a hair out of bounds; we check what matters while rolling out.
-        env = gymnasium.make(spec.id, max_episode_steps=spec.max_steps, disable_env_checker=True, **spec.kwargs)
+        with mujoco_loads():
+            env = gymnasium.make(spec.id, max_episode_steps=spec.max_steps, disable_env_checker=True, **spec.kwargs)
     except gymnasium.error.DependencyNotInstalled as error:
         extra = f"[{spec.extra}]" if spec.extra else ""
         raise UserError(

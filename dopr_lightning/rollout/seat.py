@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.data.opengl import off_screen
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.environments import make
 
@@ -181,7 +182,8 @@ class Seat:
         """The present frame, if it is one to film."""
         if not self._film or (self._steps % self._stride() and not last):
             return []
-        frame = self._guard(self._env.render, _OPENGL)
+        with off_screen():
+            frame = self._guard(self._env.render, _OPENGL)
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,):
             raise SimulationError(f"{self._spec.id} renders no images in render_mode='rgb_array'")
         return [_small(frame)]

@@ -36,7 +36,8 @@ def test_demonstrations(tmp_path: Path, robosuite: str) -> None:
     data = Robomimic(path=str(path), keys=keys).load()
     assert data.episode_ends.tolist() == np.cumsum(LENGTHS).tolist()
     assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert str(path) in data.source
+    assert data.source.endswith(path.name)
+    assert str(path.parent) not in data.source
     with h5py.File(path) as file:
         demos = [file["data"][name] for name in ("demo_0", "demo_2", "demo_10")]
         for demo, start, end in zip(demos, [0, *data.episode_ends], data.episode_ends, strict=False):
@@ -260,6 +261,10 @@ def without_model(file: Any) -> None:
     del file["data/demo_2"].attrs["model_file"]
 
 
+def garbled_model(file: Any) -> None:
+    file["data/demo_2"].attrs["model_file"] = file["data/demo_2"].attrs["model_file"][:500]
+
+
 def without_args(file: Any) -> None:
     del file["data"].attrs["env_args"]
 
@@ -326,6 +331,7 @@ BAD: list[tuple[Callable[[Path], object], dict[str, Any], str]] = [
     (replaced("data/demo_2/obs/object", np.zeros((11, 10))), {}, "12 actions but 11 of obs/object"),
     (replaced("data/demo_2/states", np.zeros((12, 9))), {"absolute": True}, "states have 9 numbers, the scene has 5"),
     (changed(without_model), {"absolute": True}, "demo_2 has no attribute model_file"),
+    (changed(garbled_model), {"absolute": True}, "damaged, or not HDF5 .*; fetch it again"),
     (changed(with_torques), {}, "an arm with a controller JOINT_TORQUE"),
     (changed(of_poses), {"absolute": True}, "poses in the frame of the world: use them as stored"),
     (changed(robot_frame), {"absolute": True}, "offsets in the frame of the base: use them as stored"),

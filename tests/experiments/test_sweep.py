@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "lr": pytest.approx(best, rel=1e-3),
         "weight_decay": 1e-5,
         "damping": 0.01,
+        "lr_by_role": {},
         "mup": {"base": {"width": 8}, "weight_decay": "independent", "zero_readouts": True},
     }
 
@@ -245,8 +247,6 @@ def made_up(losses: Callable[[dict[str, Any]], float], seen: list[Trial]) -> Cal
 
 def bowl(config: dict[str, Any]) -> float:
     """Best at rate 0.01 and damping 0.1 at any width under muP; a rate inversely as the width without."""
-    import math
-
     optimizer, mup = config["model"]["optimizer"], config["model"].get("mup")
     width = config["model"]["network"]["init_args"]["channels"][0]
     best = 0.01 * 2 ** config.get("shift", 0) * (1.0 if mup else 8 / width)
@@ -364,6 +364,33 @@ def test_a_wide_run_takes_the_numbers_of_the_sweep(finished: Path, tmp_path: Pat
     swept = resolve([f"--config={CONFIG}", *DAMPED[:1], "--model.network.width=32", f"--mup.from_sweep={finished}"])
     assert stacked["model"] == swept["model"]
     assert stacked["trainer"]["callbacks"] == swept["trainer"]["callbacks"]
+
+
+def test_rates_of_roles_are_swept_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best: a quarter for the input layers. The rest has the configuration's number, as a wide run then has."""
+
+    def losses(config: dict[str, Any]) -> float:
+        shares = config["model"]["optimizer"]["lr_by_role"]
+        assert shares["readout"] == 0.5
+        return 1 + math.log2(shares["input"] / 0.25) ** 2
+
+    trials: list[Trial] = []
+    monkeypatch.setattr(sweep, "attempt_all", made_up(losses, trials))
+    readout = "--model.optimizer.lr_by_role={input: 1.0, readout: 0.5}"
+    results = run(tmp_path, "--widths=8,16", "--input-rates=0.125,0.25,0.5,1", "--optimizer=dopr-adamw", readout)
+    assert len({trial.folder for trial in trials}) == len(trials) == 2 * 2 * 4
+    for trial in trials[::5]:
+        assert trial.config == resolve(trial.arguments)
+    (ours, _) = results["transfer"]
+    assert ours["hyperparameter"] == "input_rate"
+    assert [row["best"] for row in ours["widths"]] == pytest.approx([0.25, 0.25])
+    assert results["recommended"]["lr_by_role"] == {"input": 0.25, "readout": 0.5}
+    wide = resolve([f"--config={CONFIG}", *DAMPED[:1], "--model.network.width=32", f"--mup.from_sweep={tmp_path}"])
+    assert wide["model"]["optimizer"]["lr_by_role"] == {"input": 0.25, "readout": 0.5}
+    with pytest.raises(UserError, match=r"--model.optimizer.lr_by_role.input and --mup.from_sweep say the same thing"):
+        resolve([f"--config={CONFIG}", "--model.optimizer.lr_by_role.input=1", f"--mup.from_sweep={tmp_path}"])
+    with pytest.raises(UserError, match=r"--input-rates 0,1: values must be positive"):
+        run(tmp_path / "other", "--widths=8,16", "--input-rates=0,1")
 
 
 def test_fit_takes_them_from_the_command_line(finished: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -457,6 +458,11 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
         {"width": 8},
         r"attention: the heads of nn\.MultiheadAttention grow.*1/head_dim; let the number of heads grow",
     ),
+    "growing groups": (
+        layers(norm=lambda w: nn.GroupNorm(w // 4, w)),
+        {"width": 8},
+        r"norm: the number of groups of this GroupNorm grows with the width \(2 to 4\).*keep the number fixed",
+    ),
     "another architecture": (
         SometimesSkips,
         {"width": 8},
@@ -471,6 +477,17 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
     "no sizes": (lambda width: nn.Linear(3, 4), {"width": []}, r"width=\[\] cannot scale"),
     "a bad size": (lambda width: nn.Linear(3, 4), {"width": [8, -1]}, r"width=-1 cannot scale"),
 }
+
+
+def test_groups_of_few_channels_are_pointed_out() -> None:
+    def factory(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, width), nn.GroupNorm(4, width))
+
+    with pytest.warns(UserWarning, match=r"1 is a GroupNorm of 2 channels per group at the base width.*base of 16 or"):
+        MupSpec.from_factory(factory, width=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MupSpec.from_factory(factory, width=16)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -107,6 +107,55 @@ def test_rates_and_decays_by_hand(case: str, rule: str, decay: Callable[[float],
     )
 
 
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_roles_have_rates_of_their_own(base: str) -> None:
+    """Beside muP's; the weight decay's multiplier is the width's alone, so a role scales its decay too."""
+    _, expected = MULTIPLIERS[base]
+    plain = groups(*start(base), "weight_decay")
+    model, optimizer = start(base, lr_by_role={"embedding": 0.25, "readout": 3.0})
+    ours = {"embedding.weight": 0.25, "readout.weight": 3.0}
+    wanted = {name: m * ours.get(name, 1) for name, m in expected.items()}
+    assert groups(model, optimizer, "lr_mult") == pytest.approx(wanted)
+    assert groups(model, optimizer, "lr") == pytest.approx({name: 0.01 * m for name, m in wanted.items()})
+    assert groups(model, optimizer, "weight_decay") == plain
+
+
+def test_a_roles_rate_scales_its_step() -> None:
+    """Plain gradient descent in float64: every weight moves by its rate times its gradient."""
+    model = Net(WIDTH).double()
+    share = {"readout": 3.0, "hidden": 0.5, "vector": 0.1}
+    by_name = {"readout.weight": 3.0, "hidden.weight": 0.5, "input.weight": 0.5} | dict.fromkeys(VECTORS, 0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, "sgd", lr=0.01, lr_by_role=share, momentum=0.0)
+    train(model, optimizer, 1)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        expected = before[name] - 0.01 * by_name.get(name, 1.0) * parameter.grad
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_roles_rates_are_not_flattened_unseen() -> None:
+    """Without muP too."""
+    model = Net(WIDTH)
+    optimizer = make_optimizer(model, "adamw", lr=0.01, lr_by_role={"readout": 0.5})
+    lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=25)
+    with pytest.raises(ValueError, match="no longer have the ratio that muP, or lr_by_role, gave them"):
+        train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("by_role", "message"),
+    [
+        ({"input": 0.5}, "no trainable parameter has the role 'input'; there are embedding, hidden, readout, vector"),
+        ({"readout": 0.0}, "the multiplier of 'readout' must be positive, got 0.0"),
+        ({"readout": float("nan")}, "must be positive"),
+    ],
+)
+def test_rates_of_roles_that_are_not_there(by_role: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(Net(WIDTH), "adamw", lr=0.01, lr_by_role=by_role)
+
+
 def test_eps_by_hand() -> None:
     model, optimizer = start(eps=1e-6)
     assert groups(model, optimizer, "eps") == pytest.approx(
@@ -137,6 +186,17 @@ def test_roles_are_read_off_the_shapes() -> None:
         "other.weight": 1,
         "hidden.weight": M**-0.5,
     }
+
+
+def test_adamuon_keeps_to_its_spectral_norm_under_mup() -> None:
+    """Unless told otherwise; and to the paper's scale without muP."""
+
+    def scales(**options: Any) -> set[str]:
+        _, optimizer = start("adamuon", **options)
+        return {group["scale"] for group in optimizer.param_groups if "scale" in group}
+
+    assert scales() == {"spectral"}
+    assert scales(scale="rms") == scales(mup=None) == {"rms"}
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
@@ -265,8 +325,9 @@ def test_schedulers_that_flatten_the_rates_are_refused(name: str) -> None:
         last.update(copy.deepcopy(model.state_dict()))
 
     message = (
-        r"learning rates of [\w.]+ and [\w.]+ no longer have the ratio that muP gave them.*LambdaLR does; OneCycleLR "
-        r"needs max_lr=\[group\['lr'\] .*CosineAnnealingLR eta_min=0, ReduceLROnPlateau min_lr=0 and eps=0; lr_find"
+        r"learning rates of [\w.]+ and [\w.]+ no longer have the ratio that muP, or lr_by_role, gave them.*LambdaLR "
+        r"does; OneCycleLR needs max_lr=\[group\['lr'\] .*CosineAnnealingLR eta_min=0, ReduceLROnPlateau min_lr=0 and "
+        r"eps=0; lr_find"
     )
     with pytest.raises(ValueError, match=message):
         train(model, optimizer, 25, step)
@@ -323,7 +384,9 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightnings_rate_finder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no longer have the ratio that muP gave them.*lr_find cannot"):
+    with pytest.raises(
+        ValueError, match=r"no longer have the ratio that muP, or lr_by_role, gave them.*lr_find cannot"
+    ):
         Tuner(trainer(tmp_path, enable_checkpointing=True)).lr_find(Trained(), num_training=5)
     assert Tuner(trainer(tmp_path, enable_checkpointing=True)).lr_find(Trained(spec=None), num_training=5)
 
@@ -331,7 +394,7 @@ def test_lightnings_rate_finder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_lightnings_weight_averaging_with_one_rate_is_refused(tmp_path: Path) -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.001, swa_epoch_start=1)
-    with pytest.raises(ValueError, match="no longer have the ratio that muP gave them"):
+    with pytest.raises(ValueError, match="no longer have the ratio that muP, or lr_by_role, gave them"):
         trainer(tmp_path, callbacks=[averaging]).fit(Trained())
 
 

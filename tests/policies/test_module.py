@@ -18,7 +18,7 @@ from toy_task import ToyTask, train
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
 from dopr_lightning.mup import MupSpec
-from dopr_lightning.policies.algorithms import Algorithm, FlowMatching, Regression
+from dopr_lightning.policies.algorithms import Algorithm, Diffusion, FlowMatching, Regression
 from dopr_lightning.policies.module import MupConfig, OptimizerConfig, PolicyModule
 from dopr_lightning.policies.networks import ActionNetwork, ResidualMLP
 
@@ -147,6 +147,15 @@ def test_predict_inverts_the_normaliser_and_starts_at_the_present(observe: int, 
 def test_a_horizon_that_does_not_reach(observe: int, horizon: int, act: int) -> None:
     with pytest.raises(UserError, match=f"horizon={horizon} is too short.*set horizon to {observe - 1 + act} or more"):
         policy(observe=observe, horizon=horizon, act=act)
+
+
+def test_actions_that_clipping_would_cut_are_refused() -> None:
+    """At one standard deviation a third of the actions would be truncated, and nothing would say so."""
+    with pytest.raises(UserError, match=r"Diffusion: clip .* action_normalizer='standard' .* clip to false"):
+        policy(Diffusion(), action_normalizer="standard")
+    for algorithm in (Diffusion(clip=False), FlowMatching(), Regression()):
+        policy(algorithm, network=partial(ResidualMLP, width=8, depth=1), action_normalizer="standard")
+    policy(Diffusion(), observation_normalizer="standard")
 
 
 def test_an_unknown_base_is_refused_at_once() -> None:

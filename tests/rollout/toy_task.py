@@ -50,6 +50,14 @@ class ToyTask(Source):
         return Demonstrations(np.array(observations), np.array(actions), ends, "toy", "abc")  # type: ignore[arg-type]
 
 
+class Nowhere(ToyTask):
+    """The same demonstrations, and no environment yet."""
+
+    @property
+    def environment(self) -> None:
+        return None
+
+
 class Killer(ToyTask):
     """Ends the process that loads it, as the kernel does when memory runs out."""
 

@@ -11,6 +11,7 @@ from dopr_lightning.data.convention import Convention, bounds
 from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.experts.expert import Expert, play
+from dopr_lightning.data.opengl import mujoco_loads
 from dopr_lightning.data.source import Source
 from dopr_lightning.errors import UserError
 
@@ -57,7 +58,8 @@ class BuiltinExpert(Source):
         if self.episodes < 1:
             raise UserError(f"episodes={self.episodes}: ask for at least 1 demonstration")
         file = self._expert_file()
-        env = gymnasium.make(self.env_id)
+        with mujoco_loads():
+            env = gymnasium.make(self.env_id)
         try:
             expert = Expert.load(file, env.action_space)
             episodes = [play(expert, env, self.seed + i) for i in range(self.episodes)]

@@ -49,7 +49,7 @@ def stored_as_poses(file: DemoFile, demo: str) -> Array:
     try:
         positions, rotations = gripper_poses(file.model(demo), file.read(demo, "states"))
         return six_from_actions(absolute_actions(file.read(demo, "actions"), positions, rotations, controllers))
-    except (ValueError, ElementTree.ParseError) as error:
+    except ValueError as error:
         raise UserError(f"{file.path}: {demo}: {error}; use the actions as stored, or fetch the file again") from error
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.robomimic.controllers import arm_controllers, version
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, missing
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +52,7 @@ class DemoFile:
     def __init__(self, path: Path, filter_key: str | None = None) -> None:
         self.path = path
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give a robomimic HDF5 file, or fetch one: dopr demos robomimic")
+            raise UserError(f"{path}: {missing(path)}; give a robomimic HDF5 file, or fetch one: dopr demos robomimic")
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:
@@ -113,10 +114,12 @@ class DemoFile:
         """The MuJoCo XML of the scene of one demonstration.
 
         Raises:
-            UserError: There is none.
+            UserError: There is none, or it is damaged.
         """
         with self._reading():
             xml = self._file["data"][demo].attrs.get("model_file")
+            if xml is not None:
+                ElementTree.fromstring(xml)  # attributes have no checksum
         if xml is None:
             raise UserError(f"{self.path}: {demo} has no attribute model_file; take a file with the simulator's states")
         return str(xml)
@@ -183,7 +186,7 @@ class DemoFile:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, KeyError, RuntimeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, AttributeError, ElementTree.ParseError) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dopr_lightning.data.opengl import no_opengl
 from dopr_lightning.data.robomimic.absolute import kinematic_model
 from dopr_lightning.data.robomimic.controllers import arm_controllers, version
 from dopr_lightning.errors import UserError, import_extra
@@ -82,7 +83,7 @@ class Simulator:
         # Assertions and lookups in robosuite; without OpenGL also errors of PyOpenGL, and of what it failed to load.
         except Exception as error:
             if cameras and not isinstance(error, TypeError):
-                raise _no_opengl(error) from error
+                raise no_opengl(error) from error
             raise UserError(f"robosuite {robosuite.__version__} cannot make the {name} of env_args: {error}") from error
         unknown = [camera for camera in cameras if camera not in self._env.sim.model.camera_names]
         if unknown:
@@ -268,7 +269,7 @@ def import_robosuite() -> ModuleType:
     except UserError:
         raise
     except Exception as error:  # MuJoCo loads OSMesa or GLFW at once where MUJOCO_GL says so
-        raise _no_opengl(error) from error
+        raise no_opengl(error) from error
     finally:
         logging.disable(logging.NOTSET)
     # It chooses EGL for itself; left in the environment, subprocesses without EGL could not even import MuJoCo.
@@ -286,10 +287,3 @@ def import_robosuite() -> ModuleType:
                 f"{name} {found} is installed, {wanted} is needed; run: pip install 'dopr-lightning[{EXTRA}]'"
             )
     return robosuite
-
-
-def _no_opengl(error: Exception) -> UserError:
-    return UserError(
-        f"off-screen rendering fails ({type(error).__name__}: {error}); install OpenGL: apt-get install libegl1 "
-        "libgl1-mesa-dri (taken by default), or libosmesa6 and set MUJOCO_GL=osmesa"
-    )

@@ -14,7 +14,10 @@ from typing import Any, Literal
 from dopr_lightning.errors import UserError
 from dopr_lightning.proxy import sizes
 
-HYPERPARAMETERS = ("lr", "weight_decay", "damping")
+HYPERPARAMETERS = ("lr", "weight_decay", "damping", "input_rate", "readout_rate")
+
+ROLES = {"input_rate": "input", "readout_rate": "readout"}
+"""The roles whose share of the learning rate can be swept: those that touch a dimension which does not grow."""
 
 Parametrization = Literal["mup", "standard"]
 
@@ -27,27 +30,48 @@ class Point:
         lr: Learning rate.
         weight_decay: Weight decay.
         damping: DoPr's damping; None without DoPr.
+        input_rate: Multiplier of the input layers' learning rate; None: none.
+        readout_rate: The same of the readouts'.
     """
 
     lr: float
     weight_decay: float
     damping: float | None
+    input_rate: float | None = None
+    readout_rate: float | None = None
 
     @property
     def name(self) -> str:
         """``"lr 0.001 wd 1e-05 damping 0.01"``."""
         damping = "" if self.damping is None else f" damping {self.damping:g}"
-        return f"lr {self.lr:g} wd {self.weight_decay:g}{damping}"
+        shares = "".join(f" {role} {share:g}" for role, share in self.lr_by_role.items())
+        return f"lr {self.lr:g} wd {self.weight_decay:g}{damping}{shares}"
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """By name; roles that have no rate of their own are left out."""
+        found = dataclasses.asdict(self)
+        return {name: value for name, value in found.items() if value is not None or name not in ROLES}
+
+    @property
+    def lr_by_role(self) -> dict[str, float]:
+        """Multipliers of the learning rate."""
+        shares = ((role, getattr(self, name)) for name, role in ROLES.items())
+        return {role: share for role, share in shares if share is not None}
 
     def arguments(self) -> list[str]:
         """Of ``dopr fit``; DoPr must be the last callback."""
         damping = [] if self.damping is None else [f"--trainer.callbacks.damping={self.damping!r}"]
-        return [f"--model.optimizer.lr={self.lr!r}", f"--model.optimizer.weight_decay={self.weight_decay!r}", *damping]
+        shares = [f"--model.optimizer.lr_by_role.{role}={share!r}" for role, share in self.lr_by_role.items()]
+        rates = [f"--model.optimizer.lr={self.lr!r}", f"--model.optimizer.weight_decay={self.weight_decay!r}"]
+        return [*rates, *damping, *shares]
 
     def put_into(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of a whole configuration, as plain values, with this point's."""
         changed = copy.deepcopy(dict(config))
-        changed["model"]["optimizer"] |= {"lr": self.lr, "weight_decay": self.weight_decay}
+        optimizer = changed["model"]["optimizer"]
+        optimizer |= {"lr": self.lr, "weight_decay": self.weight_decay}
+        optimizer["lr_by_role"] = optimizer.get("lr_by_role", {}) | self.lr_by_role
         if self.damping is not None:
             changed["trainer"]["callbacks"][-1]["init_args"]["damping"] = self.damping
         return changed

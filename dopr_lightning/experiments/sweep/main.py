@@ -6,15 +6,18 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from dopr_lightning.errors import Parser, UserError
+from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
+    check_steps,
+    judge,
     network_scales,
     numbers,
+    parse,
     quiet_building,
     refuse_ours,
     seed_numbers,
@@ -24,6 +27,7 @@ from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.runner import KILLED, attempt_all, cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
+    ROLES,
     Cell,
     Parametrization,
     Point,
@@ -34,6 +38,7 @@ from dopr_lightning.experiments.sweep.grid import (
 )
 from dopr_lightning.experiments.sweep.report import best_point, plot, print_table, transfer_results, trial_results
 from dopr_lightning.experiments.trial import Trial, check_settings, load_record, note_settings, write_json
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, identity
 
 OURS = {
@@ -67,6 +72,7 @@ class Plan:
         parametrizations: muP, standard or both.
         seeds: Training seeds.
         product: Every combination of values.
+        project: Whose policy and data.
     """
 
     base: tuple[str, ...]
@@ -79,6 +85,7 @@ class Plan:
     parametrizations: list[Parametrization]
     seeds: list[int]
     product: bool
+    project: Project
 
     @property
     def cells(self) -> list[Cell]:
@@ -102,15 +109,15 @@ class Plan:
         )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run the sweep and write its results.
 
     Raises:
         UserError: A mistake in the arguments, found before anything is trained; or runs that were stopped, or none that
             trained.
     """
-    options, overrides = _parser().parse_known_args(arguments)
-    plan = _plan(options, overrides)
+    options, overrides = parse(_parser(project.command), arguments)
+    plan = _plan(options, overrides, project)
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):
         raise UserError(f"--recommend-width {wide} is less than the narrowest of --widths, which muP starts from")
@@ -135,7 +142,7 @@ def main(arguments: Sequence[str]) -> None:
     from dopr_lightning.training import resolve
 
     # Parsing takes a third of a second, and points differ by numbers alone.
-    resolved = functools.cache(lambda w, p: resolve(plan.arguments(plan.keywords[w], p, plan.centre)))
+    resolved = functools.cache(lambda w, p: resolve(plan.arguments(plan.keywords[w], p, plan.centre), project))
     trials = []
     for cell in plan.cells:
         chosen = plan.arguments(plan.keywords[cell.width], cell.parametrization, cell.point)
@@ -150,6 +157,7 @@ def main(arguments: Sequence[str]) -> None:
                 options.episodes,
                 cost=task["parameters"][cell.width] + OVERHEAD,
                 keep_checkpoints=False,  # hundreds of wide networks fill a disk
+                project=project,
             )
         )
     outcomes = dict(zip(plan.cells, attempt_all(trials, options.workers, engine), strict=True))
@@ -172,7 +180,7 @@ def main(arguments: Sequence[str]) -> None:
         "metric": task["metric"],
         "seeds": plan.seeds,
         "grid": "product" if plan.product else "lines",
-        "centre": asdict(plan.centre),
+        "centre": plan.centre.values,
         "widths": [
             {"width": width, "network": keywords, "parameters": task["parameters"][width]}
             for width, keywords in plan.keywords.items()
@@ -195,14 +203,15 @@ def main(arguments: Sequence[str]) -> None:
         "trials": trial_results(outcomes),
     }
     if best is not None:
-        config = resolve(plan.arguments(recommended_keywords, "mup", best))
+        config = resolve(plan.arguments(recommended_keywords, "mup", best), project)
         results["recommended"] = {
             "width": wide,
             "network": recommended_keywords,
-            **asdict(best),
+            **best.values,
+            "lr_by_role": config["model"]["optimizer"]["lr_by_role"],
             "mup": config["model"]["mup"],
         }
-        _write_overlay(config, output / OVERLAY)
+        _write_overlay(config, output / OVERLAY, project.command)
     write_json(results, output / RESULTS)
     plot(results, output / "transfer.png")
     print_table(results)
@@ -220,7 +229,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"the run it recommends, {best.name} at width {wide}: stack {output / OVERLAY} on the configuration")
 
 
-def _plan(options: Any, overrides: Sequence[str]) -> Plan:
+def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     """Everything that can be wrong without building anything."""
     from dopr_lightning.training import find_config, quiet, resolve
 
@@ -252,14 +261,19 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
     configs = [f"--config={find_config(name)}" for name in options.config]
     base = (*configs, "--rollout.episodes=0", *overrides, *(arm.arguments(None, 0.01) if arm else []))
     # Without muP: what it is based on is not known yet.
-    config = resolve([*base, "--model.mup=null"])
+    config = resolve([*base, "--model.mup=null"], project)
     arguments = config["model"]["network"].get("init_args", {})
     scales = network_scales(config["model"]["network"]["class_path"])
     dopr = dopr_of(config)
     if arm and arm.dopr and sum(c["class_path"].endswith(".DoPr") for c in config["trainer"]["callbacks"]) > 1:
         raise UserError("both --optimizer and the configuration bring DoPr; leave one out")
     optimizer = config["model"]["optimizer"]
-    centre = Point(float(optimizer["lr"]), float(optimizer["weight_decay"]), None if dopr is None else dopr["damping"])
+    centre = Point(
+        float(optimizer["lr"]),
+        float(optimizer["weight_decay"]),
+        None if dopr is None else dopr["damping"],
+        **{name: optimizer["lr_by_role"].get(role) for name, role in ROLES.items()},
+    )
     return Plan(
         base,
         config,
@@ -271,6 +285,7 @@ def _plan(options: Any, overrides: Sequence[str]) -> Plan:
         parametrizations,
         seeds,
         options.grid == "product",
+        project,
     )
 
 
@@ -286,6 +301,7 @@ def _arm(name: str | None) -> Arm | None:
 def _values(options: Any, centre: Point) -> dict[str, list[float]]:
     """The values of each hyperparameter that is swept."""
     flags = {"lr": "learning_rates", "weight_decay": "weight_decays", "damping": "dampings"}
+    flags |= {name: f"{name}s" for name in ROLES}
     values: dict[str, list[float]] = {}
     for name in HYPERPARAMETERS:
         flag, text = f"--{flags[name].replace('_', '-')}", getattr(options, flags[name])
@@ -308,7 +324,7 @@ def _values(options: Any, centre: Point) -> dict[str, list[float]]:
 
 def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """The configuration without what is swept: the same for all runs, and for later ones in the same folder."""
-    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None).put_into(config)
+    same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None, **dict.fromkeys(ROLES, 0.0)).put_into(config)
     for key in scales:
         same["model"]["network"]["init_args"].pop(key, None)
     return same
@@ -336,7 +352,6 @@ def _keep_results(path: Path, plan: Plan) -> None:
 
 def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     """Build every width, so that mistakes show before hours of training, and say what the task is."""
-    from dopr_lightning.rollout.environments import make
     from dopr_lightning.training import CLI
 
     quiet_building()
@@ -345,18 +360,21 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
         for parametrization in plan.parametrizations:
             try:
                 cli: Any = CLI(
-                    [*plan.arguments(keywords, parametrization, plan.centre), "--trainer.logger=false"], run=False
+                    [*plan.arguments(keywords, parametrization, plan.centre), "--trainer.logger=false"],
+                    run=False,
+                    project=plan.project,
                 )
             except UserError as error:
                 raise UserError(f"--widths {width}: {error}") from error
         parameters[width] = sum(p.numel() for p in cli.model.parameters())
     if rollouts:
-        make(cli.datamodule.environment).close()
+        judge(cli, "a sweep with --episodes")
     cli.datamodule.train_dataloader()
+    check_steps(cli)
     return task_of(cli) | {"parameters": parameters}
 
 
-def _write_overlay(config: Mapping[str, Any], path: Path) -> None:
+def _write_overlay(config: Mapping[str, Any], path: Path, command: str) -> None:
     """What the recommended run adds to the configuration, as a file for ``dopr fit --config``."""
     import yaml
 
@@ -364,24 +382,24 @@ def _write_overlay(config: Mapping[str, Any], path: Path) -> None:
     if config["trainer"].get("callbacks"):
         overlay["trainer"] = {"callbacks": config["trainer"]["callbacks"]}
     path.write_text(
-        "# dopr fit --config THE_SWEEPS_CONFIGURATION --config recommended.yaml\n"
+        f"# {command} fit --config THE_SWEEPS_CONFIGURATION --config recommended.yaml\n"
         + yaml.safe_dump(overlay, sort_keys=False)
     )
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(
-        prog="dopr sweep",
+        prog=f"{command} sweep",
         allow_abbrev=False,
         description="Train one task at several widths and values of its hyperparameters, and report how far the best "
         "values move with the width, under muP and under the standard parametrisation. Any option of 'dopr fit' may "
         "follow (--trainer.max_steps 500). Finished runs are reused and interrupted ones resumed.",
-        epilog="example: dopr sweep --config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
-        "--lr-octaves 2 --output runs/sweep; then: dopr fit --config humanoid.yaml --config dopr.yaml "
+        epilog=f"example: {command} sweep --config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
+        f"--lr-octaves 2 --output runs/sweep; then: {command} fit --config humanoid.yaml --config dopr.yaml "
         "--model.network.width 2048 --mup.from_sweep runs/sweep",
     )
     add = parser.add_argument
-    add("--config", action="append", required=True, help="as in dopr fit; may be given several times")
+    add("--config", action="append", required=True, help=f"as in {command} fit; may be given several times")
     add("--optimizer", help="as in dopr compare, dopr-muon say; default: the configuration's")
     add(
         "--widths",
@@ -398,6 +416,8 @@ def _parser() -> Parser:
     )
     add("--weight-decays", help="comma-separated")
     add("--dampings", help="comma-separated; of DoPr")
+    add("--input-rates", help="comma-separated multipliers of the input layers' learning rate, 0.125,0.25,0.5,1 say")
+    add("--readout-rates", help="comma-separated multipliers of the readouts' learning rate")
     add(
         "--grid",
         choices=("lines", "product"),
@@ -413,7 +433,9 @@ def _parser() -> Parser:
         help="rollouts per run, of its final weights; 0: judge by validation loss alone; default: %(default)s",
     )
     add("--parametrizations", default="mup,standard", help="mup, standard or both; default: %(default)s")
-    add("--output", type=Path, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml")
+    add(
+        "--output", type=folder, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml"
+    )
     add("--recommend-width", type=int, help="of the run to recommend; default: the widest")
     add(
         "--engine",

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dopr_lightning.experiments.report import METRIC_LABELS
 from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
 from dopr_lightning.experiments.sweep.transfer import Array, analyse
 from dopr_lightning.experiments.trial import Record
+from dopr_lightning.words import METRIC_LABELS
 
-LABELS = {"lr": "learning rate", "weight_decay": "weight decay", "damping": "damping"}
+LABELS = {
+    "lr": "learning rate",
+    "weight_decay": "weight decay",
+    "damping": "damping",
+    "input_rate": "input layers' share of the rate",
+    "readout_rate": "readouts' share of the rate",
+}
 
 Outcomes = Mapping[Cell, Record | str]
 
@@ -29,7 +35,7 @@ def trial_results(outcomes: Outcomes) -> list[dict[str, Any]]:
             {
                 "parametrization": cell.parametrization,
                 "width": cell.width,
-                **asdict(cell.point),
+                **cell.point.values,
                 "seed": cell.seed,
                 "val_loss": done.val_loss if done else None,
                 "rollout": done.mean if done and done.episodes else None,
@@ -119,14 +125,14 @@ def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point) -> Point |
 
     Those that were not swept are the centre's. None where muP trained at no width.
     """
-    found = asdict(centre)
+    found: dict[str, float] = {}
     ours = [t for t in transfers if t["parametrization"] == "mup" and t["metric"] == "val_loss"]
     for transfer in ours:
         bests = [row["best"] for row in transfer["widths"] if row["best"] is not None]
         if not bests:
             return None
         found[transfer["hyperparameter"]] = float(f"{bests[-1]:.4g}")
-    return Point(**found) if ours else None
+    return replace(centre, **found) if ours else None
 
 
 def print_table(results: Mapping[str, Any]) -> None:

@@ -30,8 +30,8 @@ class Vision(ActionNetwork):
         horizon: See :class:`ActionNetwork`.
         denoise: See :class:`ActionNetwork`.
         cameras: Their names.
-        encoder_width: Width of the encoders, see :class:`ResNet18`.
-        crop: Side of the crops, see :class:`ImageEncoder`.
+        encoder_width: Width of the encoders, see ``ResNet18``.
+        crop: Side of the crops, see ``ImageEncoder``.
         **options: The network's own.
 
     Raises:

@@ -114,7 +114,7 @@ class Layer(ABC):
 
     @property
     def labels(self) -> list[str]:
-        """For a person, one per parameter: its name, with the :attr:`part` where the layer has but a span of it."""
+        """For a person to read, one per parameter; its name, with the :attr:`part` if the layer has but a span."""
         names = self.parameter_names
         return [name + self.name.removeprefix(names[0]) for name in names]
 
@@ -156,7 +156,7 @@ class DenseLayer(Layer):
         """The rows z that the weight multiplies.
 
         Args:
-            x: The layer's :meth:`input`, in the dtype the rows are to have.
+            x: The layer's :meth:`~Layer.input`, in the dtype the rows are to have.
 
         Returns:
             (blocks, n, dim), in the order of the flattened leading (or batch and spatial) positions.

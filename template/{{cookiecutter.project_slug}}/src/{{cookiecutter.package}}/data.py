@@ -1,36 +1,113 @@
-"""The demonstrations."""
-
+{%- set recorded = cookiecutter.task in ("own", "gymnasium") -%}
+"""The demonstrations: {{ "where they come from, and " if recorded }}what a batch of them holds."""
+{% if recorded %}
+import hashlib
 from pathlib import Path
+from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
+from dopr_lightning.data import Demonstrations, EnvironmentSpec, Source
+from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
-from torch.utils.data import DataLoader, TensorDataset
+from dopr_lightning.policies.module import Batch
 
 
-class Demonstrations(L.LightningDataModule):
-    """Batches of (observation, action) in random order.
+class Recorded(Source):
+    """Demonstrations in an .npz file, episode after episode.
+
+    It holds `observations` (steps, numbers) and `actions` (steps, numbers), a row for each step: what was seen, and
+    what was done there; and `episode_ends` (episodes,): for each episode, the number of the step after its last.
 
     Args:
-        path: An .npz file with `observations` (steps, observation_dim) and `actions`
-            (steps, action_dim).
-        batch_size: Steps per batch.
+        path: The file.
+{%- if cookiecutter.task == "own" %}
+        env_id: Gymnasium id of the environment that policies are judged in; None as long as there is none.
+        env_module: The module that registers the id on import, if it is not Gymnasium's own.
+        max_steps: Longest episode, in steps of the environment.
+{%- else %}
+        env_id: Gymnasium id of the environment they were recorded in.
+        max_steps: Longest episode, in steps of the environment.
+        env_module: The module that registers the id on import, if it is not Gymnasium's own.
+{%- endif %}
+        metric: What an episode is worth: `return`, the sum of its rewards; `max_reward`, the best of them; `success`,
+            1 if the environment ever reported `is_success` in its info, else 0.
     """
 
-    def __init__(self, path: Path, batch_size: int = 256) -> None:
-        super().__init__()
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; see README.md for how to write one")
-        with np.load(path, allow_pickle=False) as file:
-            if missing := {"observations", "actions"} - set(file):
-                raise UserError(f"{path}: lacks {' and '.join(sorted(missing))}")
-            self.observations = torch.from_numpy(file["observations"]).float()
-            self.actions = torch.from_numpy(file["actions"]).float()
-        self.batch_size = batch_size
-        self.observation_dim = self.observations.shape[1]
-        self.action_dim = self.actions.shape[1]
+    def __init__(
+        self,
+        path: str,
+{%- if cookiecutter.task == "own" %}
+        env_id: str | None = None,
+        env_module: str | None = None,
+        max_steps: int = 200,
+{%- else %}
+        env_id: str,
+        max_steps: int = 1000,
+        env_module: str | None = None,
+{%- endif %}
+        metric: Literal["return", "max_reward", "success"] = "return",
+    ) -> None:
+        self.path = path
+        self.env_id = env_id
+        self.env_module = env_module
+        self.max_steps = max_steps
+        self.metric = metric
 
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        dataset = TensorDataset(self.observations, self.actions)
-        return DataLoader(dataset, self.batch_size, shuffle=True)
+    @property
+{%- if cookiecutter.task == "own" %}
+    def environment(self) -> EnvironmentSpec | None:
+        if self.env_id is None:
+            return None
+        return EnvironmentSpec(self.env_id, self.max_steps, self.metric, module=self.env_module)
+{%- else %}
+    def environment(self) -> EnvironmentSpec:
+        return EnvironmentSpec(self.env_id, self.max_steps, self.metric, module=self.env_module)
+{%- endif %}
+
+    def load(self) -> Demonstrations:
+        path = Path(self.path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; README.md says how to write one")
+        with np.load(path, allow_pickle=False) as file:
+            if missing := {"observations", "actions", "episode_ends"} - set(file):
+                raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; README.md says what it holds")
+            return Demonstrations(
+                file["observations"],
+                file["actions"],
+                file["episode_ends"],
+                source=self.path,
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+{% else %}
+from typing import Any
+
+import numpy as np
+import torch
+from dopr_lightning.data.module import DemonstrationData
+from dopr_lightning.policies.module import Batch
+{% endif %}
+
+class Data(DemonstrationData):
+    """Windows of demonstrations.
+
+    Args:
+        noise: Standard deviation of noise on the observations in training, relative to that of the demonstrations. A
+            little of it shows the policy states beside the demonstrated ones, where its own errors will take it.
+        arguments: Of `DemonstrationData`: source, batch_size, observe, horizon, act, validation_episodes, ...
+    """
+
+    def __init__(self, noise: float = 0.0, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.noise = noise
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """What happens to a batch on its way to the policy, on the policy's device."""
+        if not self.noise or self.trainer is None or not self.trainer.training:
+            return batch
+        seen = batch["observation"]
+        # Seeded by run, process and step, so that a resumed run sees what the uninterrupted one saw.
+        stream = (self.seed, self.trainer.global_rank, self.trainer.global_step)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1)[0]))
+        noise = torch.randn(seen.shape, generator=generator).to(seen)
+        return {**batch, "observation": seen + self.noise * self.statistics()["observation"]["std"].to(seen) * noise}

@@ -1,44 +1,24 @@
-"""The policy: its network, its loss, its optimizer."""
+"""The policy: what is trained, and what is said about it on the way."""
 
-import lightning as L
-from dopr_lightning import configure_optimizers
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+import torch
+from dopr_lightning.policies.module import Batch, PolicyModule
 
 
-class Policy(L.LightningModule):
-    """Behaviour cloning: an MLP from an observation to the expert's action.
+class Policy(PolicyModule):
+    """{{ {"flow": "Flow matching", "diffusion": "Diffusion", "regression": "Regression"}[cookiecutter.policy] }} from observations to chunks of actions.
 
-    Args:
-        observation_dim: Numbers in an observation.
-        action_dim: Numbers in an action.
-        width: Units per hidden layer.
-        lr: Learning rate at the start; it falls to 0 along a cosine.
+    `PolicyModule` brings the normaliser, the loss, the sampler, the optimizer with its schedule, and checkpoints.
+    Change any of it here, as in every LightningModule: override `training_step` for another loss,
+    `configure_optimizers` for other groups, `predict` for what is done with a chunk. Arguments that you add to
+    `__init__` can be set in configs/ and on the command line. The network is named in configs/experiment.yaml.
     """
 
-    def __init__(
-        self, observation_dim: int, action_dim: int, width: int = 256, lr: float = {{ {"adamw": "1e-3", "muon": "3e-3", "sgd": "1e-2"}[cookiecutter.base_optimizer] }}
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.lr = lr
-        self.network = nn.Sequential(
-            nn.Linear(observation_dim, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, action_dim),
-        )
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return self.network(observation)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        observation, action = batch
-        loss = nn.functional.mse_loss(self(observation), action)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        base = "{{ cookiecutter.base_optimizer }}"
-        return configure_optimizers(self, base=base, lr=self.lr, schedule="cosine")
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss; and as `val/action_error` how far actions of the first batch are off, in their own units."""
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 0:
+            noise = [torch.Generator().manual_seed(window) for window in range(len(batch["action"]))]
+            chosen = self.predict(batch["observation"], noise)
+            first = self.observe - 1  # the chunk begins with the oldest observation
+            error = (chosen - batch["action"][:, first : first + self.act]).abs().mean()
+            self.log("val/action_error", error, sync_dist=True)

@@ -1,0 +1,140 @@
+"""Which file is meant by a configuration's name, and which words say what is wrong with what it holds?"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dopr_lightning.configs import available, locate
+from dopr_lightning.errors import UserError, did_you_mean
+
+CLASS = ("class_path", "init_args", "dict_kwargs")
+"""Keys of a class in a configuration."""
+
+NO_PATH = r"- Expected a path but \S+ either not accessible or invalid - "
+"""jsonargparse also takes the path of a file with the settings of a class, and says so first."""
+
+NOTHING_CHOSEN = "the following arguments are required: fit.model.network, fit.model.algorithm, fit.data.source"
+
+
+def find_config(name: str) -> str:
+    """The file of that name here, or else among those that come with the package.
+
+    Raises:
+        UserError: There is none, or it is no configuration.
+    """
+    path = locate(name)
+    if not Path(path).is_file():
+        close = difflib.get_close_matches(name, available(), n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else "dopr --help lists the package's"
+        raise UserError(f"no configuration file {name!r} here, nor in the package; {hint}")
+    _check(Path(path))
+    return path
+
+
+def packaged_configs(args: Sequence[str]) -> Iterator[str]:
+    """Resolve ``--config NAME`` and ``--config=NAME``."""
+    named = False
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if named:
+            yield find_config(arg)
+        elif equals and flag in ("--config", "-c"):
+            yield f"{flag}={find_config(value)}"
+        else:
+            yield arg
+        named = not named and arg in ("--config", "-c")
+
+
+def reason(error: Exception) -> str:
+    """The line that says what is wrong, out of the many in which jsonargparse says what it tried."""
+    cause: BaseException = error
+    while "Union subtypes" in str(cause) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    key = re.match(r'Parser key "([^"]+)"', str(error))
+    text = " ".join(str(cause).split())
+    for noise in (
+        r'^Parser key "[^"]+":',
+        r"Type \S.* callable class:",
+        r"\. Got value: Namespace\(.*",
+        rf"{NO_PATH}",
+    ):
+        text = re.sub(noise, "", text).strip()
+    if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        text = f"{absent[0]}{did_you_mean(absent[2], dir(importlib.import_module(absent[1])))}"
+    elif text.startswith("Expected a dot import path"):
+        text += "; give the whole path, as in dopr_lightning.policies.networks.ResidualMLP"
+    return f"{key[1]}: {text}" if key else text
+
+
+def reason_with_place(error: Exception, args: Sequence[str], known: Iterable[str]) -> str:
+    """The same; and for an option that there is not, which of the files has it and what was probably meant.
+
+    Args:
+        error: jsonargparse's.
+        args: The command's.
+        known: The options that there are.
+    """
+    text = reason(error)
+    if text == NOTHING_CHOSEN:
+        return f"{text}; name a configuration, as in --config walker2d.yaml"
+    said = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text)
+    if said is None:
+        return text
+    option = said[1] or said[2]
+    files = [Path(find_config(name)) for name in _config_names(args)] if said[2] else []
+    where = [f"{file}: " for file in files if _sets(yaml.safe_load(file.read_text()), option)]
+    return f"{where[-1] if where else ''}{text}{did_you_mean(option, known)}"
+
+
+def _config_names(args: Sequence[str]) -> Iterator[str]:
+    """The values of ``--config``."""
+    for before, arg in pairwise(("", *args)):
+        flag, _, value = arg.partition("=")
+        if before in ("--config", "-c"):
+            yield arg
+        elif value and flag in ("--config", "-c"):
+            yield value
+
+
+def _check(path: Path) -> None:
+    """Say which file is at fault, where jsonargparse would speak of a string or of another key."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no settings; a configuration begins with data:, model: or trainer:")
+    for place, keys in _mappings(content):
+        if "class_path" in keys and (other := next((key for key in keys if key not in CLASS), None)):
+            raise UserError(
+                f"{path}: {place} has {other!r} beside class_path, where only init_args and dict_kwargs may be"
+                f"{did_you_mean(str(other), CLASS)}"
+            )
+
+
+def _mappings(content: Any, place: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Every mapping in a configuration, with its dotted name."""
+    if isinstance(content, dict):
+        yield place, content
+        for key, value in content.items():
+            yield from _mappings(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _mappings(value, place)
+
+
+def _sets(content: Any, option: str) -> bool:
+    """Whether a configuration has that dotted key."""
+    for key in option.split("."):
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True

@@ -1,0 +1,56 @@
+"""What ``dopr compare`` shows of its records, whatever an episode is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from dopr_lightning.data.environment import EnvironmentSpec
+from dopr_lightning.experiments.arms import parse_arms
+from dopr_lightning.experiments.report import arm_results, plot, print_table
+from dopr_lightning.experiments.trial import Record
+from dopr_lightning.rollout.statistics import bootstrap_interval, nested_bootstrap_interval, wilson_interval
+
+METRICS = get_args(get_type_hints(EnvironmentSpec)["metric"])
+
+
+def record(episodes: list[float]) -> Record:
+    return Record(val_loss=0.5, episodes=episodes, train_seconds=2.0, settings={})
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_has_a_table_and_a_plot(metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = [
+        arm_results(arm, [0, 1], [record([0, 1, 1]), record([1, 1, 1])], metric)
+        for arm in parse_arms("adamw,dopr-soap")
+    ]
+    results = {
+        "task": "Task-v0",
+        "metric": metric,
+        "budget": {"steps": 7, "episodes_per_seed": 3},
+        "arms": [arm | {"lr": 1e-3} for arm in arms],
+    }
+    print_table(results)
+    said = capsys.readouterr().out
+    assert "Task-v0: 7 steps, 3 rollouts per seed" in said
+    assert {"return": "return", "max_reward": "score", "success": "success rate"}[metric] in said
+    plot(results, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+
+
+def test_a_rate_of_one_run_or_of_runs_alike_has_wilsons_interval() -> None:
+    """Three successes of three are no proof of a rate of 1."""
+    (arm,) = parse_arms("adamw")
+
+    def interval(metric: str, *runs: list[float]) -> tuple[float, float]:
+        low, high = arm_results(arm, range(len(runs)), [record(run) for run in runs], metric)["ci95"]
+        return low, high
+
+    assert interval("success", [1, 1, 1]) == wilson_interval(3, 3)
+    assert interval("success", [1, 1, 1], [1, 1, 1]) == wilson_interval(6, 6)
+    assert interval("success", [1, 0, 1]) == wilson_interval(2, 3)
+    assert interval("success", [1, 0, 1], [1, 1, 1]) == nested_bootstrap_interval([[1, 0, 1], [1, 1, 1]])
+    assert interval("return", [1, 0, 1]) == bootstrap_interval([1, 0, 1])
+    assert interval("return", [1, 1, 1]) == (1, 1)

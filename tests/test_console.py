@@ -1,0 +1,57 @@
+"""What is read in the terminal: of a run, its evaluations and its end, with a bar or without one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from toy_task import CONFIG
+
+from dopr_lightning.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+FIT = ["fit", "--config", CONFIG, "--trainer.callbacks+=dopr_lightning.DoPr", "--trainer.check_val_every_n_epoch=2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_says_what_it_does_how_far_it_is_and_how_good(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal: no bar, no table of raw digits, no warning."""
+    assert main(FIT) == 0
+    out, err = capfd.readouterr()
+    run = here / "lightning_logs" / "version_0"
+    first = out.splitlines()[:4]
+    assert first[0] == (
+        "task:      DoprToy-v0, judged by return over at most 8 steps; 5 demonstrations (60 steps), 1 more held out, "
+        "from toy"
+    )
+    assert re.fullmatch(r"policy:    FlowMatching, ResidualMLP of [\d,]+ parameters; observes 2, .* steps", first[1])
+    assert first[2] == "optimizer: DoPr-adamw, learning rate 0.01, 20 steps of 12 windows on 1 x cpu"
+    assert first[3] == f"results:   {run}"
+    assert [line.partition(":")[0] for line in out.splitlines() if " of 20: training loss" in line] == [
+        f"step {step} of 20" for step in range(2, 21, 2)
+    ]
+    judged = r"held-out loss \S+, return \S+ in {} rollouts \(seeds {}\), 95 % interval \S+ \.\. \S+"
+    chosen = judged.format(2, "1000040 to 1000041")
+    assert [step for step in (8, 16) if re.search(f"^step {step}: {chosen}$", out, re.M)] == [8, 16]
+    assert re.search(f"^reported: {judged.format(3, '40 to 42')}$", out, re.M)
+    assert f"checkpoint: {run / 'checkpoints' / 'last.ckpt'}   curves: tensorboard --logdir {run}" in out
+    assert "━" not in out
+    assert "arn" not in err
+    assert len(err.splitlines()) <= 1, err  # that it has stopped
+
+
+def test_a_bar_runs_over_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--trainer.enable_progress_bar=true"]) == 0
+    out = capsys.readouterr().out
+    assert "20/20" in out
+    assert "Epoch" not in out
+    assert "v_num" not in out
+    assert "training loss" not in out
+    assert "reported: " in out

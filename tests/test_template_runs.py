@@ -1,0 +1,110 @@
+"""Projects of the template at work: their own tests, two processes, resuming, a sweep and the run it recommends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from baking import CHOICES, bake, possible, run
+
+KEYS = ("task", "policy", "network", "base", "mup", "logger", "trainer")
+PROJECTS = [
+    dict(zip(KEYS, row, strict=True))
+    for row in [
+        ("gymnasium", "flow", "mlp", "adamw", True, "tensorboard", "cpu"),
+        ("own", "diffusion", "unet", "muon", True, "csv", "ddp"),
+        ("own", "regression", "transformer", "sgd", False, "tensorboard", "gpu"),
+        ("gymnasium", "diffusion", "transformer", "signum", True, "wandb", "slurm"),
+        ("pusht", "flow", "unet", "lion", False, "csv", "ddp"),
+        ("robomimic", "regression", "mlp", "adamuon", True, "csv", "cpu"),
+        ("own", "flow", "mlp", "adamuon", False, "csv", "fsdp2"),
+        ("gymnasium", "regression", "mlp", "soap", True, "tensorboard", "gpu"),
+    ]
+]
+
+SMALL = [
+    "--data.batch_size=8",
+    "--model.optimizer.schedule=constant",
+    "--model.optimizer.warmup_steps=0",
+    "--rollout.episodes=0",
+    "--rollout.report_episodes=2",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=1",
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def test_every_answer_is_in_a_project() -> None:
+    for key in KEYS:
+        assert {project[key] for project in PROJECTS} == set(CHOICES[key]), key
+    assert all(map(possible, PROJECTS))
+
+
+@pytest.mark.parametrize("answers", PROJECTS, ids=lambda answers: "-".join(map(str, answers.values())))
+def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
+    project = bake(tmp_path, project_name="Arm", **answers)
+    with_wandb = answers["logger"] == "wandb" and importlib.util.find_spec("wandb") is not None
+    environment = {"WANDB_MODE": "offline", "DOPR_HOME": str(tmp_path / "home"), "CI": ""}
+
+    said = run(project, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", **environment)
+    assert re.search(r"\d+ passed" if with_wandb or answers["logger"] != "wandb" else r"\d+ skipped", said), said
+
+    small = [*SMALL, *demonstrations(answers, project, environment)]
+    if answers["logger"] == "wandb" and not with_wandb:
+        small += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]
+    configs = [f"--config=configs/{name}.yaml" for name in ("experiment", "debug")]
+
+    # On two processes, as configs/trainer.yaml has it where it has several; then on from there.
+    two = ["--config=configs/trainer.yaml", "--config=dopr.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    two += ["--trainer.precision=32-true", "--trainer.num_nodes=1", "--checkpoint.dirpath=checkpoints"]
+    if answers["trainer"] in ("cpu", "gpu"):
+        two += ["--trainer.strategy=ddp"]
+    fit = ["-m", "arm", "fit", *configs, *two, *small]
+    run(project, *fit, "--trainer.max_steps=2", **environment)
+    last = project / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    said = run(project, *fit, "--trainer.max_steps=4", f"--ckpt_path={last}", **environment)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert "on 2 x cpu" in said
+    assert ("in 2 rollouts" in said) == (answers["task"] != "own")
+
+    # As `make sweep`, with little of everything.
+    kind, widths = ("mup", "64,128") if answers["mup"] else ("standard", "64")
+    if answers["network"] == "unet":
+        widths = {"64,128": "32,64", "64": "32"}[widths]
+    sweep = ["sweep", *configs, "--config=configs/sweep.yaml", f"--optimizer=dopr-{answers['base']}", *small]
+    sweep += [f"--widths={widths}", "--learning-rates=1e-4,1e-3", "--seeds=0", f"--parametrizations={kind}"]
+    run(project, "-m", "arm", *sweep, "--trainer.max_steps=2", "--output=runs/sweep", "--workers=1", **environment)
+    results = json.loads((project / "runs/sweep/results.json").read_text())
+    assert (results["recommended"] is not None) == answers["mup"]
+    assert len(results["trials"]) == 2 * len(widths.split(","))
+    assert results["identity"]["classes"] == {"policy": "arm.module.Policy", "data": "arm.data.Data"}
+    if answers["mup"]:
+        narrow = ["--mup.from_sweep=runs/sweep", "--trainer.max_steps=2", "--checkpoint.dirpath=recommended"]
+        run(project, "-m", "arm", "fit", *configs, "--config=dopr.yaml", *small, *narrow, **environment)
+        kept = torch.load(project / "recommended" / "last.ckpt", weights_only=True)
+        assert kept["hyper_parameters"]["optimizer"]["lr"] == results["recommended"]["lr"]
+
+
+def demonstrations(answers: dict[str, Any], project: Path, environment: dict[str, str]) -> list[str]:
+    """What the Makefile puts in place, smaller."""
+    if answers["task"] == "own":
+        run(project, "-m", "arm.example", "demonstrations.npz")
+        return []
+    if answers["task"] == "gymnasium":
+        return ["--data.source.init_args.episodes=3"]
+    if answers["task"] == "robomimic":
+        run(project, "-m", "arm", "demos", "lift", "--scripted=7", **environment)
+        return ["--data.validation_episodes=1"]
+    from shared_data import shared_data
+
+    archive = shared_data("pusht/pusht_cchi_v7_replay.zarr.zip")
+    run(project, "-m", "arm", "demos", "pusht", f"--path={archive}", **environment)
+    return []
