@@ -119,7 +119,7 @@ def _say(folder: Path, answers: Answers, questions: Mapping[str, Any]) -> None:
         instead = ", ".join(other for other in others if other != answer)
         print(f"  {key:<13} {shown:<18} {f'or {instead}' if instead else ''}".rstrip())
     print(
-        "to choose otherwise: remove it, and name answers behind NAME: dopr new NAME task=pusht network=unet\n"
+        f"to choose otherwise, remove it and say: dopr new {shlex.quote(answers['project_name'])} task=pusht mup=no\n"
         "next:\n"
         f"  cd {shlex.quote(str(folder))}\n"
         f"  make quickstart{_library()}   # creates .venv, installs, trains\n"

@@ -45,7 +45,7 @@ def test_answers_and_another_folder(here: Path, capsys: pytest.CaptureFixture[st
     project = here / "below/it/jan-s-arm"
     assert (project / "src/arm/example.py").is_file()
     assert (project / "train.sbatch").is_file()
-    assert "mup" not in (project / "configs/experiment.yaml").read_text()
+    assert "mup:" not in (project / "configs/experiment.yaml").read_text()
     assert "Somebody" in (project / "LICENSE").read_text()
     said = capsys.readouterr().out
     assert re.search(r"^  task +own +or gymnasium, pusht, robomimic$", said, re.MULTILINE)

@@ -21,9 +21,8 @@ PROJECTS = [
         ("own", "regression", "transformer", "sgd", False, "tensorboard", "gpu"),
         ("gymnasium", "diffusion", "transformer", "signum", True, "wandb", "slurm"),
         ("pusht", "flow", "unet", "lion", False, "csv", "ddp"),
-        ("robomimic", "regression", "mlp", "adamuon", True, "csv", "cpu"),
+        ("robomimic", "regression", "mlp", "soap", True, "csv", "cpu"),
         ("own", "flow", "mlp", "adamuon", False, "csv", "fsdp2"),
-        ("gymnasium", "regression", "mlp", "soap", True, "tensorboard", "gpu"),
     ]
 ]
 
@@ -32,7 +31,6 @@ SMALL = [
     "--model.optimizer.schedule=constant",
     "--model.optimizer.warmup_steps=0",
     "--rollout.episodes=0",
-    "--rollout.report_episodes=2",
     "--trainer.limit_train_batches=2",
     "--trainer.limit_val_batches=1",
     "--trainer.limit_test_batches=1",
@@ -49,6 +47,8 @@ def test_every_answer_is_in_a_project() -> None:
 
 @pytest.mark.parametrize("answers", PROJECTS, ids=lambda answers: "-".join(map(str, answers.values())))
 def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
+    if answers["trainer"] == "fsdp2" and not importlib.util.find_spec("dopr_lightning.policies.sharding"):
+        pytest.skip("FSDP2 is on its way into the library")
     project = bake(tmp_path, project_name="Arm", **answers)
     with_wandb = answers["logger"] == "wandb" and importlib.util.find_spec("wandb") is not None
     environment = {"WANDB_MODE": "offline", "DOPR_HOME": str(tmp_path / "home"), "CI": ""}
@@ -64,6 +64,7 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
     # On two processes, as configs/trainer.yaml has it where it has several; then on from there.
     two = ["--config=configs/trainer.yaml", "--config=dopr.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     two += ["--trainer.precision=32-true", "--trainer.num_nodes=1", "--checkpoint.dirpath=checkpoints"]
+    two += ["--rollout.report_episodes=2"]
     if answers["trainer"] in ("cpu", "gpu"):
         two += ["--trainer.strategy=ddp"]
     fit = ["-m", "arm", "fit", *configs, *two, *small]
@@ -88,6 +89,7 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
     assert results["identity"]["classes"] == {"policy": "arm.module.Policy", "data": "arm.data.Data"}
     if answers["mup"]:
         narrow = ["--mup.from_sweep=runs/sweep", "--trainer.max_steps=2", "--checkpoint.dirpath=recommended"]
+        narrow += ["--rollout.report_episodes=2"]
         run(project, "-m", "arm", "fit", *configs, "--config=dopr.yaml", *small, *narrow, **environment)
         kept = torch.load(project / "recommended" / "last.ckpt", weights_only=True)
         assert kept["hyper_parameters"]["optimizer"]["lr"] == results["recommended"]["lr"]

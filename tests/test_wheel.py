@@ -57,6 +57,8 @@ def test_it_holds_what_the_package_reads_at_run_time(wheel: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dopr_lightning").rglob("*.py")}
     assert configurations
     assert configurations | modules <= names
+    template = [path for path in (ROOT / "template").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {f"dopr_lightning/{path.relative_to(ROOT)}" for path in template} <= names
     assert {"dopr_lightning/py.typed", "dopr_lightning/data/experts/Walker2d-v5.safetensors"} <= names
     assert "License-Expression: MIT" in text
     assert any(name.endswith("/LICENSE") for name in names)
@@ -77,6 +79,21 @@ def test_it_trains_where_the_repository_is_not(environment: Path, tmp_path: Path
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rollout/return" in done.stdout
+
+
+def test_it_makes_projects_where_the_repository_is_not(environment: Path, tmp_path: Path) -> None:
+    done = subprocess.run([environment / "dopr", "new", "arm"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "arm" / ".gitignore").is_file()
+    assert (tmp_path / "arm" / ".github" / "workflows" / "ci.yml").is_file()
+    verbs = subprocess.run(
+        [environment / "python", "-m", "arm", "--help"],
+        cwd=tmp_path / "arm" / "src",
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "usage: python -m arm VERB" in verbs
 
 
 def test_its_types_are_seen(environment: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ SMALL = {
     "sweep": [*TRAIN[:-1], "--widths=16,32", "--seeds=0", "--parametrizations=mup", "--workers=1"],
     "bench": ["--models=mlp-256", "--threads=1"],
     "demos": [],
+    "new": [],
 }
 """What makes a verb's command small; it comes last, and so wins."""
 
