@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 from dopr_lightning.errors import UserError, did_you_mean
@@ -33,8 +34,8 @@ Start a project of your own:
 Prepare data:
   demos      check and register demonstrations, downloading them where needed
 
-A configuration file is looked for here first, then among those that come with the package:
-  {configs}
+A configuration file is looked for here first, then among those that come with the package; they stack:
+{configs}
 """
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from dopr_lightning.configs import available
 
-        print(HELP.format(command=project.command, configs=", ".join(available())))
+        print(HELP.format(command=project.command, configs=_listed(available())))
         return 0
     verb, *rest = arguments
     if verb == "--version":
@@ -71,6 +72,16 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
             raise
         print(f"{project.command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
         return 2
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Configuration files in lines: tasks and optimizers, then where to train."""
+    trainers = [name for name in names if name.startswith("trainer/")]
+    parts = ([name for name in names if name not in trainers], trainers)
+    return "\n".join(
+        textwrap.fill(", ".join(part), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        for part in parts
+    )
 
 
 def _is_users(error: Exception) -> bool:

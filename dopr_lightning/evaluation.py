@@ -63,7 +63,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         *(options.trainer.pop("callbacks", None) or []),
     ]
     trainer = Trainer(**options.trainer.as_dict(), callbacks=callbacks)
-    getattr(trainer, verb)(policy, datamodule=data)
+    # With its path, or on a SLURM machine Lightning would take the weights of a preempted run that lies here.
+    getattr(trainer, verb)(policy, datamodule=data, ckpt_path=path)
 
 
 class RecordedData(LightningDataModule):
@@ -108,7 +109,8 @@ class Stopwatch(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print it."""
-        found = speed(pl_module, self.image_sizes)  # type: ignore[arg-type]
+        with pl_module.gathered():  # type: ignore[operator]
+            found = speed(pl_module, self.image_sizes)  # type: ignore[arg-type]
         if trainer.is_global_zero:
             print(found)
 

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configuration import find_config, packaged_configs, reason, reason_with_place
@@ -23,6 +25,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.preemption import Preemption
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.environments import make
@@ -163,6 +166,7 @@ class CLI(LightningCLI):
         except ValueError as error:
             raise UserError(reason(error)) from error
         accept = self._get(self.config, "accept_versions", default=False)
+        self.trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
         self.trainer.callbacks.append(checkpoint.SelfDescription(self.plain_config(), accept))  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
@@ -206,6 +210,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Judge the final EMA weights by rollouts, on the seeds that are reported."""
+        settle(self.trainer)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
@@ -222,8 +227,22 @@ def resolve(arguments: Sequence[str], project: Project = LIBRARY) -> dict[str, A
     return _ParseOnly(arguments, run=False, project=project).plain_config()
 
 
+def settle(trainer: Trainer) -> None:
+    """After a fit that was preempted under SLURM: make its end what Lightning finds there.
+
+    Lightning looks for the checkpoint of a preemption whenever none is named, also for a test: it would judge the
+    weights that the run had then. And the same command, should it be run again, has nothing left to do.
+    """
+    connector = trainer._checkpoint_connector
+    if SLURMEnvironment.detect() and connector._hpc_resume_path is not None:
+        trainer.save_checkpoint(connector.hpc_save_path(trainer.default_root_dir))
+
+
 class _SaveConfig(SaveConfigCallback):
-    """Beside the logs; a second run in the same folder goes into its own ``version_N``, so nothing is overwritten."""
+    """Beside the logs; a second run in the same folder goes into its own ``version_N``, so nothing is overwritten.
+
+    Under SLURM N is the job's number, which a requeued job keeps: it goes on in its folder.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file.
@@ -231,6 +250,11 @@ class _SaveConfig(SaveConfigCallback):
         Raises:
             UserError: Without a logger there is no ``version_N``, and another run's file is there.
         """
+        path = Path(trainer.log_dir or "") / self.config_filename  # log_dir: on every rank
+        requeued = trainer._checkpoint_connector._hpc_resume_path is not None
+        if requeued and path.is_file():
+            mine = self.parser.dump(self.config, skip_none=False)
+            self.already_saved = yaml.safe_load(path.read_text()) == yaml.safe_load(mine)
         try:
             super().setup(trainer, pl_module, stage)
         except RuntimeError as error:
@@ -260,6 +284,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
     # Logging counts steps over epochs.
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     # Every rank logs the same numbers of rollouts, of which each was run once; of held-out windows a few may repeat.

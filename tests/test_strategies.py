@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from ranks import RANKS, outcomes_of, start
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,13 +22,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dopr_lightning import DoPr, configure_optimizers
 
-RANKS = 2
 PATIENCE = 30
 """Seconds in which a process must notice that another is gone."""
-
-# Lightning is imported once, in the server from which processes fork.
-CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning", "dopr_lightning.callback", "dopr_lightning.optim"])
 
 
 class Model(L.LightningModule):
@@ -157,33 +150,6 @@ def strategies(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def work(rank: int, port: int, folder: Path, runs: Callable[[Path], dict[str, Callable[[], Any]]]) -> None:
-    """One of the processes that torchrun would start."""
-    torch.set_num_threads(1)
-    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ.update({name: str(value) for name, value in torchrun.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"})
-    outcomes: dict[str, Any] = {}
-    for name, run in runs(folder).items():
-        try:
-            outcomes[name] = run()
-        except Exception:
-            outcomes[name] = RuntimeError(f"rank {rank}: {traceback.format_exc()}")
-            break
-    torch.save(outcomes, folder / f"{rank}.pt")
-    assert not any(isinstance(outcome, Exception) for outcome in outcomes.values())
-
-
-def start(folder: Path, runs: Callable[[Path], dict[str, Callable[[], Any]]]) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=work, args=(rank, port, folder, runs)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    return processes
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("strategies")
@@ -193,17 +159,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
     """What a run on several processes brought, per process."""
     one_process(folder / "one", epochs=1)
-    for process in start(folder, strategies):
-        process.join()
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-    def get(name: str) -> list[dict[str, Any]]:
-        for outcomes in ranks:
-            if isinstance(outcomes[name], RuntimeError):
-                raise outcomes[name]
-        return [outcomes[name] for outcomes in ranks]
-
-    return get
+    return outcomes_of(folder, strategies)
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:

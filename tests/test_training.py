@@ -30,7 +30,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, inner in pairs for k, v in flat(inner, f"{name}/{key}").items()}
     return {name: value}
@@ -177,7 +177,8 @@ def stack_of(name: str) -> list[str]:
     return [file for file in files if file not in ("muon.yaml", "dopr.yaml")]
 
 
-TASKS = sorted({tuple(stack) for name in FILES if (stack := stack_of(name)) and name in stack})
+TRAINERS = [name for name in FILES if name.startswith("trainer/")]
+TASKS = sorted({tuple(stack) for name in FILES if name not in TRAINERS and name in (stack := stack_of(name))})
 
 
 @pytest.mark.parametrize("stack", TASKS, ids="+".join)
@@ -193,6 +194,32 @@ def test_every_task_stacks(stack: tuple[str, ...], tmp_path: Path, monkeypatch: 
     # One window for data and policy, one seed for all.
     for key in ("observe", "horizon", "act", "seed"):
         assert alone["model"][key] == alone["data"][key]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_trainer_stacks_on_every_task(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for task in TASKS[:: 1 if trainer == "trainer/fsdp2.yaml" else 4]:  # each parses in a fraction of a second
+        alone = resolve([f"--config={name}" for name in task])
+        stacked = resolve([f"--config={name}" for name in (*task, "dopr.yaml", trainer)])
+        assert stacked["model"] == alone["model"]
+        assert stacked["data"]["source"] == alone["data"]["source"]
+        assert stacked["trainer"]["max_steps"] == alone["trainer"]["max_steps"]
+        assert stacked["trainer"] != alone["trainer"] | {"callbacks": stacked["trainer"]["callbacks"]}
+
+
+def test_the_example_for_slurm_runs_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``srun`` line of the file's job script, without the scheduler."""
+    monkeypatch.chdir(tmp_path)
+    text = (configs.DIRECTORY / "trainer" / "slurm.yaml").read_text()
+    script = "\n".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    (line,) = re.findall(r"^srun dopr fit ((?:.*\\\n)*.*)$", script, re.MULTILINE)
+    config = resolve(shlex.split(line.replace("\\\n", " ")))
+    assert (config["trainer"]["num_nodes"], config["trainer"]["devices"]) in ((2, 4), (2, "4"))
+    assert "--ntasks-per-node=4" in text
+    assert "--nodes=2" in text
+    (plugin,) = config["trainer"]["plugins"]
+    assert plugin["init_args"]["auto_requeue"] is True
 
 
 def test_a_file_here_comes_before_the_packaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -145,7 +147,8 @@ class DemonstrationData(L.LightningDataModule):
             )
         # Also on one process: this sampler orders by (seed, epoch), and Lightning tells it the epoch and leaves it as
         # it is under DDP. RandomSampler would draw from the global generator.
-        sampler: DistributedSampler[Batch] = DistributedSampler(
+        sampler = _Resumable(
+            self._done(len(dataset) // world // self.batch_size) * self.batch_size,
             dataset,
             num_replicas=world,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -154,6 +157,13 @@ class DemonstrationData(L.LightningDataModule):
             drop_last=True,
         )
         return self._loader(dataset, sampler=sampler, drop_last=True)
+
+    def _done(self, batches: int) -> int:
+        """How many of an epoch's batches a resumed run has trained on; Lightning knows, and begins the epoch anew."""
+        if not self.trainer:
+            return 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return done if done < batches and self.trainer.fit_loop.restarting else 0
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every held-out window in order. Under DDP Lightning shards it, and may repeat a window to even the shards."""
@@ -176,6 +186,18 @@ class DemonstrationData(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )
+
+
+class _Resumable(DistributedSampler[Any]):
+    """A DistributedSampler whose first epoch begins ``skip`` windows on, where an interrupted run stopped."""
+
+    def __init__(self, skip: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._skip = skip
+
+    def __iter__(self) -> Iterator[int]:
+        skip, self._skip = self._skip, 0
+        return islice(super().__iter__(), skip, None)
 
 
 def _moments(rows: npt.NDArray[np.float32]) -> dict[str, Tensor]:

@@ -194,7 +194,7 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
     import torch
 
     from dopr_lightning.rollout.callback import RolloutEvaluation
-    from dopr_lightning.training import CLI, quiet
+    from dopr_lightning.training import CLI, quiet, settle
 
     class Progress(pl.Callback):
         """Reports steps, watches the loss, and keeps the time spent on training alone, also over interruptions."""
@@ -261,6 +261,7 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         # Stopped between its last step and its record, there was nothing to train, and so nobody put the average in
         # place.
         finished = None if progress.trained else last
+        settle(trainer)
         (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=finished, verbose=False)
     except DivergedError:
         raise

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.policies.sharding import is_sharded, local
+
+_IN_ONE_FILE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def ema_decay(n: int, decay: float, warmup_power: float) -> float:
@@ -31,13 +37,15 @@ def ema_update(
 ) -> None:
     """Move ``averages`` towards ``current`` in place; both lists are of one dtype on one device.
 
-    Integer buffers (counters) are copied: they have no average.
+    Integer buffers (counters) are copied: they have no average. Of weights that are cut up (FSDP2) each process moves
+    its own part.
     """
+    averages, current = [local(tensor) for tensor in averages], [local(tensor) for tensor in current]
     if averages[0].is_floating_point():
         # a + w (c - a) returns a itself when c equals a, so buffers that do not change do not drift.
-        torch._foreach_lerp_(list(averages), list(current), 1 - ema_decay(int(n), decay, warmup_power))
+        torch._foreach_lerp_(averages, current, 1 - ema_decay(int(n), decay, warmup_power))
     else:
-        torch._foreach_copy_(list(averages), list(current))
+        torch._foreach_copy_(averages, current)
 
 
 class EMA(WeightAveraging):
@@ -52,7 +60,8 @@ class EMA(WeightAveraging):
     * it lives on the model's device, and starts from the model as training starts: Lightning copies the model
       before either its own ``setup`` (which may fit a normaliser) or its move to the device;
     * a checkpoint saved after ``fit`` returned, or while the average is in place, also resumes exactly;
-    * after ``fit``, ``validate`` and ``test`` of a checkpoint evaluate its average.
+    * after ``fit``, ``validate`` and ``test`` of a checkpoint evaluate its average;
+    * under FSDP2 the average is cut up as the weights are.
 
     Args:
         decay: Limit of the weight of the old average; 0.999 looks back over about the last 1000 steps.
@@ -74,17 +83,34 @@ class EMA(WeightAveraging):
         self._average_is_in_model = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier fit, its step count included, and copy the model."""
-        if stage == "fit":
-            self._average_is_in_model = False
-            self._latest_update_step = 0
-        super().setup(trainer, pl_module, stage)
+        """Forget an earlier fit, its step count included, and copy the model while it is whole.
+
+        Raises:
+            UserError: Checkpoints would be cut up, too.
+        """
+        if stage != "fit":
+            return
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise UserError(
+                "EMA: the average is saved in one file; set save_distributed_checkpoint=False of the strategy, or take "
+                "dopr_lightning.policies.sharding.FSDP2, which does"
+            )
+        self._average_is_in_model = False
+        self._latest_update_step = 0
+        mesh, pl_module._device_mesh = pl_module._device_mesh, None  # which cannot be copied, and would cut it up
+        pl_module.configure_model()
+        self._average_model = AveragedModel(pl_module, pl_module.device, use_buffers=True, **self._kwargs)
+        pl_module._device_mesh = mesh
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the copy up to date with the model, which is now set up and on its device."""
         average = self._average_model
         assert average is not None
         average.module.to(pl_module.device)
+        if is_sharded(pl_module):
+            copy = cast(pl.LightningModule, average.module)
+            copy._device_mesh = pl_module._device_mesh
+            copy.configure_model()
         # AveragedModel asks its counter twice per update; on the CPU that does not wait for the device.
         average.n_averaged = average.n_averaged.cpu()
         if average.n_averaged == 0:
@@ -115,6 +141,9 @@ class EMA(WeightAveraging):
     ) -> None:
         """Save the average as ``state_dict`` and the trained weights as ``current_model_state``, wherever they are."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        average = self._average_model
+        if average is not None and is_sharded(pl_module):
+            checkpoint["state_dict"] = get_model_state_dict(average.module, options=_IN_ONE_FILE)
         if self._average_is_in_model:
             average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
@@ -123,12 +152,32 @@ class EMA(WeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore both sets of weights to resume; to evaluate, the average already loaded is all that is wanted."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING and is_sharded(pl_module):
+            self._load_shards(pl_module, checkpoint)
+        elif trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
         else:
             self._average_model = None
             self._average_is_in_model = False
 
+    def _load_shards(self, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Resume under FSDP2, whose strategy has moved the average from the checkpoint into the model."""
+        assert self._average_model is not None
+        self._average_model.module.load_state_dict(pl_module.state_dict())
+        if "current_model_state" in checkpoint:
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+            set_model_state_dict(pl_module, checkpoint["current_model_state"], options=_IN_ONE_FILE)
+
+    @torch.no_grad()
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
-        super()._swap_models(pl_module)
+        assert self._average_model is not None
+        for average, current in zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True):
+            held = average.clone()
+            average.copy_(current)
+            current.copy_(held)
         self._average_is_in_model = not self._average_is_in_model
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters and buffers, or this process's part of them."""
+    return (local(tensor.detach()) for tensor in chain(module.parameters(), module.buffers()))

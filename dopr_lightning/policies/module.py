@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from dopr_lightning.optim.schedules import Schedule
 from dopr_lightning.policies.algorithms import Algorithm
 from dopr_lightning.policies.networks import ActionNetwork, VisualObservation
 from dopr_lightning.policies.normalizer import Mode, Normalizer
+from dopr_lightning.policies.sharding import gathered, is_sharded, outline, shard
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -150,6 +152,28 @@ class PolicyModule(L.LightningModule):
         """Whose images the network sees."""
         return tuple(getattr(self.network, "cameras", ()))
 
+    def configure_model(self) -> None:
+        """Cut the network up over processes, under Lightning's ``ModelParallelStrategy`` (FSDP2)."""
+        if self.device_mesh is not None and not is_sharded(self.network):
+            # In a tuple it is no module of this one.
+            self._outline = (outline(self.network),)
+            shard(self.network, self.device_mesh["data_parallel"])
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """With the network whole, on every process: for rollouts, where one predicts more often than another.
+
+        A forward of a network that is cut up (FSDP2) gathers weights, so all processes must call it equally often.
+        Without FSDP2 it does nothing. All processes must enter at once.
+        """
+        network = self.network
+        if is_sharded(network):
+            self.network = gathered(network, self._outline[0])
+        try:
+            yield
+        finally:
+            self.network = network
+
     def setup(self, stage: str) -> None:
         """Fit the normaliser, unless a checkpoint already has.
 
@@ -200,7 +224,7 @@ class PolicyModule(L.LightningModule):
                 f"the checkpoint was trained with the muP base {base or 'none'}, and this policy has {here or 'none'}; "
                 "give --model.mup.base as it was, or none"
             )
-        saved = checkpoint["state_dict"]
+        saved = checkpoint.get("state_dict", {})  # FSDP2 has loaded it already
         for name, value in self.state_dict().items():
             if name in saved and saved[name].shape != value.shape:
                 raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -150,12 +151,13 @@ class RolloutEvaluation(Callback):
         mine = seeds[trainer.global_rank :: trainer.world_size]
         error: UserError | None = None
         episodes: list[Episode] = []
-        try:
-            episodes = evaluate(
-                cast(Policy, pl_module), spec, mine, self.num_envs, workers=self.workers, timeout_s=self.timeout_s
-            )
-        except UserError as caught:
-            error = caught
+        with getattr(pl_module, "gathered", nullcontext)():
+            try:
+                episodes = evaluate(
+                    cast(Policy, pl_module), spec, mine, self.num_envs, workers=self.workers, timeout_s=self.timeout_s
+                )
+            except UserError as caught:
+                error = caught
         # A rank that fails must say so to the others, which would wait for it otherwise.
         failures = [message for message in _gather(str(error) if error else None) if message]
         if failures:

@@ -149,15 +149,20 @@ class Robomimic(Source):
                 actions.append(stored_as_poses(file, demo) if self.absolute else done)
             chosen = file.demos
         images, rows = self._images(chosen, sha256) if self.cameras else (None, None)
-        return Demonstrations(
-            np.concatenate(observations),
-            np.concatenate(actions),
-            np.cumsum([len(array) for array in actions]),
-            source=f"robomimic:{self._path()}",
-            sha256=sha256,
-            images=images,
-            image_rows=rows,
-        )
+        path = self._path()
+        try:
+            return Demonstrations(
+                np.concatenate(observations),
+                np.concatenate(actions),
+                np.cumsum([len(array) for array in actions]),
+                # Not where the file lies: records travel.
+                source=f"robomimic:{self.task}/{self.dataset_type}/{path.name}",
+                sha256=sha256,
+                images=images,
+                image_rows=rows,
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def _images(self, chosen: Sequence[str], sha256: str) -> tuple[dict[str, npt.NDArray[np.uint8]], Array]:
         """Every camera's images, and which of them the chosen demonstrations have."""
