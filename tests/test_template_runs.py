@@ -47,8 +47,6 @@ def test_every_answer_is_in_a_project() -> None:
 
 @pytest.mark.parametrize("answers", PROJECTS, ids=lambda answers: "-".join(map(str, answers.values())))
 def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
-    if answers["trainer"] == "fsdp2" and not importlib.util.find_spec("dopr_lightning.policies.sharding"):
-        pytest.skip("FSDP2 is on its way into the library")
     project = bake(tmp_path, project_name="Arm", **answers)
     with_wandb = answers["logger"] == "wandb" and importlib.util.find_spec("wandb") is not None
     environment = {"WANDB_MODE": "offline", "DOPR_HOME": str(tmp_path / "home"), "CI": ""}
