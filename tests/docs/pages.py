@@ -52,7 +52,7 @@ class Block:
     @property
     def file(self) -> str | None:
         """The file it is a part of: blocks that begin with ``# name.py`` make one up together."""
-        named = re.match(r"#!?\s*([\w-]+\.(?:py|yaml|sh|sbatch))\n", self.text)
+        named = re.match(r"(?:#!.*\n)?# ([\w-]+\.(?:py|yaml|sh))\n", self.text)
         return named[1] if named else None
 
     @property

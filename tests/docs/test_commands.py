@@ -166,9 +166,21 @@ def check_tensorboard(arguments: Sequence[str], page: str, monkeypatch: pytest.M
     assert len(arguments) == 2
 
 
+def run_srun(arguments: Sequence[str], page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one process of a job without a scheduler; what asks for one is taken out."""
+    run_dopr([*arguments[1:], "--trainer.plugins=null"], page, monkeypatch)
+
+
+def check_sbatch(arguments: Sequence[str], page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script is a block of the page, which runs as any other."""
+    assert list(arguments) == [name for name in files(page) if name.endswith(".sh")]
+
+
 PROGRAMS: dict[str, Callable[[Sequence[str], str, pytest.MonkeyPatch], None]] = {
     "dopr": run_dopr,
     "python": run_python,
+    "srun": run_srun,
+    "sbatch": check_sbatch,
     "make": check_make,
     "pip": check_pip,
     "tensorboard": check_tensorboard,
