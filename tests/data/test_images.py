@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -155,8 +156,11 @@ def test_the_data_module_s_batches_and_cameras() -> None:
 def test_memory_is_pinned_for_a_gpu(device: str) -> None:
     data = DemonstrationData(Filmed(), batch_size=6)
     assert not data.val_dataloader().pin_memory
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)  # type: ignore[assignment]
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer._accelerator_connector.strategy = SimpleNamespace(
+        root_device=torch.device(device), world_size=1, global_rank=0
+    )  # type: ignore[assignment]
+    data.trainer = trainer
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert loader.pin_memory == (device == "cuda")
 

@@ -274,7 +274,7 @@ def not_finite(path: Path) -> None:
 
 BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "no such file"),
-    (lambda path: path.mkdir(), "no such file"),
+    (lambda path: path.mkdir(), "a folder, not a file"),
     (lambda path: path.write_text("<html>quota exceeded</html>"), "not PushT's demonstrations"),
     (truncated, "not PushT's demonstrations"),
     (flipped, "not PushT's demonstrations"),

@@ -25,7 +25,7 @@ def test_it_trains_and_goes_on_from_a_checkpoint(
     last = folder / "checkpoints" / "last.ckpt"
     assert steps(last) == 2
 {%- if c.task != "own" %}
-    assert "in {{ 1 if c.task == "robomimic" else 2 }} rollouts" in capsys.readouterr().out
+    assert "in {{ "1 rollout " if c.task == "robomimic" else "2 rollouts " }}" in capsys.readouterr().out
 {%- endif %}
 
     run("fit", "--trainer.max_steps=4", f"--ckpt_path={last}")
