@@ -78,7 +78,7 @@ def test_it_trains_where_the_repository_is_not(environment: Path, tmp_path: Path
     command = [environment / "dopr", "fit", "--config", "walker2d.yaml", "--config", "dopr.yaml", *steps]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "rollout/return" in done.stdout
+    assert "in 2 rollouts" in done.stdout
 
 
 def test_it_makes_projects_where_the_repository_is_not(environment: Path, tmp_path: Path) -> None:
