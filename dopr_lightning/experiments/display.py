@@ -17,7 +17,7 @@ class TimeLeft:
     """Estimates the seconds left, from the trials that are over and how far the others have come.
 
     A trial of a cost that has been seen takes as long as those did; one of another cost, as long as those of the
-    nearest, in proportion.
+    nearest, in proportion, or by the power of the cost between the two nearest where two have been seen.
 
     Args:
         trials: All that are to run.
@@ -62,9 +62,15 @@ class TimeLeft:
     def _expected(self, cost: float) -> float | None:
         if not self._seconds:
             return None
-        nearest = min(self._seconds, key=lambda known: abs(math.log(known / cost)))
+        nearest, *others = sorted(self._seconds, key=lambda known: abs(math.log(known / cost)))
         # The median: the first trials of a process also wait for its imports.
-        return statistics.median(self._seconds[nearest]) * cost / nearest
+        seconds = statistics.median(self._seconds[nearest])
+        power = 1.0
+        if others and cost != nearest and seconds > 0:
+            # Small networks spend most of their time on what no width changes: proportion alone expects far too much.
+            second = statistics.median(self._seconds[others[0]])
+            power = math.log(max(second, 1e-9) / seconds) / math.log(others[0] / nearest)
+        return seconds * (cost / nearest) ** min(1.0, max(0.0, power))
 
 
 class Display:

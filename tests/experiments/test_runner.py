@@ -64,6 +64,18 @@ def test_no_worker_starts_where_nothing_is_missing(tmp_path: Path, monkeypatch: 
     assert run_all([one], 2) == [record]
 
 
+def test_two_widths_that_are_over_tell_how_the_time_grows() -> None:
+    """Four times the cost took twice as long: so will the next four times, not four times as long."""
+    left = TimeLeft([replace(trial(Path(), "wide"), cost=16.0)], 1, lambda: 0.0)
+    left.learn(4.0, 2.0)
+    assert left.seconds() == 8.0  # in proportion, as long as one width is known
+    left.learn(1.0, 1.0)
+    assert left.seconds() == pytest.approx(4.0)
+    left.learn(1.0, 3.0)
+    left.learn(1.0, 3.0)  # narrow ones were slower: no wide one is expected to be faster than the nearest
+    assert left.seconds() == pytest.approx(2.0)
+
+
 def test_the_time_left_follows_from_what_is_over() -> None:
     """Two at once; wide ones cost ten times as much as narrow ones."""
     now = [0.0]
