@@ -25,6 +25,7 @@ from dopr_lightning.experiments import runner
 from dopr_lightning.experiments.arms import parse_arms
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.optim import BASES
 from dopr_lightning.training import find_config, quiet, resolve
 
 # What a user downloads, and where the tests have it.
@@ -57,11 +58,14 @@ SMALL = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to run commands in, whose modules are forgotten afterwards."""
+    """An empty folder to run commands in, whose modules, and what they registered, are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DOPR_HOME", str(tmp_path / "home"))
     quiet()
+    bases = dict(BASES)
     yield tmp_path
+    BASES.clear()
+    BASES.update(bases)
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
