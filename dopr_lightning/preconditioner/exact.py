@@ -21,9 +21,9 @@ from dopr_lightning.preconditioner.packed import PackedSymmetric
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
 from dopr_lightning.preconditioner.stack import Stack, StackOptions
 
-WORKSPACE = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Entries of the square matrices that are factorised at once, which is what a refresh needs for a moment: on a CPU what
-its caches hold, on a GPU what keeps it busy (256 MiB in fp32)."""
+WORKSPACE = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Entries of the square matrices that are factorised at once, which is what a refresh needs for a moment: enough for
+calls to be few (8 MiB in fp32), and on a GPU to keep it busy (256 MiB)."""
 
 PAYS_OFF = 3
 """An inverse costs as much as the extra time of solving for so many times d_in rows of gradients (measured, CPU: a
@@ -99,7 +99,10 @@ class ExactStack(Stack):
             if not self.factors:
                 solution, renewed = inverse_from_cholesky(solution, renewed)
             good[part] = renewed & valid[part]
-            keep_last_good(solution, self.solution[part], good[part])
+            if solution.shape == self.solution.shape and solution.device.type == "cpu" and bool(good.all()):
+                self.solution = solution.contiguous()  # nothing of the last ones stays: no copy
+            else:
+                keep_last_good(solution, self.solution[part], good[part])
         return torch.stack([self.counts.double(), traces.double(), good.double()])
 
     def apply(self) -> None:
