@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -480,6 +485,41 @@ def test_ray_runs_what_is_missing_and_leaves_what_the_other_engine_would(
     out = capsys.readouterr().out
     for line in ("1 of 4 runs were finished before", "] good: val loss", "] diverges: diverged", "] killed: a worker"):
         assert line in out
+
+
+def test_a_killed_command_on_a_ray_cluster_is_taken_up_again(tmp_path: Path) -> None:
+    """SIGKILL, which nothing can catch. Ray ends the orphaned trial; the same command does what is missing."""
+    pytest.importorskip("ray.tune")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    here = Path(__file__).parent
+    small = ("--widths=8", "--learning-rates=0.005,0.01", "--parametrizations=mup", "--trainer.max_steps=8")
+    popen = functools.partial(subprocess.Popen, env=environment, text=True, stdout=subprocess.PIPE)
+    with popen([sys.executable, str(here / "ray_cluster.py")], stdin=subprocess.PIPE) as cluster:
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        command = [sys.executable, "-c", "import sys; from dopr_lightning.cli import main; sys.exit(main(sys.argv[1:]))"]
+        command += ["sweep", f"--config={CONFIG}", f"--output={tmp_path}", "--seeds=0,1", *small]
+        command += ["--engine=ray", "--cpus-per-trial=2", f"--ray-address={address}"]
+        with popen(command) as first:
+            while not stamps(tmp_path) and first.poll() is None:
+                time.sleep(0.05)
+            first.kill()
+        before = stamps(tmp_path)
+        assert 0 < len(before) < 4
+        assert not (tmp_path / "results.json").exists()
+        with popen(command) as second:
+            said = second.communicate(timeout=120)[0]
+        assert second.returncode == 0, said
+        assert cluster.poll() is None  # a cluster that was joined goes on
+        cluster.communicate(timeout=60)
+    assert "of 4 runs were finished before" in said
+    after = stamps(tmp_path)
+    assert len(after) == 4
+    assert after.items() >= before.items()
+    results = json.loads((tmp_path / "results.json").read_text())
+    by_ray = {(t["lr"], t["seed"]): t["val_loss"] for t in results["trials"]}
+    inline = run(tmp_path / "inline", *small, "--seeds=0,1")
+    assert by_ray == {(t["lr"], t["seed"]): t["val_loss"] for t in inline["trials"]}
 
 
 def test_ray_without_enough_machines_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
