@@ -265,6 +265,19 @@ def test_default_unet_has_the_structure_of_much_ado() -> None:
     assert parameters + head + sum(films) + time == pytest.approx(19.7e6, abs=0.05e6)
 
 
+@pytest.mark.parametrize("denoise", [True, False])
+def test_unets_of_all_widths_have_the_same_parameters(denoise: bool) -> None:
+    """Also where the finest level happens to be as wide as what comes in: muP compares widths by name."""
+    first = A if denoise else TIME_FEATURES
+
+    def network(width: int) -> ConditionalUnet1d:
+        return ConditionalUnet1d(OBS, A, TO, T, denoise, channels=(width, 2 * width), condition_dim=width, groups=1)
+
+    with torch.device("meta"):
+        names = [[name for name, _ in network(width).named_parameters()] for width in (first, 3 * first)]
+    assert names[0] == names[1]
+
+
 def test_mlp_without_denoising_has_no_input_but_the_observation() -> None:
     network = ResidualMLP(OBS, A, TO, T, False)
     assert network.input.in_features == TO * OBS

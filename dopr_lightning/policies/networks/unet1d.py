@@ -35,12 +35,12 @@ class ConvBlock(nn.Sequential):
 class ResidualBlock(nn.Module):
     """Two convolutions with a FiLM between them (Perez et al. 2018, arXiv 1709.07871), and a shortcut around."""
 
-    def __init__(self, inputs: int, outputs: int, sizes: Sizes) -> None:
+    def __init__(self, inputs: int, outputs: int, sizes: Sizes, *, project: bool) -> None:
         super().__init__()
         self.conv1 = ConvBlock(inputs, outputs, sizes)
         self.film = nn.Sequential(nn.Mish(), nn.Linear(sizes.condition, 2 * outputs))
         self.conv2 = ConvBlock(outputs, outputs, sizes)
-        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.skip = nn.Conv1d(inputs, outputs, 1) if project else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map (B, inputs, T) and (B, condition) to (B, outputs, T)."""
@@ -49,12 +49,20 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Two residual blocks at one resolution."""
+    """Two residual blocks at one resolution.
 
-    def __init__(self, inputs: int, outputs: int, sizes: Sizes) -> None:
+    Args:
+        inputs: Channels.
+        outputs: Channels.
+        sizes: What all blocks share.
+        fixed_inputs: The task sets ``inputs``, so the first shortcut is a projection even where they equal ``outputs``:
+            networks of all widths, muP's base among them, then have the same parameters.
+    """
+
+    def __init__(self, inputs: int, outputs: int, sizes: Sizes, *, fixed_inputs: bool = False) -> None:
         super().__init__()
-        self.block1 = ResidualBlock(inputs, outputs, sizes)
-        self.block2 = ResidualBlock(outputs, outputs, sizes)
+        self.block1 = ResidualBlock(inputs, outputs, sizes, project=fixed_inputs or inputs != outputs)
+        self.block2 = ResidualBlock(outputs, outputs, sizes, project=False)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map (B, inputs, T) and (B, condition) to (B, outputs, T)."""
@@ -133,7 +141,7 @@ class ConditionalUnet1d(ActionNetwork):
 
         first = action_dim if denoise else TIME_FEATURES
         finer, coarser = channels[:-1], channels[1:]
-        self.input = Stage(first, channels[0], sizes)
+        self.input = Stage(first, channels[0], sizes, fixed_inputs=True)
         self.shrink = nn.ModuleList(nn.Conv1d(size, size, 3, stride=2, padding=1) for size in finer)
         self.down = nn.ModuleList(Stage(a, b, sizes) for a, b in zip(finer, coarser, strict=True))
         self.middle = Stage(channels[-1], channels[-1], sizes)
@@ -168,7 +176,7 @@ class ConditionalUnet1d(ActionNetwork):
 
     def parameter_roles(self) -> dict[str, Role]:
         """See :meth:`ActionNetwork.parameter_roles`."""
-        # Which of these exist depends on `denoise`, and on whether the first shortcut needs a projection.
+        # Whether there is a time depends on `denoise`.
         touching = (
             "observation.weight",
             "time.0.weight",
