@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dopr_lightning.preconditioner.inverse import damped_cholesky
 from dopr_lightning.preconditioner.stack import subtract_low_rank
 from dopr_lightning.preconditioner.subspace import nystrom, random_basis
 
@@ -19,6 +20,14 @@ TRACKED = 48
 
 COLD = 1 << 25
 """Bytes that no core's own cache holds."""
+
+
+KERNEL = 5
+"""Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
+
+
+LAYER_CALLS = 16
+"""Small operators in a row between large products: what a layer does at every step."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,9 @@ class Rates:
         nystrom: FLOP/s of one Nystrom step, 8 d k^2, in float64.
         small: Seconds of one Nystrom step beyond its products, k x k Cholesky and eigenvalues, at k = 48.
         bandwidth: Bytes/s of copies, reads and writes both counted.
-        call: Seconds of one small operator, which Python and the dispatcher take.
+        strided: The same of copies between a convolution's layout and a matrix with its channels side by side.
+        call: Seconds of one small operator, which Python and the dispatcher take, among others after a large product:
+            some times what it takes in a tight loop, whose code and data the cache holds.
         network: Bytes/s at which one rank sends and receives; None where there is but one.
         latency: Seconds of one collective beyond its bytes.
     """
@@ -47,6 +58,7 @@ class Rates:
     nystrom: float
     small: float
     bandwidth: float
+    strided: float
     call: float
     network: float | None = None
     latency: float = 0.0
@@ -67,16 +79,16 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         repeats: Of each measurement, of which the median counts.
     """
 
+    def seconds_of(function: Callable[[], object]) -> float:
+        synchronise(device)
+        start = time.perf_counter()
+        function()
+        synchronise(device)
+        return time.perf_counter() - start
+
     def seconds(function: Callable[[], object]) -> float:
         function()
-        times = []
-        for _ in range(repeats):
-            synchronise(device)
-            start = time.perf_counter()
-            function()
-            synchronise(device)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return statistics.median(seconds_of(function) for _ in range(repeats))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
@@ -99,16 +111,23 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     size = min(dim, 512)
     matrix = torch.eye(size, device=device)[None]
     cholesky = torch.linalg.cholesky(matrix)
-    factor = size**3 / 3 / seconds(lambda: torch.linalg.cholesky_ex(matrix))
+    undamped = torch.zeros(1, device=device)
+    factor = size**3 / 3 / seconds(lambda: damped_cholesky(matrix.clone(), undamped))
     inverse = 2 * size**3 / 3 / seconds(lambda: torch.cholesky_inverse(cholesky))
     short, long = (seconds(partial(_nystrom, d, device)) for d in (64, 2048))
     nystrom_rate = 8 * (2048 - 64) * TRACKED**2 / max(long - short, 1e-9)
     x = normal(1 << 23)
     y = torch.empty_like(x)
     bandwidth = 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    kernel = normal(512, 512, KERNEL)
+    strided = 4 * kernel.nbytes / seconds(lambda: kernel.copy_(kernel.mT.contiguous().mT))
     one = torch.ones(1, device=device)
-    call = seconds(lambda: [one.mul_(1) for _ in range(200)]) / 200
-    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, short, bandwidth, call)
+    calls = []
+    for _ in range(repeats):
+        torch.mm(a, b)
+        calls.append(seconds_of(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)]) / LAYER_CALLS)
+    call = statistics.median(calls)
+    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, short, bandwidth, strided, call)
 
 
 def _nystrom(dim: int, device: torch.device) -> Tensor:

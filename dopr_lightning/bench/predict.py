@@ -1,6 +1,6 @@
 """From FLOPs and bytes to seconds: what will a step cost?
 
-The FLOPs, bytes and memory are counts (:mod:`dopr_lightning.preconditioner.cost`). The seconds take ten rates,
+The FLOPs, bytes and memory are counts (:mod:`dopr_lightning.preconditioner.cost`). The seconds take eleven rates,
 measured in the same run or assumed, and two counts of operator calls, taken from a profile of the engine.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dopr_lightning.bench.machine import TRACKED, Rates
+from dopr_lightning.bench.machine import LAYER_CALLS, TRACKED, Rates
 from dopr_lightning.bench.plan import Planned
 from dopr_lightning.preconditioner.distributed import assign
 
 PHASES = ("statistics", "reduce", "solve", "apply")
 
-CALLS = {"step": 16, "refresh": 80}
+CALLS = {"step": LAYER_CALLS, "refresh": 80}
 """Small operators' worth of host time per layer: at every step (finding the gradient, one or two products, putting it
 back), and on a refresh besides (the hooks and nodes in forward and backward, counting, accepting)."""
 
@@ -86,16 +86,17 @@ def predict(planned: Sequence[Planned], rates: Rates, *, update_every: int, rank
 
 def _statistics(layer: Planned, rates: Rates) -> float:
     speed = rates.skinny if layer.method.solver == "lowrank" else rates.square
-    passes = {"lowrank": 1, "woodbury": 2}.get(layer.method.solver, 0) + 2 * layer.copies_rows
+    passes = {"lowrank": 1, "woodbury": 2}.get(layer.method.solver, 0)
     rows = 4.0 * layer.shape.blocks * layer.shape.rows * layer.shape.dim
     if layer.method.solver == "diagonal":
         rows = 8.0 * layer.shape.rows
-    return layer.cost.statistics / speed + passes * rows / rates.bandwidth
+    copies = 2 * layer.copies_rows * rows / rates.strided
+    return layer.cost.statistics / speed + passes * rows / rates.bandwidth + copies
 
 
 def _apply(layer: Planned, rates: Rates) -> float:
     entries = layer.shape.blocks * layer.shape.m * layer.shape.dim
-    copies = 4 * layer.copies_rows * 4.0 * entries / rates.bandwidth
+    copies = 4 * layer.copies_rows * 4.0 * entries / rates.strided  # there and back
     if layer.method.solver in ("lowrank", "woodbury"):  # in place
         return layer.cost.apply / rates.skinny + entries * rates.touch + copies
     speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
