@@ -21,13 +21,12 @@ TRACKED = 48
 COLD = 1 << 25
 """Bytes that no core's own cache holds."""
 
-
 KERNEL = 5
 """Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
 
-
 LAYER_CALLS = 16
-"""Small operators in a row between large products: what a layer does at every step."""
+"""Small operators in a row between large products: what a layer takes at every step, finding the gradient, one or two
+products, putting it back."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,18 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         repeats: Of each measurement, of which the median counts.
     """
 
-    def seconds_of(function: Callable[[], object]) -> float:
-        synchronise(device)
-        start = time.perf_counter()
+    def seconds(function: Callable[[], object], after: Callable[[], object] = lambda: None) -> float:
+        """The median; ``after`` runs before each, untimed."""
         function()
-        synchronise(device)
-        return time.perf_counter() - start
-
-    def seconds(function: Callable[[], object]) -> float:
-        function()
-        return statistics.median(seconds_of(function) for _ in range(repeats))
+        times = []
+        for _ in range(repeats):
+            after()
+            synchronise(device)
+            start = time.perf_counter()
+            function()
+            synchronise(device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
@@ -122,11 +123,7 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     kernel = normal(512, 512, KERNEL)
     strided = 4 * kernel.nbytes / seconds(lambda: kernel.copy_(kernel.mT.contiguous().mT))
     one = torch.ones(1, device=device)
-    calls = []
-    for _ in range(repeats):
-        torch.mm(a, b)
-        calls.append(seconds_of(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)]) / LAYER_CALLS)
-    call = statistics.median(calls)
+    call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], after=lambda: torch.mm(a, b)) / LAYER_CALLS
     return Rates(square, skinny, touch, factor, inverse, nystrom_rate, short, bandwidth, strided, call)
 
 

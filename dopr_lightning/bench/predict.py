@@ -1,6 +1,6 @@
 """From FLOPs and bytes to seconds: what will a step cost?
 
-The FLOPs, bytes and memory are counts (:mod:`dopr_lightning.preconditioner.cost`). The seconds take eleven rates,
+The FLOPs, bytes and memory are counts (:mod:`dopr_lightning.preconditioner.cost`). The seconds take rates,
 measured in the same run or assumed, and two counts of operator calls, taken from a profile of the engine.
 """
 
@@ -15,9 +15,9 @@ from dopr_lightning.preconditioner.distributed import assign
 
 PHASES = ("statistics", "reduce", "solve", "apply")
 
-CALLS = {"step": LAYER_CALLS, "refresh": 80}
-"""Small operators' worth of host time per layer: at every step (finding the gradient, one or two products, putting it
-back), and on a refresh besides (the hooks and nodes in forward and backward, counting, accepting)."""
+REFRESH_CALLS = 80
+"""Small operators' worth of host time per layer that a refresh takes beside those of every step: the hooks and nodes in
+forward and backward, counting, accepting."""
 
 SUBSTITUTION = 1.3
 """Time of two triangular substitutions, in products of as many FLOPs (measured on CPU)."""
@@ -57,7 +57,7 @@ def predict(planned: Sequence[Planned], rates: Rates, *, update_every: int, rank
         ranks: Ranks that pool statistics and share exact inverses.
     """
     costs = [layer.cost for layer in planned]
-    step, refresh = (number * rates.call for number in CALLS.values())
+    step, refresh = LAYER_CALLS * rates.call, REFRESH_CALLS * rates.call
     statistics = sum(_statistics(layer, rates) for layer in planned) + refresh * len(planned)
     apply = sum(_apply(layer, rates) for layer in planned) + step * len(planned)
     solve, share = _solve(planned, rates, ranks)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dopr_lightning.preconditioner.covariance import RunningMean, mean_over_rows, usable
-from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_cholesky, keep_last_good
+from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_cholesky, keep_last_good, known_good
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.packed import PackedSymmetric
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
@@ -99,7 +99,7 @@ class ExactStack(Stack):
             if not self.factors:
                 solution, renewed = inverse_from_cholesky(solution, renewed)
             good[part] = renewed & valid[part]
-            if solution.shape == self.solution.shape and solution.device.type == "cpu" and bool(good.all()):
+            if len(solution) == self.blocks and known_good(good):
                 self.solution = solution.contiguous()  # nothing of the last ones stays: no copy
             else:
                 keep_last_good(solution, self.solution[part], good[part])

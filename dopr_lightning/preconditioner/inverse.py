@@ -54,9 +54,14 @@ def inverse_from_cholesky(factor: Tensor, good: Tensor) -> tuple[Tensor, Tensor]
     return inverse.mT, good & inverse.sum((-2, -1)).isfinite()
 
 
+def known_good(good: Tensor) -> bool:
+    """Whether all blocks are good, as far as the host can tell without waiting for a device: on a CPU."""
+    return good.device.type == "cpu" and bool(good.all())
+
+
 def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> None:
     """Overwrite ``last`` with ``new`` where ``good`` (blocks,)."""
-    if good.device.type == "cpu" and bool(good.all()):  # no synchronisation here, and a copy reads half as much
+    if known_good(good):  # a copy reads half as much
         last.copy_(new)
         return
     torch.where(good.view(-1, *[1] * (new.dim() - 1)), new, last, out=last)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from dopr_lightning.experiments import runner
 from dopr_lightning.experiments.arms import parse_arms
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.trial import Record, Trial
-from dopr_lightning.optim import BASES
 from dopr_lightning.training import find_config, quiet, resolve
 
 # What a user downloads, and where the tests have it.
@@ -57,18 +56,12 @@ SMALL = {
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to run commands in, whose modules, and what they registered, are forgotten afterwards."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> Path:
+    """An empty folder to run commands in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DOPR_HOME", str(tmp_path / "home"))
     quiet()
-    bases = dict(BASES)
-    yield tmp_path
-    BASES.clear()
-    BASES.update(bases)
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES)

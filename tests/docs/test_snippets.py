@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 from pages import PAGES, ROOT, Block, blocks, of_language, run_by_commands, write_files
 
-from dopr_lightning.optim import BASES
 from dopr_lightning.training import find_config, resolve
 
 WITH_SNIPPETS = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to work in, that Python looks into; what is registered meanwhile is forgotten."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> Iterator[Path]:
+    """A folder to work in, that Python looks into."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    bases, environment = dict(BASES), dict(os.environ)
-    yield tmp_path
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()  # Lightning names the ranks of a group there
-    os.environ.update(environment)
-    BASES.clear()
-    BASES.update(bases)
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    with patch.dict(os.environ):  # Lightning names the ranks of a group there
+        yield tmp_path
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS)

@@ -1,5 +1,6 @@
 """A Ray cluster of one machine in a process of its own: prints its address, and ends with its standard input."""
 
+import os
 import sys
 
 from ray.cluster_utils import Cluster
@@ -7,8 +8,6 @@ from ray.cluster_utils import Cluster
 from dopr_lightning.experiments.sweep.ray_engine import ENVIRONMENT
 
 if __name__ == "__main__":
-    import os
-
     os.environ.update(ENVIRONMENT)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     print(cluster.address, flush=True)

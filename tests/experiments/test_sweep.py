@@ -497,8 +497,7 @@ def test_a_killed_command_on_a_ray_cluster_is_taken_up_again(tmp_path: Path) -> 
     with popen([sys.executable, str(here / "ray_cluster.py")], stdin=subprocess.PIPE) as cluster:
         assert cluster.stdout is not None
         address = cluster.stdout.readline().strip()
-        verb = "import sys; from dopr_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", verb]
+        command = [sys.executable, "-c", "import sys; from dopr_lightning.cli import main; sys.exit(main())"]
         command += ["sweep", f"--config={CONFIG}", f"--output={tmp_path}", "--seeds=0,1", *small]
         command += ["--engine=ray", "--cpus-per-trial=2", f"--ray-address={address}"]
         with popen(command) as first:

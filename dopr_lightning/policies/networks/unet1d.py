@@ -176,13 +176,12 @@ class ConditionalUnet1d(ActionNetwork):
 
     def parameter_roles(self) -> dict[str, Role]:
         """See :meth:`ActionNetwork.parameter_roles`."""
-        # Whether there is a time depends on `denoise`.
-        touching = (
-            "observation.weight",
-            "time.0.weight",
-            "input.block1.conv1.0.weight",
-            "input.block1.skip.weight",
-        )
-        present = dict(self.named_parameters())
-        roles: dict[str, Role] = {name: "input" for name in touching if name in present}
-        return roles | {"readout.weight": "readout"}
+        roles: dict[str, Role] = {
+            "observation.weight": "input",
+            "input.block1.conv1.0.weight": "input",
+            "input.block1.skip.weight": "input",
+            "readout.weight": "readout",
+        }
+        if self.denoise:
+            roles["time.0.weight"] = "input"
+        return roles
