@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import join_group, outcomes_of
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -32,11 +30,7 @@ from dopr_lightning.mup import MupSpec
 from dopr_lightning.optim import make_optimizer
 from dopr_lightning.policies.ema import EMA
 
-BASE, WIDTH, STEPS, RANKS = 4, 12, 6, 2
-
-# Everything is imported once, in the server from which processes fork.
-PRELOAD = ["lightning.pytorch", "dopr_lightning.optim", "torch.distributed.fsdp"]
-mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+BASE, WIDTH, STEPS = 4, 12, 6
 
 Outcome = tuple[list[float], dict[str, tuple[float, ...]]]
 """Losses, and what the optimizer knows of each parameter."""
@@ -280,35 +274,15 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
 }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
-    )
-    outcomes: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
-        try:
-            outcomes[name] = scenario()
-        except Exception:
-            outcomes[name] = RuntimeError(f"rank {rank}: {traceback.format_exc()}")
-    torch.save(outcomes, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def runs(folder: Path) -> dict[str, Callable[[], Any]]:
+    join_group()
+    return SCENARIOS
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
     """What a scenario returned on each rank."""
-    folder = tmp_path_factory.mktemp("mup")
-    mp.start_processes(worker, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-    def get(name: str) -> list[Any]:
-        for outcomes in ranks:
-            if isinstance(outcomes[name], RuntimeError):
-                raise outcomes[name]
-        return [outcomes[name] for outcomes in ranks]
-
-    return get
+    return outcomes_of(tmp_path_factory.mktemp("mup"), runs)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp, then initialised", "fsdp, from meta"])

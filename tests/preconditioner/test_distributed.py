@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import join_group, run_all
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,9 +19,6 @@ from dopr_lightning import ActivationPreconditioner
 STEPS = 50
 WIDTH = 72
 """Of the widest layer: its packed covariance has two panels."""
-
-CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dopr_lightning.preconditioner"])
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"damping": 0.1, "solver": "exact", "update_every": 3, "ema": 0.5},
@@ -193,44 +189,22 @@ def rows(step: int, rank: int) -> Tensor:
     return torch.randn(5, 6, dtype=torch.double, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
-def worker(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def runs(folder: Path) -> dict[str, Callable[[], Any]]:
     old = made_before_the_process_group()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    outcomes: dict[str, Any] = {}
-    work: dict[str, Callable[[], Any]] = {name: lambda name=name: trained(rank, world, name) for name in SETTINGS}
-    work |= {
+    join_group()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {name: lambda name=name: trained(rank, world, name) for name in SETTINGS} | {  # type: ignore[misc]
         "counted": lambda: counted(rank, world),
         "failing": lambda: failing(rank, world),
         "early": lambda: early(rank, world),
         "old": lambda: of_one_process(*old, rank),
     }
-    for name, run in work.items():
-        try:
-            outcomes[name] = run()
-        except Exception:
-            outcomes[name] = RuntimeError(f"rank {rank}: {traceback.format_exc()}")
-            break
-    torch.save(outcomes, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [CONTEXT.Process(target=worker, args=(rank, request.param, folder)) for rank in range(request.param)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    outcomes = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
-    for outcome in outcomes:
-        for error in outcome.values():
-            if isinstance(error, RuntimeError):
-                raise error
-    return outcomes
+    return run_all(tmp_path_factory.mktemp("ranks"), runs, request.param)
 
 
 def assert_same(found: Any, expected: Any) -> None:

@@ -6,16 +6,15 @@ examined; the tests examine it in the main process.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import RANKS, join_group, outcomes_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,11 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dopr_lightning import ActivationPreconditioner
 
 STEPS = 20
-RANKS = 2
 OPTIONS: dict[str, Any] = {"damping": 0.1, "update_every": 3, "ema": 0.5, "solver": "exact"}
-
-# Everything is imported once, in the server from which processes fork.
-mp.get_context("forkserver").set_forkserver_preload(["dopr_lightning.preconditioner", "torch.distributed.fsdp"])
 
 Data = Callable[[int], list[Tensor]]
 """The micro-batches of a step."""
@@ -282,35 +277,15 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
 }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
-    )
-    outcomes: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
-        try:
-            outcomes[name] = scenario()
-        except Exception:
-            outcomes[name] = RuntimeError(f"rank {rank}: {traceback.format_exc()}")
-    torch.save(outcomes, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def runs(folder: Path) -> dict[str, Callable[[], Any]]:
+    join_group()
+    return SCENARIOS
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
     """What a scenario returned on each rank."""
-    folder = tmp_path_factory.mktemp("sharded")
-    mp.start_processes(worker, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-    def get(name: str) -> list[Any]:
-        for outcomes in ranks:
-            if isinstance(outcomes[name], RuntimeError):
-                raise outcomes[name]
-        return [outcomes[name] for outcomes in ranks]
-
-    return get
+    return outcomes_of(tmp_path_factory.mktemp("sharded"), runs)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], start: nn.Module) -> None:
