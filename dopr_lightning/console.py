@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dopr_lightning.callback import DoPr
@@ -87,7 +88,9 @@ class Narrator(Callback):
             return
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         where = [f"checkpoint: {last}"] if last else []
-        where += [f"curves: tensorboard --logdir {log_dir}"] if log_dir else []
+        if log_dir:
+            drawn = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+            where.append(f"curves: tensorboard --logdir {log_dir}" if drawn else f"logged: {log_dir}")
         if where:
             print("   ".join(where), flush=True)
 

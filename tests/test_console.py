@@ -47,6 +47,14 @@ def test_a_run_says_what_it_does_how_far_it_is_and_how_good(here: Path, capfd: p
     assert len(err.splitlines()) <= 1, err  # that it has stopped
 
 
+def test_of_other_loggers_than_tensorboards_it_names_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    csv = ("--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=.")
+    assert main([*FIT, "--trainer.max_steps=4", *csv]) == 0
+    out = capsys.readouterr().out
+    assert f"   logged: {Path('lightning_logs', 'version_0')}" in out.replace("./", "")
+    assert "tensorboard" not in out
+
+
 def test_a_bar_runs_over_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--trainer.enable_progress_bar=true"]) == 0
     out = capsys.readouterr().out

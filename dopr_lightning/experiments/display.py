@@ -128,7 +128,7 @@ class Display:
         self._progress.update(self._all, completed=self._done)
         if isinstance(outcome, Record):
             said = [f"val loss {outcome.val_loss:.4g}"]
-            said += [f"closed loop {outcome.mean:.4g}"] if outcome.episodes else []
+            said += [f"rollouts {outcome.mean:.4g}"] if outcome.episodes else []
             said += [f"{outcome.train_seconds:.0f} s"]
         else:
             said = [outcome]
