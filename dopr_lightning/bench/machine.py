@@ -78,12 +78,12 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         repeats: Of each measurement, of which the median counts.
     """
 
-    def seconds(function: Callable[[], object], after: Callable[[], object] = lambda: None) -> float:
-        """The median; ``after`` runs before each, untimed."""
+    def seconds(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+        """The median; ``before`` runs ahead of each, untimed."""
         function()
         times = []
         for _ in range(repeats):
-            after()
+            before()
             synchronise(device)
             start = time.perf_counter()
             function()
@@ -123,7 +123,7 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     kernel = normal(512, 512, KERNEL)
     strided = 4 * kernel.nbytes / seconds(lambda: kernel.copy_(kernel.mT.contiguous().mT))
     one = torch.ones(1, device=device)
-    call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], after=lambda: torch.mm(a, b)) / LAYER_CALLS
+    call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], before=lambda: torch.mm(a, b)) / LAYER_CALLS
     return Rates(square, skinny, touch, factor, inverse, nystrom_rate, short, bandwidth, strided, call)
 
 

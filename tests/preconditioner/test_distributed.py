@@ -193,7 +193,7 @@ def runs(folder: Path) -> dict[str, Callable[[], Any]]:
     old = made_before_the_process_group()
     join_group()
     rank, world = dist.get_rank(), dist.get_world_size()
-    return {name: lambda name=name: trained(rank, world, name) for name in SETTINGS} | {  # type: ignore[misc]
+    return {name: lambda name=name: trained(rank, world, name) for name in SETTINGS} | {
         "counted": lambda: counted(rank, world),
         "failing": lambda: failing(rank, world),
         "early": lambda: early(rank, world),
