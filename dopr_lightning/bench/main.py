@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SOLVERS = ("exact", "lowrank", "auto")
 
+SECONDS = {"cpu": 30.0, "cuda": 4.0}
+"""For the intervals of one comparison, of which a GPU makes as many in less time."""
+
 QUICK = ("mlp-256", "mlp-512")
 """What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
 
@@ -111,13 +114,14 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     autocast = torch.bfloat16 if options.autocast == "bf16" else None
     batches = workload.batches(16, device)
     arm = partial(Arm, workload, device, autocast)
-    limits = Limits(2, 3, 0.0) if options.quick else Limits(3, 30, 30.0)
+    limits = Limits(2, 3, 0.0) if options.quick else Limits(3, 30, SECONDS[device.type])
 
     every = options.update_every
     dopr = arm(lambda model: ActivationPreconditioner(model, solver=options.solver, update_every=every))
     base = arm(None)
     times = []
-    for pair in paired_intervals([base, dopr], batches, every, limits):
+    turn = every if device.type == "cuda" else 1
+    for pair in paired_intervals([base, dopr], batches, every, limits, turn=turn):
         times.append(pair)
         advance()
     preconditioner = dopr.preconditioner
@@ -138,7 +142,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
         arm(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
     ]
     exact_times = []
-    for triple in paired_intervals(three, batches, 1, replace(limits, most=10 * limits.most)):
+    for triple in paired_intervals(three, batches, turn, replace(limits, most=10 * limits.most), turn=turn):
         exact_times.append(triple)
         advance()
     exact = three[2].preconditioner
@@ -148,7 +152,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     return {
         "model": workload.name,
         "batch": workload.batch_size,
-        "goal": workload.goal if (options.solver, every) == ("auto", 10) else None,
+        "goal": workload.goal(device.type, every) if options.solver == "auto" else None,
         "intervals": len(times),
         "base_seconds": asdict(Quartiles.of([before for before, _ in times])),
         "dopr_seconds": asdict(Quartiles.of([after for _, after in times])),
@@ -232,7 +236,8 @@ def _parser() -> Parser:
         epilog="example: dopr bench --quick, or dopr bench --model llama-3.1-8b --ranks 512 --rates h100",
     )
     parser.add_argument(
-        "--models", help="comma-separated; default: all (mlp-256 .. mlp-2048, unet, transformer-512, resnet18)"
+        "--models",
+        help="comma-separated; default: all (mlp-256 .. mlp-2048, unet, transformer-512, gpt2-block, resnet18)",
     )
     parser.add_argument("--batch", help="comma-separated batch sizes; default: each model's own, 256,1024 for policies")
     parser.add_argument("--solver", choices=SOLVERS, default="auto", help="default: %(default)s")

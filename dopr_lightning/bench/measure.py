@@ -66,11 +66,12 @@ class Arm:
             self.preconditioner.step()
         self.optimizer.step()
 
-    def seconds(self, batch: Batch) -> float:
-        """One training step, timed."""
+    def seconds(self, batches: Sequence[Batch]) -> float:
+        """Training steps in a row, timed."""
         synchronise(self.device)
         start = time.perf_counter()
-        self.step(batch)
+        for batch in batches:
+            self.step(batch)
         synchronise(self.device)
         return time.perf_counter() - start
 
@@ -101,11 +102,11 @@ class Limits:
 
 
 def paired_intervals(
-    arms: Sequence[Arm], batches: Sequence[Batch], length: int, limits: Limits
+    arms: Sequence[Arm], batches: Sequence[Batch], length: int, limits: Limits, *, turn: int = 1
 ) -> Iterator[list[float]]:
     """Mean seconds per step of each arm, interval after interval.
 
-    All arms make the same step before any makes the next, in an order that rotates. Up to five intervals are made
+    All arms make the same steps before any makes the next, in an order that rotates. Up to five intervals are made
     beforehand and not timed, within the budget: they hold the solvers' warm-up, the first allocations, and most of the
     time in which the low-rank solver finds out how many directions the data needs.
 
@@ -114,6 +115,8 @@ def paired_intervals(
         batches: Used in turn.
         length: Steps of an interval: a multiple of the steps between refreshes, so that their cost is counted in full.
         limits: How many intervals.
+        turn: Steps that an arm makes in a row, a divisor of ``length``. 1 suits a CPU. On a GPU take a whole interval:
+            the host runs ahead of the device as it does in training, which a wait after each step would forbid.
     """
     source = itertools.cycle(batches)
     start = time.perf_counter()
@@ -129,11 +132,11 @@ def paired_intervals(
         if interval >= limits.least and time.perf_counter() - start > limits.budget:
             return
         totals = [0.0] * len(arms)
-        for step in range(length):
-            batch = next(source)
-            for turn in range(len(arms)):
-                index = (turn + step + interval) % len(arms)
-                totals[index] += arms[index].seconds(batch)
+        for first in range(0, length, turn):
+            some = [next(source) for _ in range(turn)]
+            for place in range(len(arms)):
+                index = (place + first + interval) % len(arms)
+                totals[index] += arms[index].seconds(some)
         yield [total / length for total in totals]
 
 

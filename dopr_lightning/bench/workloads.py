@@ -17,12 +17,18 @@ Batch = tuple[tuple[Tensor | None, ...], Tensor]
 """Arguments of the model's forward, and the target."""
 
 GOALS = {
-    ("mlp-512", 1024): 1.08,
-    ("mlp-2048", 1024): 1.10,
-    ("unet", 256): 1.12,
-    ("unet", 1024): 1.06,
+    ("cpu", "mlp-512", 1024, 10): 1.08,
+    ("cpu", "mlp-2048", 1024, 10): 1.10,
+    ("cpu", "unet", 256, 10): 1.12,
+    ("cpu", "unet", 1024, 10): 1.06,
+    ("cuda", "unet", 1024, 32): 1.03,
+    ("cuda", "gpt2-block", 64, 32): 1.01,
 }
-"""What a DoPr-AdamW step may cost, in AdamW steps: ``update_every=10``, the default solver, two CPU cores."""
+"""What a DoPr-AdamW step with the default solver may cost, in AdamW steps, by device, model, batch size and steps per
+refresh: on two CPU cores, or in bfloat16 on an H100 or H200."""
+
+ENOUGH = 1 << 30
+"""Bytes of batches, of which two at least are drawn: sequences by the tens of thousands take long to draw."""
 
 MLP_WIDTHS = (256, 512, 1024, 2048)
 
@@ -46,10 +52,9 @@ class Workload:
     build: Callable[[], nn.Module]
     draw: Callable[[int, torch.Generator], Batch]
 
-    @property
-    def goal(self) -> float | None:
+    def goal(self, device: str, update_every: int) -> float | None:
         """The ratio to stay below, where one was set."""
-        return GOALS.get((self.name, self.batch_size))
+        return GOALS.get((device, self.name, self.batch_size, update_every))
 
     def model(self, device: torch.device | str) -> nn.Module:
         """The same model at every call."""
@@ -57,10 +62,34 @@ class Workload:
         return self.build().to(device)
 
     def batches(self, count: int, device: torch.device | str) -> list[Batch]:
-        """The same batches at every call."""
+        """The same batches at every call, so many or :data:`ENOUGH`."""
         generator = torch.Generator().manual_seed(0)
-        drawn = [self.draw(self.batch_size, generator) for _ in range(count)]
-        return [(tuple(x if x is None else x.to(device) for x in inputs), y.to(device)) for inputs, y in drawn]
+        drawn: list[Batch] = []
+        size = 0
+        while len(drawn) < count and (len(drawn) < 2 or size < ENOUGH):
+            inputs, target = self.draw(self.batch_size, generator)
+            size += target.nbytes + sum(x.nbytes for x in inputs if x is not None)
+            drawn.append((tuple(x if x is None else x.to(device) for x in inputs), target.to(device)))
+        return drawn
+
+
+class GPT2Block(nn.Module):
+    """A block of GPT-2 small: attention of twelve heads with its maps in one, and an MLP, all with biases."""
+
+    def __init__(self, width: int = 768, heads: int = 12) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, width) to (B, T, width)."""
+        parts = self.qkv(self.norm1(x)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(h.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
 class TransformerBlock(nn.Module):
@@ -109,7 +138,8 @@ def _makers() -> dict[str, Maker]:
     for width in MLP_WIDTHS:
         makers[f"mlp-{width}"] = (policies, partial(_mlp, width), _draw_mlp)
     makers["unet"] = (policies, lambda: ConditionalUnet1d(20, 2, 2, 16, True, channels=(128, 256, 512)), _draw_unet)
-    makers["transformer-512"] = ((8,), lambda: TransformerBlock(512), _draw_transformer)
+    makers["transformer-512"] = ((8,), lambda: TransformerBlock(512), partial(_draw_sequences, 512, 256))
+    makers["gpt2-block"] = ((1,), GPT2Block, partial(_draw_sequences, 768, 1024))
     makers["resnet18"] = ((64,), _resnet18, _draw_resnet)
     return makers
 
@@ -146,10 +176,10 @@ def _draw_unet(size: int, generator: torch.Generator) -> Batch:
     return (torch.lerp(noise, action, time[:, None, None]), time, observation), action - noise
 
 
-def _draw_transformer(size: int, generator: torch.Generator) -> Batch:
+def _draw_sequences(width: int, length: int, size: int, generator: torch.Generator) -> Batch:
     """Features that drift along the sequence; the target is the next position's."""
-    x = _features(size, 257, 512, generator=generator)
-    x = torch.lerp(x, x.cumsum(1) / torch.arange(1, 258)[:, None].sqrt(), 0.5)
+    x = _features(size, length + 1, width, generator=generator)
+    x = torch.lerp(x, x.cumsum(1) / torch.arange(1, length + 2)[:, None].sqrt(), 0.5)
     return (x[:, :-1],), x[:, 1:]
 
 

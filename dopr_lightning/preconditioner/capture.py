@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.effects import EffectType
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode, redispatch_function
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
@@ -261,9 +261,7 @@ class _TapFunctionalLinear(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:  # the calls to watch are its own
-                if torch.compiler.is_compiling():
-                    return _attention(*args, **kwargs)
-                return redispatch_function(func, types, args, kwargs)
+                return _attention(*args, **kwargs)
         output = func(*args, **kwargs)
         if func is F.linear:
             x, weight = _linear_arguments(*args, **kwargs)
@@ -272,9 +270,12 @@ class _TapFunctionalLinear(TorchFunctionMode):
         return output
 
 
-# The same function under another name: the compiler would hand the known one to the mode again, without end.
+# The same function, but for its own question whether a mode wants the call: that would come back here, without end.
 _attention = FunctionType(
-    F.multi_head_attention_forward.__code__, vars(F), "attention", F.multi_head_attention_forward.__defaults__
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    "attention",
+    F.multi_head_attention_forward.__defaults__,
 )
 
 

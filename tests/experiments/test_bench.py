@@ -119,9 +119,9 @@ class Clock(Arm):
     def step(self, batch: Any) -> None:
         self.log.append(self.name.lower())
 
-    def seconds(self, batch: Any) -> float:
-        self.log.append(self.name)
-        return next(self.taken)
+    def seconds(self, batches: Any) -> float:
+        self.log.append(self.name * len(batches))
+        return sum(next(self.taken) for _ in batches)
 
 
 def test_intervals_are_means_over_steps_in_turn() -> None:
@@ -132,6 +132,14 @@ def test_intervals_are_means_over_steps_in_turn() -> None:
     warm_up, timed = log[: -2 * 2], log[-2 * 2 :]
     assert warm_up == ["a", "b"] * 4  # two intervals: the fewest with four steps
     assert timed == ["A", "B", "B", "A"]
+
+
+def test_an_arm_may_take_its_turn_for_a_whole_interval() -> None:
+    log: list[str] = []
+    arms = [Clock("A", [1.0, 2, 3, 4], log), Clock("B", [10.0, 20, 30, 40], log)]
+    intervals = list(paired_intervals(arms, [None], 2, Limits(least=2, most=2, budget=0.0), turn=2))
+    assert intervals == [[1.5, 15.0], [3.5, 35.0]]
+    assert log[-4:] == ["AA", "BB", "BB", "AA"]
 
 
 def test_quartiles_of_a_few_values() -> None:

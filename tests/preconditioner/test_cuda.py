@@ -1,0 +1,217 @@
+"""On a GPU: the numbers of the CPU, and a host that does not wait. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import join_group, run_all
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dopr_lightning import ActivationPreconditioner
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+EVERY = 5
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "exact": {"solver": "exact", "ema": 0.5},
+    "factors": {"solver": "exact"},
+    "woodbury": {"solver": "exact", "max_rows": 3},
+    "lowrank": {"solver": "lowrank", "max_error": 1e-9},
+}
+
+
+class Net(nn.Module):
+    """One of each kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 12)
+        self.conv1 = nn.Conv1d(12, 12, 3, padding=1, groups=2)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.conv2 = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose1d(24, 8, 4, stride=2)
+        self.hidden = nn.Linear(8, 40)
+        self.readout = nn.Linear(40, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.conv1(self.embedding(tokens).mT).mT  # (B, 8, 12)
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        h = torch.tanh(self.conv2(h[:, None])).flatten(1, 2)[:, :, :6].mT  # (B, 6, 16)
+        h = torch.cat([h, h[..., :8]], -1).mT
+        return self.readout(torch.tanh(self.hidden(torch.tanh(self.up(h)).mean(-1))))
+
+
+def tokens(step: int, size: int = 6) -> Tensor:
+    return torch.randint(11, (size, 8), generator=torch.Generator().manual_seed(step))
+
+
+def run(model: nn.Module, x: Tensor, ap: ActivationPreconditioner | None = None, *, autocast: bool = False) -> None:
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    if ap is not None:
+        ap.step()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float((found[name] - value).norm() / value.norm()) < tolerance, name
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions round to TF32 by default."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradients_become_those_of_the_cpu_in_float64(name: str) -> None:
+    options = {"damping": 0.1, "update_every": 2} | SOLVERS[name]
+    reference = Net().double()
+    model = copy.deepcopy(reference).float().cuda()
+    aps = [ActivationPreconditioner(m, **options) for m in (reference, model)]
+    with full_precision():
+        for step in range(5):
+            run(reference, tokens(step), aps[0])
+            run(model, tokens(step).cuda(), aps[1])
+            assert_close(gradients(model), gradients(reference), 2e-4)
+    assert [row.solver for row in aps[0].summary()] == [row.solver for row in aps[1].summary()]
+
+
+def deep(layers: int, width: int = 256) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers))).cuda()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_steps_between_refreshes_never_wait_for_the_device(name: str) -> None:
+    model = deep(3)
+    ap = ActivationPreconditioner(model, update_every=EVERY, **SOLVERS[name])
+    optimizer = torch.optim.AdamW(model.parameters())
+    batches = [torch.randn(64, 256, device="cuda") for _ in range(2 * EVERY)]
+    waited = []
+    for x in batches:
+        refreshes = ap.collecting
+        torch.cuda.set_sync_debug_mode("default" if refreshes else "error")
+        try:
+            run(model, x, ap)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waited.append(refreshes)
+    assert waited.count(False) >= EVERY
+
+
+def waits(function: Callable[[], None]) -> int:
+    """How often the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_refresh_waits_equally_often_whatever_the_number_of_layers(name: str) -> None:
+    counts = []
+    for layers in (2, 7):
+        model = deep(layers)
+        ap = ActivationPreconditioner(model, **SOLVERS[name])
+        x = torch.randn(64, 256, device="cuda")
+        for _ in range(4):  # the audit looks at the first gradients
+            run(model, x, ap)
+        counts.append(waits(lambda model=model, x=x, ap=ap: run(model, x, ap)))
+    assert 1 <= counts[0] == counts[1]
+
+
+def test_bfloat16_autocast_leaves_the_statistics_in_float32() -> None:
+    model = deep(2, 32)
+    plain = copy.deepcopy(model)
+    ap = ActivationPreconditioner(model, damping=0.1, solver="exact")
+    x = torch.randn(128, 32, device="cuda")
+    run(model, x, ap, autocast=True)
+    run(plain, x, autocast=True)
+    # The first layer sees x itself, the closed form needs no layer before it.
+    z = x.to(torch.bfloat16).double()
+    sigma = z.mT @ z / len(z)
+    damped = sigma + 0.1 * sigma.trace() * torch.eye(32, device="cuda", dtype=torch.double)
+    expected = plain[0][0].weight.grad.double() @ torch.linalg.inv(damped)
+    found = model[0][0].weight.grad.double()
+    assert float((found - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_models_are_rewritten_alike(mode: str) -> None:
+    eager = deep(2, 64)
+    model = copy.deepcopy(eager)
+    aps = [ActivationPreconditioner(m, damping=0.1, update_every=2) for m in (eager, model)]
+    compiled = torch.compile(model, mode=mode)
+    for step in range(6):
+        x = torch.randn(96, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        run(eager, x, aps[0])
+        run(compiled, x, aps[1])
+        assert_close(gradients(model), gradients(eager), 1e-4)
+
+
+def test_a_resume_continues_bit_for_bit() -> None:
+    models = [deep(2, 256), deep(2, 256)]
+    aps = [ActivationPreconditioner(m, update_every=2, ema=0.5) for m in models]
+    batches = [torch.randn(64, 256, device="cuda") for _ in range(8)]
+    for x in batches[:4]:
+        run(models[0], x, aps[0])
+    aps[1].load_state_dict(aps[0].state_dict())
+    for x in batches[4:]:
+        for model, ap in zip(models, aps, strict=True):
+            run(model, x, ap)
+        assert all(torch.equal(a, b) for a, b in zip(*(gradients(m).values() for m in models), strict=True))
+
+
+def two_ranks(folder: Path) -> dict[str, Callable[[], Any]]:
+    return {"trained": in_parallel}
+
+
+def in_parallel() -> dict[str, Tensor]:
+    """Half of each batch; NCCL wants a GPU per rank, gloo sends a shared one's tensors."""
+    join_group()
+    rank = torch.distributed.get_rank()
+    model = DistributedDataParallel(Net().cuda(), find_unused_parameters=True)
+    return trained(model, lambda step: tokens(step)[3 * rank : 3 * rank + 3].cuda())
+
+
+def trained(model: nn.Module, batch: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    with full_precision():
+        ap = ActivationPreconditioner(model, damping=0.1, update_every=2, ema=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for step in range(10):
+            run(model, batch(step), ap)
+            optimizer.step()
+    return {name.removeprefix("module."): p.detach().double().cpu() for name, p in model.named_parameters()}
+
+
+def test_two_ranks_on_one_gpu_equal_one(tmp_path: Path) -> None:
+    ranks = [outcome["trained"] for outcome in run_all(tmp_path, two_ranks)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    assert_close(ranks[0], trained(Net().cuda(), lambda step: tokens(step).cuda()), 1e-5)
