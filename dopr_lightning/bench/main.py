@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         UserError: A mistake in the arguments, found before anything is measured.
     """
     options = _parser().parse_args(arguments)
-    for name in ("update_every", "threads", "ranks", "rows", "shards"):
+    for name in ("update_every", "max_rows", "threads", "ranks", "rows", "shards"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -69,6 +69,7 @@ def _measure(options: Any) -> None:
         "settings": {
             "solver": options.solver,
             "update_every": options.update_every,
+            "max_rows": options.max_rows,
             "threads": count,
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "autocast": options.autocast,
@@ -117,7 +118,8 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     limits = Limits(2, 3, 0.0) if options.quick else Limits(3, 30, SECONDS[device.type])
 
     every = options.update_every
-    dopr = arm(lambda model: ActivationPreconditioner(model, solver=options.solver, update_every=every))
+    given = {"solver": options.solver, "update_every": every, "max_rows": options.max_rows}
+    dopr = arm(lambda model: ActivationPreconditioner(model, **given))
     base = arm(None)
     times = []
     turn = every if device.type == "cuda" else 1
@@ -242,6 +244,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", help="comma-separated batch sizes; default: each model's own, 256,1024 for policies")
     parser.add_argument("--solver", choices=SOLVERS, default="auto", help="default: %(default)s")
     parser.add_argument("--update-every", type=int, default=10, help="steps per refresh; default: %(default)s")
+    parser.add_argument("--max-rows", type=int, help="of each input that statistics are taken of; default: all")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument(

@@ -49,7 +49,7 @@ class DiagonalStack(Stack):
         keep_last_good(inverse, self.inverse, good)
         return torch.stack([self.counts.double(), traces.double(), good.double()])
 
-    def apply(self) -> None:
+    def apply(self, *, fixed: bool = False) -> None:
         for layer, part in zip(self.layers, self.slices, strict=True):
             assert isinstance(layer, DiagonalLayer)
             if layer.has_gradient:

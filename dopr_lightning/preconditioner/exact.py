@@ -7,7 +7,7 @@ enough to pay for itself, its factor (d_in^3 / 3) is kept instead and solves for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -105,7 +105,11 @@ class ExactStack(Stack):
                 keep_last_good(solution, self.solution[part], good[part])
         return torch.stack([self.counts.double(), traces.double(), good.double()])
 
-    def apply(self) -> None:
+    @property
+    def addresses(self) -> Hashable:
+        return None if self.factors else self.solution.data_ptr()
+
+    def apply(self, *, fixed: bool = False) -> None:
         for run in self._runs:
             present = [i for i in run if self.layers[i].has_gradient]
             gradients = [self._dense(i).gradient() for i in present]

@@ -10,7 +10,7 @@ and backward whatever the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -75,24 +75,31 @@ class LowRankStack(Stack):
         exact = ExactStack(self.layers, self.options)
         exact.adopt(self, self.inverse())
         if self._running is not None:
-            tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1, None, None]
-            leading = (self._basis * (self._eigenvalues[:, None] - tail)) @ self._basis.mT
+            tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
+            above, tail = (self._eigenvalues - tail).to(self.device), tail.to(self.device)
+            leading = (self._basis * above[:, None]) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-            exact.adopt_average(self, leading + tail * identity, self._running.weight)
+            exact.adopt_average(self, leading + tail[..., None] * identity, self._running.weight)
         return exact
 
     def inverse(self) -> Tensor:
         """The approximate inverses as matrices, (blocks, d, d)."""
         identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-        return (identity - (self._basis * self._coefficients[:, None]) @ self._basis.mT) / self._floor[:, None, None]
+        return self._inverse_floor[:, None, None] * identity - self._basis @ self._right
 
-    def apply(self) -> None:
+    @property
+    def addresses(self) -> Hashable:
+        return self._left.data_ptr(), self._right.data_ptr(), self._inverse_floor.data_ptr(), self.tracked
+
+    def apply(self, *, fixed: bool = False) -> None:
         for index, part in enumerate(self.slices):
             layer = self._dense(index)
             if not layer.has_gradient or self.refreshed_at[index] is None:
                 continue
-            r = self.ranks[index]
-            scale = self._scales[part.start] if layer.blocks == 1 else 1 / self._floor[part, None, None]
+            # Directions beyond the rank have coefficients of 0.
+            r = self.tracked if fixed else self.ranks[index]
+            known = layer.blocks == 1 and not fixed
+            scale = self._scales[part.start] if known else self._inverse_floor[part, None, None]
             gradient = layer.gradient().to(self.dtype)
             layer.write(subtract_low_rank(gradient, self._left[part, :r].mT, self._right[part, :r], scale))
 
@@ -120,18 +127,17 @@ class LowRankStack(Stack):
         return spectrum_of_eigenvalues(torch.cat([values, tail], dim=1).sort(-1)[0])
 
     def _allocate(self) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(self.blocks, *shape, dtype=self.dtype, device=self.device)
+        def on_host(*shape: int) -> Tensor:
+            return torch.zeros(self.blocks, *shape, dtype=self.dtype)
 
-        self._basis = random_basis(
-            self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype
-        )
-        self._eigenvalues, self._coefficients = zeros(self.tracked), zeros(self.tracked)
+        basis = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
+        self._eigenvalues, self._coefficients = on_host(self.tracked), on_host(self.tracked)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
-        self._trace, self._floor, self._error = zeros(), 1 + zeros(), zeros() + math.nan
-        self._running = RunningMean(self._trace, self.options.ema) if self.options.ema else None
+        self._trace, self._floor, self._error = on_host(), 1 + on_host(), on_host() + math.nan
+        self._inverse_floor = torch.ones(self.blocks, dtype=self.dtype, device=self.device)
+        self._running = RunningMean(self._inverse_floor, self.options.ema) if self.options.ema else None
         self._make_sums()
-        self._derive()
+        self._make_factors(basis)
 
     def _make_sums(self) -> None:
         """One buffer for image and trace, so that they are one message between ranks."""
@@ -140,6 +146,13 @@ class LowRankStack(Stack):
         self._image = self._sums[:size].view(self.blocks, self.tracked, self.dim)  # transposed
         self._trace_sums = self._sums[size:]
 
+    def _make_factors(self, basis: Tensor) -> None:
+        # Directions as contiguous rows: products with few of them take two thirds of the time (measured, CPU).
+        self._left = basis.mT.contiguous()
+        self._basis = self._left.mT
+        self._right = torch.empty_like(self._left)
+        self._derive()
+
     def _clear(self) -> None:
         self._sums.zero_()
         self._test = probe(self._basis, seed=self.refreshes).mT.contiguous()
@@ -147,7 +160,8 @@ class LowRankStack(Stack):
     def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
         rows, count = self._rows(layer, x, mask)
         self._image[part].baddbmm_((rows @ self._test[part].mT).mT, rows)
-        self._trace_sums[part] += torch.linalg.vector_norm(rows, dim=(1, 2)).square()
+        norms = torch.linalg.vector_norm(rows, dim=(1, 2))
+        self._trace_sums[part].addcmul_(norms, norms)
         return count
 
     def refresh(self, share: slice) -> Tensor:
@@ -159,8 +173,11 @@ class LowRankStack(Stack):
         if self._running is not None:
             image, new_trace = self._blend(test, image, trace, valid)
         basis, eigenvalues, good = nystrom(test, image, new_trace)
+        # What follows is small, and done on the host.
+        facts = torch.stack([self.counts.double(), trace.double(), valid.double(), new_trace.double()]).cpu()
+        new_trace = facts[3].to(self.dtype)
         damping = self._damping(new_trace)
-        good = good & valid & (1 / damping).isfinite()
+        good = good & facts[2].bool() & (1 / damping).isfinite()
         # Any numbers will do where nothing can be trusted: such blocks keep what they have.
         safe_trace, damping = torch.where(good, new_trace, 1), torch.where(good, damping, 1)
         eigenvalues = torch.where(good[:, None], eigenvalues, 0)
@@ -182,23 +199,25 @@ class LowRankStack(Stack):
             keep_last_good(new, last, good)
         self._derive()
         needed, ample = torch.where(good, needed, 0), torch.where(good, ample, 0)
-        fields = [self.counts, trace, good, 1 / self._floor, self._error, rank, needed, ample]
+        fields = [*facts[:2], good, 1 / self._floor, self._error, rank, needed, ample]
         return torch.stack([field.double() for field in fields])
 
     def _blend(self, test: Tensor, image: Tensor, trace: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Image and trace of the average over refreshes, of which the past is known as basis, eigenvalues and tail."""
         assert self._running is not None
         share = self._running.share(valid)
-        coordinates = self._basis.mT @ test
-        tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1, None, None]
-        past = tail * test + self._basis @ ((self._eigenvalues[..., None] - tail) * coordinates)
-        return torch.lerp(past, image, share[:, None, None]), torch.lerp(self._trace, trace, share)
+        tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
+        above, tail, past_trace = (
+            x.to(self.device, non_blocking=True) for x in (self._eigenvalues - tail, tail, self._trace)
+        )
+        past = tail[..., None] * test + self._basis @ (above[..., None] * (self._basis.mT @ test))
+        return torch.lerp(past, image, share[:, None, None]), torch.lerp(past_trace, trace, share)
 
     def _derive(self) -> None:
-        # Directions as contiguous rows: products with few of them take two thirds of the time (measured, CPU).
-        self._left = self._basis.mT.contiguous()
-        self._basis = self._left.mT
-        self._right = (self._coefficients / self._floor[:, None])[..., None] * self._left
+        """Renew what :meth:`apply` reads, where it is: recorded launches (:mod:`.replay`) know it by its address."""
+        self._inverse_floor.copy_(1 / self._floor, non_blocking=True)
+        scale = (self._coefficients / self._floor[:, None]).to(self.device, non_blocking=True)
+        torch.mul(scale[..., None], self._left, out=self._right)
 
     def _fit_tracked(self, needed: int, ample: int) -> None:
         """Track more directions if the tolerance asks for them, fewer if that leaves it far away."""
@@ -216,18 +235,18 @@ class LowRankStack(Stack):
                 self.blocks, self.dim, count, seed=self.dim + count, device=self.device, dtype=self.dtype
             )
             # Orthonormal columns that complete the basis, whose own columns come out first and up to their signs.
-            self._basis = torch.cat(
+            basis = torch.cat(
                 [self._basis, torch.linalg.qr(torch.cat([self._basis, fresh], -1))[0][..., self.tracked : count]], -1
             )
             self._eigenvalues = torch.cat([self._eigenvalues, tail.expand(-1, missing)], -1)
             self._coefficients = torch.nn.functional.pad(self._coefficients, (0, missing))
         else:
-            self._basis = self._basis[..., :count].clone()
+            basis = self._basis[..., :count]
             self._eigenvalues = self._eigenvalues[:, :count].clone()
             self._coefficients = self._coefficients[:, :count].clone()
         self.tracked = count
         self._make_sums()
-        self._derive()
+        self._make_factors(basis)
 
     def _prepare_load(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         self.tracked = tensors[0]["basis"].shape[-1]

@@ -20,6 +20,7 @@ from dopr_lightning.preconditioner.coverage import find_coverage
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
+from dopr_lightning.preconditioner.replay import Replay
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
 from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions
@@ -150,6 +151,7 @@ class ActivationPreconditioner:
         )
         self._stacks = make_stacks(layers, options, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
+        self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
         self._capture = Capture(layers, self._count, lambda: self.collecting, self._audit)
@@ -183,8 +185,7 @@ class ActivationPreconditioner:
             if measure:
                 before = {name: gradient.clone() for name, gradient in self._gradients()}
             with _range("dopr::apply"):
-                for stack in self._stacks:
-                    stack.apply()
+                self._replay.apply(self._stacks)
             if measure:
                 self._alignment = {name: alignment(before[name], new) for name, new in self._gradients()}
         self._plan(refreshed)
@@ -338,13 +339,9 @@ class ActivationPreconditioner:
                 renewed.wait(position)
             gathering.wait()
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
-        # The one place where the host waits for the device: once per refresh, whatever the number of layers.
-        values = torch.cat([outcome.flatten().to(outcomes[0].device) for outcome in outcomes]).tolist()
         for stack, outcome in zip(list(stacks), outcomes, strict=True):
-            fields, blocks = outcome.shape
-            head, values = values[: fields * blocks], values[fields * blocks :]
-            failures = stack.accept([head[i * blocks : (i + 1) * blocks] for i in range(fields)], self._steps)
-            for failure in failures:
+            # Here the host waits for the device: so often per refresh as there are stacks, not layers.
+            for failure in stack.accept(outcome.tolist(), self._steps):
                 _report(failure, self._max_failures)
             for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
                 if rows == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
@@ -82,6 +82,14 @@ class Stack(ABC):
     def device(self) -> torch.device:
         """Where the layers are, and so the statistics."""
         return self.layers[0].weight.device
+
+    @property
+    def addresses(self) -> Hashable:
+        """What :meth:`apply` reads besides the gradients, if a refresh only changes what is there; None if it does not.
+
+        Launches that were recorded (:mod:`~dopr_lightning.preconditioner.replay`) can then be made again.
+        """
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,8 +238,13 @@ class Stack(ABC):
         return None
 
     @abstractmethod
-    def apply(self) -> None:
-        """Rewrite the layers' gradients."""
+    def apply(self, *, fixed: bool = False) -> None:
+        """Rewrite the layers' gradients.
+
+        Args:
+            fixed: Use no number that a refresh changes on the host, so that what is launched can be recorded. For
+                stacks with :attr:`addresses`.
+        """
 
     @abstractmethod
     def spectrum(self, index: int) -> Spectrum | None:

@@ -63,7 +63,7 @@ class WoodburyStack(Stack):
             exact.add_rows(layer, rows, self.counts[part])
         return exact
 
-    def apply(self) -> None:
+    def apply(self, *, fixed: bool = False) -> None:
         for index, (factor, part) in enumerate(zip(self._factors, self.slices, strict=True)):
             layer = self._dense(index)
             if factor is not None and layer.has_gradient:

@@ -287,6 +287,36 @@ def test_lowrank_is_exact_where_it_tracks_the_whole_space() -> None:
     torch.testing.assert_close(found, rewritten(gradient, covariance(x)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("solver", ["exact", "lowrank"])
+def test_what_can_be_recorded_reads_only_what_refreshes_change_in_place(solver: str) -> None:
+    """Nothing on the host: ranks and scales are made useless, addresses are not asked for again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False)).double()
+    ap = ActivationPreconditioner(model, solver=solver, ema=0.5, max_error=0.1, update_every=5)
+    addresses = []
+    for step in range(12):
+        model.zero_grad()
+        x = draw(step, 40, 64) * torch.arange(1, 65) ** -1.0
+        model(x).square().sum().backward()
+        before = [layer.weight.grad.clone() for layer in model]
+        ap.step()
+        expected = [layer.weight.grad.clone() for layer in model]
+        for layer, gradient in zip(model, before, strict=True):
+            layer.weight.grad.copy_(gradient)
+        for stack in ap._stacks:
+            spoiled = {"ranks": [1], "_scales": [float("nan")]} if solver == "lowrank" else {}
+            saved = {name: getattr(stack, name) for name in spoiled}
+            vars(stack).update(spoiled)
+            stack.apply(fixed=True)
+            vars(stack).update(saved)
+        for layer, gradient in zip(model, expected, strict=True):
+            torch.testing.assert_close(layer.weight.grad, gradient)
+        addresses.append([stack.addresses for stack in ap._stacks])
+    if solver == "lowrank":
+        assert addresses[-2] == addresses[-1]
+    assert all(address is not None for step in addresses for address in step)
+
+
 def test_lowrank_averages_over_refreshes_with_bias_correction() -> None:
     """Few rows each, so that what a batch sees differs from what their average sees."""
     model, ema, d = linear(40, 3), 0.8, 40
