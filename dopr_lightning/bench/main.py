@@ -49,12 +49,12 @@ def _measure(options: Any) -> None:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from dopr_lightning.bench.measure import threads
     from dopr_lightning.bench.report import plot, print_tables
     from dopr_lightning.bench.workloads import workloads
     from dopr_lightning.experiments.report import versions
     from dopr_lightning.experiments.runner import cores
     from dopr_lightning.experiments.trial import write_json
+    from dopr_lightning.threads import threads
 
     names = options.models.split(",") if options.models else QUICK if options.quick else None
     chosen = workloads(names, _sizes(options.batch) if options.batch else None)

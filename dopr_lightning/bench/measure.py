@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
@@ -187,14 +186,3 @@ def peak_bytes(arm: Arm, batch: Batch, held: int) -> int:
     assert results.kineto_results is not None
     changes = [event.nbytes() for event in results.kineto_results.events() if event.name() == "[memory]"]
     return held + sum(x.nbytes for x in tensors) + max(0, *itertools.accumulate(changes))
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
