@@ -54,7 +54,7 @@ def _measure(options: Any) -> None:
     from dopr_lightning.experiments.report import versions
     from dopr_lightning.experiments.runner import cores
     from dopr_lightning.experiments.trial import write_json
-    from dopr_lightning.threads import threads
+    from dopr_lightning.preconditioner.threads import threads
 
     names = options.models.split(",") if options.models else QUICK if options.quick else None
     chosen = workloads(names, _sizes(options.batch) if options.batch else None)

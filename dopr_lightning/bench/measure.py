@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dopr_lightning.bench.machine import synchronise
@@ -148,13 +149,14 @@ def phases(arm: Arm, batches: Sequence[Batch], *, length: int) -> dict[str, floa
         for _, batch in zip(range(length), itertools.cycle(batches), strict=False):
             arm.step(batch)
         synchronise(arm.device)
+    # A range shows up twice: on the host, which only queues the work of a GPU, and there.
+    on_gpu = arm.device.type == "cuda"
+    where = DeviceType.CUDA if on_gpu else DeviceType.CPU
     found = dict.fromkeys(PHASES, 0.0)
     for event in profiler.key_averages():
         phase = event.key.removeprefix("dopr::")
-        if event.key.startswith("dopr::") and phase in found:
-            # On a GPU the host only queues the work; the range itself shows up there, too.
-            total = event.device_time_total if arm.device.type == "cuda" else event.cpu_time_total
-            found[phase] += total / 1e6 / length
+        if event.key.startswith("dopr::") and phase in found and event.device_type == where:
+            found[phase] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6 / length
     return found
 
 

@@ -107,7 +107,7 @@ class ExactStack(Stack):
 
     @property
     def addresses(self) -> Hashable:
-        return None if self.factors else self.solution.data_ptr()
+        return self.solution.data_ptr() if self._allocated and not self.factors else None
 
     def apply(self, *, fixed: bool = False) -> None:
         for run in self._runs:

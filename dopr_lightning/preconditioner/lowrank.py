@@ -89,6 +89,8 @@ class LowRankStack(Stack):
 
     @property
     def addresses(self) -> Hashable:
+        if not self._allocated:
+            return None
         return self._left.data_ptr(), self._right.data_ptr(), self._inverse_floor.data_ptr(), self.tracked
 
     def apply(self, *, fixed: bool = False) -> None:

@@ -29,12 +29,16 @@ KEPT = 4
 """Recordings: which layers have a gradient may alternate between steps."""
 
 
+Task = tuple[tuple[Hashable, ...], ...]
+"""What a recording does, by stack: what it reads, which layers it rewrites, their parameters' shapes and dtypes."""
+
+
 class Replay:
     """Applies stacks; records those on a GPU that can be recorded when they are to do the same for the second time."""
 
     def __init__(self) -> None:
-        self._recordings: dict[Hashable, _Recording] = {}
-        self._last: Hashable = None
+        self._recordings: dict[Task, _Recording] = {}
+        self._last: Task = ()
         self._failed = False
 
     def apply(self, stacks: Sequence[Stack]) -> None:
@@ -59,9 +63,11 @@ class Replay:
             self._record(task, together, parameters)
         self._last = task
 
-    def _record(self, task: Hashable, stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> None:
-        if len(self._recordings) == KEPT:
-            self._recordings.clear()
+    def _record(self, task: Task, stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> None:
+        # What reads tensors that a stack has replaced will not be asked for again.
+        addresses = [part[0] for part in task]
+        kept = {other: r for other, r in self._recordings.items() if [part[0] for part in other] == addresses}
+        self._recordings = {} if len(kept) == KEPT else kept
         try:
             self._recordings[task] = _Recording(stacks, parameters)
         except RuntimeError as error:  # what else runs on this GPU may forbid it
@@ -116,8 +122,8 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _task(stack: Stack) -> Hashable:
-    """What the launches depend on besides numbers on the device."""
+def _task(stack: Stack) -> tuple[Hashable, ...]:
+    """What a stack's launches depend on besides numbers on the device."""
     active = tuple(
         layer.has_gradient and step is not None for layer, step in zip(stack.layers, stack.refreshed_at, strict=True)
     )

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dopr_lightning.threads import threads
+from dopr_lightning.preconditioner.threads import threads
 
 FRESH = 1 / 8
 """Share of the vectors that :func:`probe` draws anew.

@@ -107,7 +107,7 @@ def test_recorded_rewrites_follow_refreshes_new_ranks_and_missing_gradients(devi
             assert float((found - expected).norm()) <= 1e-5 * float(expected.norm()), (step, key)
         recordings.append(len(ap._replay._recordings))
     assert recordings[0] == 0
-    assert recordings[-1] >= 2  # with and without the last layer
+    assert max(recordings) >= 2  # with and without the last layer
     assert not launching._replay._recordings
 
 
