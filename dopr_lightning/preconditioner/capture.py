@@ -270,7 +270,8 @@ class _TapFunctionalLinear(TorchFunctionMode):
         return output
 
 
-# The same function, but for its own question whether a mode wants the call: that would come back here, without end.
+# The same function, but for its own question whether a mode wants the call: that would come back here, without end. It
+# sees torch.nn.functional as it was when this was imported.
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},
