@@ -87,8 +87,8 @@ def observed(preconditioner: ActivationPreconditioner) -> list[Planned]:
 def held_bytes(preconditioner: ActivationPreconditioner) -> int:
     """Bytes of all tensors that the preconditioner keeps between steps, each storage once."""
     storages: dict[int, int] = {}
-    for stack in preconditioner._stacks:
-        _collect(vars(stack), storages)
+    for part in (*preconditioner._stacks, preconditioner._replay):
+        _collect(vars(part), storages)
     return sum(storages.values())
 
 

@@ -14,8 +14,8 @@ a few vectors drawn anew (:func:`probe`); :func:`nystrom` makes the next U of it
 the approximation costs.
 
 Everything is pure and batched over a leading dimension B of covariances of one size. What is k x k or less is done on
-the host, where one of its eigenproblems takes 0.1 ms; on a GPU it takes 2 (H200), and its one launch after the other as
-long again. Calibrated by ``benchmarks/rank_and_error.py``.
+the host: an eigenproblem of that size takes a few tenths of a millisecond there and 2 on an H200, where each of the
+small operators around it costs a launch besides. Calibrated by ``benchmarks/rank_and_error.py``.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
     core, gram = torch.stack([(basis.mT @ image).double(), wide.mT @ wide]).cpu()
     trace = trace.cpu()
     good = trace.isfinite() & (trace > 0)
-    with threads(1):  # on more, eigenproblems of this size take twice as long (measured, MKL)
+    with threads(1):  # on two, eigenproblems from 64 x 64 on can take 2.5 times as long (measured, MKL)
         good, values, rotation = _solve_core(core, gram, good, shift)
     leading = (wide @ rotation.to(wide.device, non_blocking=True)).to(basis.dtype)
     if not good.all():
