@@ -132,10 +132,10 @@ def paired_intervals(
         if interval >= limits.least and time.perf_counter() - start > limits.budget:
             return
         totals = [0.0] * len(arms)
-        for first in range(0, length, turn):
+        for run in range(length // turn):
             some = [next(source) for _ in range(turn)]
             for place in range(len(arms)):
-                index = (place + first + interval) % len(arms)
+                index = (place + run + interval) % len(arms)
                 totals[index] += arms[index].seconds(some)
         yield [total / length for total in totals]
 

@@ -73,6 +73,12 @@ class Workload:
         return drawn
 
 
+def _attention(*projections: Tensor, heads: int) -> Tensor:
+    """Causal attention of queries, keys and values (B, T, width)."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projections)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
 class GPT2Block(nn.Module):
     """A block of GPT-2 small: attention of twelve heads with its maps in one, and an MLP, all with biases."""
 
@@ -85,10 +91,7 @@ class GPT2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, width) to (B, T, width)."""
-        parts = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(h.transpose(1, 2).flatten(2))
+        x = x + self.o(_attention(*self.qkv(self.norm1(x)).chunk(3, -1), heads=self.heads))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
@@ -106,9 +109,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, width) to (B, T, width)."""
         h = self.norm1(x)
-        q, k, v = (part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(h.transpose(1, 2).flatten(2))
+        x = x + self.o(_attention(self.q(h), self.k(h), self.v(h), heads=self.heads))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 

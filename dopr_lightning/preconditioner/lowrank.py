@@ -75,8 +75,7 @@ class LowRankStack(Stack):
         exact = ExactStack(self.layers, self.options)
         exact.adopt(self, self.inverse())
         if self._running is not None:
-            tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
-            above, tail = (self._eigenvalues - tail).to(self.device), tail.to(self.device)
+            above, tail = self._above_tail()
             leading = (self._basis * above[:, None]) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
             exact.adopt_average(self, leading + tail[..., None] * identity, self._running.weight)
@@ -208,12 +207,15 @@ class LowRankStack(Stack):
         """Image and trace of the average over refreshes, of which the past is known as basis, eigenvalues and tail."""
         assert self._running is not None
         share = self._running.share(valid)
-        tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
-        above, tail, past_trace = (
-            x.to(self.device, non_blocking=True) for x in (self._eigenvalues - tail, tail, self._trace)
-        )
+        above, tail = self._above_tail()
         past = tail[..., None] * test + self._basis @ (above[..., None] * (self._basis.mT @ test))
+        past_trace = self._trace.to(self.device, non_blocking=True)
         return torch.lerp(past, image, share[:, None, None]), torch.lerp(past_trace, trace, share)
+
+    def _above_tail(self) -> tuple[Tensor, Tensor]:
+        """On the device, by how much the eigenvalues exceed the mean of those not tracked, (B, k), and it, (B, 1)."""
+        tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
+        return (self._eigenvalues - tail).to(self.device, non_blocking=True), tail.to(self.device, non_blocking=True)
 
     def _derive(self) -> None:
         """Renew what :meth:`apply` reads, where it is: recorded launches (:mod:`.replay`) know it by its address."""

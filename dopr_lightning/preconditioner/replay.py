@@ -2,14 +2,15 @@
 
 A layer's rewrite is three to five launches, and for a small layer they take the host longer than the GPU: on an H200 4
 ms for the 50 layers of a 1-D U-Net, of which the GPU works 0.8. So they are recorded once as a CUDA graph, and then are
-one launch (0.1 ms of the host's time). A graph reads and writes fixed addresses and gradients have none, so it works on
-copies: two more passes over the gradients, which pay only where these are small.
+one launch: 0.1 ms of the host's time, and about as much to see that the same is asked for. A graph reads and writes
+fixed addresses and gradients have none, so it works on copies: two more passes over the gradients, which pay only where
+these are small.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +44,16 @@ class Replay:
 
     def apply(self, stacks: Sequence[Stack]) -> None:
         """Rewrite the gradients of all layers of ``stacks``."""
-        together = [] if self._failed else [stack for stack in stacks if _recordable(stack)]
-        parameters = list({id(p): p for stack in together for p in _parameters(stack)}.values())
+        together = {} if self._failed else {stack: _parameters(stack) for stack in stacks if _recordable(stack)}
+        parameters = list({id(p): p for own in together.values() for p in own}.values())
         if not _pays(together, parameters):
-            together = []
+            together = {}
         for stack in stacks:
             if stack not in together:
                 stack.apply()
         if not together:
             return
-        task = tuple(_task(stack) for stack in together)
+        task = tuple(_task(stack, own) for stack, own in together.items())
         recording = self._recordings.get(task)
         if recording is not None:
             recording.play(parameters)
@@ -63,7 +64,7 @@ class Replay:
             self._record(task, together, parameters)
         self._last = task
 
-    def _record(self, task: Task, stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> None:
+    def _record(self, task: Task, stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> None:
         # What reads tensors that a stack has replaced will not be asked for again.
         addresses = [part[0] for part in task]
         kept = {other: r for other, r in self._recordings.items() if [part[0] for part in other] == addresses}
@@ -78,7 +79,7 @@ class Replay:
 class _Recording:
     """The launches of ``stacks`` on copies of the gradients of ``parameters``."""
 
-    def __init__(self, stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> None:
         gradients = _gradients(parameters)
         self._copies = [torch.empty_like(gradient) for gradient in gradients]
         self._graph = torch.cuda.CUDAGraph()
@@ -101,13 +102,16 @@ class _Recording:
 
 
 def _recordable(stack: Stack) -> bool:
-    return stack.device.type == "cuda" and stack.device.index == torch.cuda.current_device() and bool(stack.addresses)
+    return (
+        stack.device.type == "cuda"
+        and stack.device.index == torch.cuda.current_device()
+        and stack.addresses is not None
+    )
 
 
-def _pays(stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> bool:
+def _pays(stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> bool:
     """Whether there is a gradient, all are dense tensors of this process alone, and small enough."""
-    gradients = [parameter.grad for parameter in parameters]
-    if any(g is None or g.layout != torch.strided or isinstance(g, DTensor) for g in gradients):
+    if any(g.layout != torch.strided or isinstance(g, DTensor) for g in _gradients(parameters)):
         return False
     entries = sum(parameter.numel() for parameter in parameters)
     return 0 < entries <= min(MOST, LARGEST * sum(len(stack.layers) for stack in stacks))
@@ -122,10 +126,10 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _task(stack: Stack) -> tuple[Hashable, ...]:
-    """What a stack's launches depend on besides numbers on the device."""
+def _task(stack: Stack, parameters: Sequence[nn.Parameter]) -> tuple[Hashable, ...]:
+    """What a stack's launches depend on besides numbers on the device; ``parameters`` are those it rewrites now."""
     active = tuple(
         layer.has_gradient and step is not None for layer, step in zip(stack.layers, stack.refreshed_at, strict=True)
     )
-    shapes = tuple((parameter.shape, parameter.dtype) for parameter in _parameters(stack))
+    shapes = tuple((parameter.shape, parameter.dtype) for parameter in parameters)
     return stack.addresses, active, shapes

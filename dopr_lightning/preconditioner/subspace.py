@@ -104,7 +104,7 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
         U, orthonormal, leading direction first, (B, d, k), in the dtype of ``basis``; and on the host its eigenvalues,
         (B, k), at least 0, in the dtype of ``trace``; and which blocks can be trusted, (B,). A block with NaN or
         infinity, with a trace of 0 or below, or with an image that no covariance has (not positive semidefinite,
-        beyond rounding) cannot; its U is ``basis``, and its eigenvalues are 0. Waits for the device once.
+        beyond rounding) cannot; its U is ``basis``, and its eigenvalues are 0. The host waits for the device.
     """
     # In units of the trace. The shift keeps the core definite where the image has fewer dimensions than columns, and
     # where its rows were rounded to TF32 or bfloat16; directions below it cannot be told apart and need not be.
