@@ -108,7 +108,7 @@ def layer_cost(shape: Shape, method: Method, *, itemsize: int = 4) -> Cost:
             gathered=itemsize * d * d + COUNT,
         )
     if method.solver == "lowrank":
-        small = 2 * k + 3  # eigenvalues and coefficients; trace, its sum, floor
+        small = 2 * k + 6  # eigenvalues and coefficients; trace and its sum, floor and its inverse, error, weight
         return _times(
             shape.blocks,
             statistics=statistics_flops(n, d, k),

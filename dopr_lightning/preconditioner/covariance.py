@@ -13,12 +13,12 @@ from torch import Tensor
 DampingScale = Literal["trace", "mean"]
 
 
-def damping_values(trace: Tensor, dim: int, gamma: float, scale: DampingScale) -> Tensor:
+def damping_values(trace: Tensor, dim: int | Tensor, gamma: float, scale: DampingScale) -> Tensor:
     r"""The damping :math:`\lambda` per covariance.
 
     Args:
         trace: Traces of the covariances, any shape.
-        dim: Their size d.
+        dim: Their size d, or each one's.
         gamma: Relative damping.
         scale: ``"trace"`` for :math:`\gamma \operatorname{tr} \Sigma`, which grows like the largest eigenvalue as the
             layer widens, so that a gamma tuned narrow keeps its meaning wide; ``"mean"`` for

@@ -10,21 +10,23 @@ and backward whatever the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from dopr_lightning.preconditioner.covariance import RunningMean, mean_over_rows, usable
+from dopr_lightning.preconditioner.covariance import damping_values, usable
 from dopr_lightning.preconditioner.exact import ExactStack
-from dopr_lightning.preconditioner.inverse import keep_last_good
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import (
+    SHIFT,
     coefficients,
-    nystrom,
+    core_eigenpairs,
     probe,
+    products,
     random_basis,
     relative_error,
     required_rank,
@@ -74,11 +76,11 @@ class LowRankStack(Stack):
         """A stack with full covariances for the same layers, with the inverses and the average of this one."""
         exact = ExactStack(self.layers, self.options)
         exact.adopt(self, self.inverse())
-        if self._running is not None:
-            above, tail = self._above_tail()
+        if self.options.ema:
+            above, tail = (part.to(self.device) for part in _above_tail(self._eigenvalues, self._trace, self.dim))
             leading = (self._basis * above[:, None]) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-            exact.adopt_average(self, leading + tail[..., None] * identity, self._running.weight)
+            exact.adopt_average(self, leading + tail[..., None] * identity, self._weight.to(self.device))
         return exact
 
     def inverse(self) -> Tensor:
@@ -104,6 +106,27 @@ class LowRankStack(Stack):
             gradient = layer.gradient().to(self.dtype)
             layer.write(subtract_low_rank(gradient, self._left[part, :r].mT, self._right[part, :r], scale))
 
+    @classmethod
+    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> list[Tensor]:
+        stacks = [stack for stack, _ in due]
+        facts: dict[LowRankStack, Tensor] = {}
+        for device in dict.fromkeys(stack.device for stack in stacks):
+            there = [stack for stack in stacks if stack.device == device]
+            sizes = [stack.blocks for stack in there]
+            # Here the host waits for the device, and once more for what is projected.
+            facts |= zip(
+                there, torch.cat([stack.facts() for stack in there], dim=1).cpu().split(sizes, dim=1), strict=True
+            )
+        alike: dict[Hashable, list[LowRankStack]] = {}
+        for stack in stacks:
+            alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
+        renewals = [_Renewal(members, [facts[stack] for stack in members]) for members in alike.values()]
+        outcomes = {stack: outcome for renewal in renewals for stack, outcome in renewal.solve()}
+        return [outcomes[stack] for stack in stacks]
+
+    def refresh(self, share: slice) -> Tensor:
+        return self.refresh_all([(self, share)])[0]
+
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         failed = super().accept(outcome, step)
         _, _, _, scales, errors, ranks, needed, ample = outcome
@@ -128,17 +151,20 @@ class LowRankStack(Stack):
         return spectrum_of_eigenvalues(torch.cat([values, tail], dim=1).sort(-1)[0])
 
     def _allocate(self) -> None:
-        def on_host(*shape: int) -> Tensor:
-            return torch.zeros(self.blocks, *shape, dtype=self.dtype)
-
         basis = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
-        self._eigenvalues, self._coefficients = on_host(self.tracked), on_host(self.tracked)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
-        self._trace, self._floor, self._error = on_host(), 1 + on_host(), on_host() + math.nan
+        known = torch.zeros(self.blocks, 2 * self.tracked + 4, dtype=self.dtype)
+        known[:, -3], known[:, -2] = 1, math.nan
         self._inverse_floor = torch.ones(self.blocks, dtype=self.dtype, device=self.device)
-        self._running = RunningMean(self._inverse_floor, self.options.ema) if self.options.ema else None
+        self._know(known)
         self._make_sums()
         self._make_factors(basis)
+
+    def _know(self, known: Tensor) -> None:
+        """Take over what is known of the covariances, on the host: :meth:`_fields` side by side, (B, 2 k + 4)."""
+        self._known = known
+        self._eigenvalues, self._coefficients, *rest = _fields(known, self.tracked)
+        self._trace, self._floor, self._error, self._weight = rest
 
     def _make_sums(self) -> None:
         """One buffer for image and trace, so that they are one message between ranks."""
@@ -152,7 +178,7 @@ class LowRankStack(Stack):
         self._left = basis.mT.contiguous()
         self._basis = self._left.mT
         self._right = torch.empty_like(self._left)
-        self._derive()
+        self._derive(_derived(self._known, self.tracked).to(self.device))
 
     def _clear(self) -> None:
         self._sums.zero_()
@@ -165,63 +191,48 @@ class LowRankStack(Stack):
         self._trace_sums[part].addcmul_(norms, norms)
         return count
 
-    def refresh(self, share: slice) -> Tensor:
-        mean_over_rows(self._image, self.counts)
-        mean_over_rows(self._trace_sums, self.counts)
-        test, image, trace = self._test.mT, self._image.mT, self._trace_sums
-        valid = usable(self.counts, trace)
-        new_trace = trace
-        if self._running is not None:
-            image, new_trace = self._blend(test, image, trace, valid)
-        basis, eigenvalues, good = nystrom(test, image, new_trace)
-        # What follows is small, and done on the host.
-        facts = torch.stack([self.counts.double(), trace.double(), valid.double(), new_trace.double()]).cpu()
-        new_trace = facts[3].to(self.dtype)
-        damping = self._damping(new_trace)
-        good = good & facts[2].bool() & (1 / damping).isfinite()
-        # Any numbers will do where nothing can be trusted: such blocks keep what they have.
-        safe_trace, damping = torch.where(good, new_trace, 1), torch.where(good, damping, 1)
-        eigenvalues = torch.where(good[:, None], eigenvalues, 0)
-        error = relative_error(eigenvalues, safe_trace, damping, self.dim)
-        needed = required_rank(error, self.options.max_error)
-        # Directions are dropped only if the others do twice as well as they must, so that they do not come back.
-        ample = required_rank(error, self.options.max_error / 2)
-        # Multiples of 8 take less time than the fewer directions they replace.
-        rank = (-(-needed // 8) * 8).clamp(max=self.tracked)
-        new_coefficients, floor = coefficients(eigenvalues, safe_trace, damping, self.dim, rank)
-        for new, last in (
-            (basis, self._basis),
-            (eigenvalues, self._eigenvalues),
-            (new_coefficients, self._coefficients),
-            (safe_trace, self._trace),
-            (floor, self._floor),
-            (error.gather(1, rank[:, None])[:, 0], self._error),
-        ):
-            keep_last_good(new, last, good)
-        self._derive()
-        needed, ample = torch.where(good, needed, 0), torch.where(good, ample, 0)
-        fields = [*facts[:2], good, 1 / self._floor, self._error, rank, needed, ample]
-        return torch.stack([field.double() for field in fields])
+    def facts(self) -> Tensor:
+        """Rows and sums of their squares, on the device, (2, B)."""
+        return torch.stack([self.counts.double(), self._trace_sums.double()])
 
-    def _blend(self, test: Tensor, image: Tensor, trace: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and trace of the average over refreshes, of which the past is known as basis, eigenvalues and tail."""
-        assert self._running is not None
-        share = self._running.share(valid)
-        above, tail = self._above_tail()
-        past = tail[..., None] * test + self._basis @ (above[..., None] * (self._basis.mT @ test))
-        past_trace = self._trace.to(self.device, non_blocking=True)
-        return torch.lerp(past, image, share[:, None, None]), torch.lerp(past_trace, trace, share)
+    def project(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The image of the test vectors under the average over refreshes, of which the past is known as eigenpairs.
 
-    def _above_tail(self) -> tuple[Tensor, Tensor]:
-        """On the device, by how much the eigenvalues exceed the mean of those not tracked, (B, k), and it, (B, 1)."""
-        tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
-        return (self._eigenvalues - tail).to(self.device, non_blocking=True), tail.to(self.device, non_blocking=True)
+        Args:
+            numbers: The factors of this refresh's sums, of the identity, and of each direction, (B, 2 + k).
 
-    def _derive(self) -> None:
+        Returns:
+            The image in float64, transposed, (B, k, d), and its :func:`~.subspace.products`.
+        """
+        image = self._test * numbers[:, 1, None, None]
+        image.addcmul_(self._image, numbers[:, :1, None])
+        if self.options.ema:
+            image.baddbmm_((self._test @ self._basis).mul_(numbers[:, None, 2:]), self._left)
+        image = image.double()
+        return image, products(self._test.mT, image.mT)
+
+    def renew(self, image: Tensor, rotation: Tensor, known: Tensor, derived: Tensor, good: Tensor | None) -> None:
+        """Take over a new basis, :meth:`project`'s image rotated, and what is known of it.
+
+        Args:
+            image: (B, k, d).
+            rotation: (B, k, k).
+            known: Rows for :meth:`_know`.
+            derived: :func:`_derived` from them, on the device.
+            good: Which blocks are new, (B,), on the device; None for all.
+        """
+        basis = rotation.mT @ image
+        if good is None:
+            self._left.copy_(basis)
+        else:
+            torch.where(good[:, None, None], basis.to(self.dtype), self._left, out=self._left)
+        self._known.copy_(known)
+        self._derive(derived)
+
+    def _derive(self, derived: Tensor) -> None:
         """Renew what :meth:`apply` reads, where it is: recorded launches (:mod:`.replay`) know it by its address."""
-        self._inverse_floor.copy_(1 / self._floor, non_blocking=True)
-        scale = (self._coefficients / self._floor[:, None]).to(self.device, non_blocking=True)
-        torch.mul(scale[..., None], self._left, out=self._right)
+        self._inverse_floor.copy_(derived[:, -1])
+        torch.mul(derived[:, :-1, None], self._left, out=self._right)
 
     def _fit_tracked(self, needed: int, ample: int) -> None:
         """Track more directions if the tolerance asks for them, fewer if that leaves it far away."""
@@ -233,22 +244,20 @@ class LowRankStack(Stack):
 
     def _track(self, count: int) -> None:
         missing = count - self.tracked
+        eigenvalues, coefficients = self._eigenvalues[:, :count], self._coefficients[:, :count]
+        basis = self._basis[..., :count]
         if missing > 0:
-            tail = tail_mean(self._eigenvalues, self._trace, self.dim)[:, -1:]
+            _, tail = _above_tail(self._eigenvalues, self._trace, self.dim)
             fresh = random_basis(
                 self.blocks, self.dim, count, seed=self.dim + count, device=self.device, dtype=self.dtype
             )
             # Orthonormal columns that complete the basis, whose own columns come out first and up to their signs.
-            basis = torch.cat(
-                [self._basis, torch.linalg.qr(torch.cat([self._basis, fresh], -1))[0][..., self.tracked : count]], -1
-            )
-            self._eigenvalues = torch.cat([self._eigenvalues, tail.expand(-1, missing)], -1)
-            self._coefficients = torch.nn.functional.pad(self._coefficients, (0, missing))
-        else:
-            basis = self._basis[..., :count]
-            self._eigenvalues = self._eigenvalues[:, :count].clone()
-            self._coefficients = self._coefficients[:, :count].clone()
+            completed = torch.linalg.qr(torch.cat([basis, fresh], -1))[0]
+            basis = torch.cat([basis, completed[..., self.tracked : count]], -1)
+            eigenvalues = torch.cat([eigenvalues, tail.expand(-1, missing)], -1)
+            coefficients = torch.nn.functional.pad(coefficients, (0, missing))
         self.tracked = count
+        self._know(torch.cat([eigenvalues, coefficients, self._known[:, -4:]], -1))
         self._make_sums()
         self._make_factors(basis)
 
@@ -259,7 +268,7 @@ class LowRankStack(Stack):
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
         super().load_state_dict(state)
-        self._derive()
+        self._derive(_derived(self._known, self.tracked).to(self.device))
         self._scales = (1 / self._floor).tolist()
         self.errors = [float(self._error[part].max()) for part in self.slices]
         ranks = self._coefficients.count_nonzero(-1).tolist()
@@ -275,6 +284,98 @@ class LowRankStack(Stack):
             "floor": self._floor,
             "error": self._error,
         }
-        if self._running is not None:
-            tensors["weight"] = self._running.weight
+        if self.options.ema:
+            tensors["weight"] = self._weight
         return {name: tensor[part] for name, tensor in tensors.items()}
+
+
+class _Renewal:
+    """One refresh of stacks on one device that track equally many directions.
+
+    What is a number or k x k per covariance is done on the host, for all of them at once: stack by stack it would be
+    some 300 small operators each, which take 8 us a piece between larger ones (measured, CPU).
+
+    Args:
+        stacks: Their projections are queued.
+        facts: :meth:`LowRankStack.facts` of each, on the host.
+    """
+
+    def __init__(self, stacks: Sequence[LowRankStack], facts: Sequence[Tensor]) -> None:
+        self.stacks = stacks
+        self.device, self.dtype = stacks[0].device, stacks[0].dtype
+        self.tracked, self.options = stacks[0].tracked, stacks[0].options
+        self.sizes = [stack.blocks for stack in stacks]
+        self.dims = torch.tensor([stack.dim for stack in stacks]).repeat_interleave(torch.tensor(self.sizes))
+        self.last = torch.cat([stack._known for stack in stacks]).double()
+        self.rows, sums = torch.cat(list(facts), dim=1)
+        self.seen = sums / self.rows.clamp(min=1)
+        # The mean over refreshes, corrected for the zero it starts from as in Adam; without ema, this one alone.
+        eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
+        self.weight = self.options.ema * weight + (1 - self.options.ema)
+        share = (1 - self.options.ema) / self.weight
+        self.trace = torch.lerp(trace, self.seen, share)
+        self.valid = usable(self.rows, self.seen) & (self.trace > torch.finfo(self.dtype).tiny)
+        scale = torch.where(self.valid, self.trace, 1)
+        above, tail = _above_tail(eigenvalues, trace, self.dims)
+        past = ((1 - share) / scale)[:, None]
+        present = (share / scale / self.rows.clamp(min=1))[:, None]
+        numbers = torch.cat([present, past * tail + SHIFT, past * above], dim=1).to(self.dtype)
+        self.images, cores = zip(*map(LowRankStack.project, stacks, self._upload(numbers)), strict=True)
+        self.products = torch.cat(cores, dim=1)
+
+    def solve(self) -> Iterable[tuple[LowRankStack, Tensor]]:
+        """Renew the stacks; returns what their :meth:`LowRankStack.accept` is told."""
+        options = self.options
+        values, rotation, good = core_eigenpairs(self.products.cpu(), self.valid, idle=self.device.type != "cpu")
+        damping = damping_values(self.trace, self.dims, options.damping, options.damping_scale)
+        good = good & (1 / damping).to(self.dtype).isfinite()
+        # Any numbers will do where nothing can be trusted: such blocks keep what they have.
+        trace, damping = torch.where(good, self.trace, 1), torch.where(good, damping, 1)
+        eigenvalues = torch.where(good[:, None], values * trace[:, None], 0)
+        error = relative_error(eigenvalues, trace, damping, self.dims)
+        needed = required_rank(error, options.max_error)
+        # Directions are dropped only if the others do twice as well as they must, so that they do not come back.
+        ample = required_rank(error, options.max_error / 2)
+        # Multiples of 8 take less time than the fewer directions they replace.
+        rank = (-(-needed // 8) * 8).clamp(max=self.tracked)
+        c, floor = coefficients(eigenvalues, trace, damping, self.dims, rank)
+        numbers = torch.stack([trace, floor, error.gather(1, rank[:, None])[:, 0], self.weight], dim=1)
+        new = torch.cat([eigenvalues, c, numbers], dim=1)
+        known = torch.where(good[:, None], new, self.last).to(self.dtype)
+        derived = _derived(known, self.tracked)
+        renewed = [None] * len(self.stacks) if good.all() else self._upload(good)
+        parts = zip(
+            self.stacks,
+            self.images,
+            self._upload(rotation),
+            known.split(self.sizes),
+            self._upload(derived),
+            renewed,
+            strict=True,
+        )
+        for stack, *part in parts:
+            stack.renew(*part)
+        facts = [self.rows, self.seen, good, derived[:, -1], known[:, -2], rank, needed * good, ample * good]
+        outcomes = torch.stack([fact.double() for fact in facts])
+        return zip(self.stacks, outcomes.split(self.sizes, dim=1), strict=True)
+
+    def _upload(self, numbers: Tensor) -> Sequence[Tensor]:
+        """To the device in one piece, and there each stack's part."""
+        return numbers.to(self.device, non_blocking=True).split(self.sizes)
+
+
+def _fields(known: Tensor, tracked: int) -> tuple[Tensor, ...]:
+    """Eigenvalues and coefficients, (B, k); trace, floor lambda', certified error, and weight of the average, (B,)."""
+    return known[:, :tracked], known[:, tracked : 2 * tracked], *known[:, 2 * tracked :].unbind(-1)
+
+
+def _derived(known: Tensor, tracked: int) -> Tensor:
+    """What the update multiplies with: each direction's coefficient by the floor, and 1 by it, (B, k + 1)."""
+    _, coefficients, _, floor, *_ = _fields(known, tracked)
+    return torch.nn.functional.pad(coefficients, (0, 1), value=1) / floor[:, None]
+
+
+def _above_tail(eigenvalues: Tensor, trace: Tensor, dim: int | Tensor) -> tuple[Tensor, Tensor]:
+    """By how much the eigenvalues exceed the mean of those not tracked, (B, k), and that, (B, 1)."""
+    tail = tail_mean(eigenvalues, trace, dim)[:, -1:]
+    return eigenvalues - tail, tail

@@ -325,12 +325,18 @@ class ActivationPreconditioner:
             reduction = Reduction([*(s.counts for s in stacks), *(s.sums for s in stacks)], self._group)
         shares = assign([s.blocks for s in stacks], [s.cost for s in stacks], world_size(self._group))
         mine = [share[rank(self._group)] for share in shares]
-        outcomes = []
-        with _range("dopr::solve"):
+
+        def due(kind: type[Stack]) -> Iterator[tuple[Stack, slice]]:
             for index, stack in enumerate(stacks):
-                reduction.wait(index)
-                reduction.wait(len(stacks) + index)
-                outcomes.append(stack.refresh(mine[index]))
+                if type(stack) is kind:
+                    reduction.wait(index)
+                    reduction.wait(len(stacks) + index)
+                    yield stack, mine[index]
+
+        with _range("dopr::solve"):
+            kinds = dict.fromkeys(type(stack) for stack in stacks)
+            results = {kind: iter(kind.refresh_all(due(kind))) for kind in kinds}
+        outcomes = [next(results[type(stack)]) for stack in stacks]
         with _range("dopr::reduce"):
             shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
             gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], self._group)

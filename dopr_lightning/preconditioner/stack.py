@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -149,9 +149,14 @@ class Stack(ABC):
             share: The blocks whose inverses this rank computes; the others' come from other ranks.
 
         Returns:
-            What :meth:`accept` needs to know on the host, (fields, blocks) in float64 on the device. Fields 0 to 2
-            are the rows, the trace of the covariance, and whether this rank has renewed the inverse.
+            What :meth:`accept` needs to know on the host, (fields, blocks) in float64, mostly on the device. Fields
+            0 to 2 are the rows, the trace of the covariance, and whether this rank has renewed the inverse.
         """
+
+    @classmethod
+    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> list[Tensor]:
+        """:meth:`refresh` of stacks of this kind, each with its share: its sums have arrived when ``due`` yields it."""
+        return [stack.refresh(share) for stack, share in due]
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         """Note what a refresh brought.

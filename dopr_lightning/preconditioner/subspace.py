@@ -13,9 +13,10 @@ others,
 a few vectors drawn anew (:func:`probe`); :func:`nystrom` makes the next U of it, and :func:`relative_error` says what
 the approximation costs.
 
-Everything is pure and batched over a leading dimension B of covariances of one size. What is k x k or less is done on
-the host: an eigenproblem of that size takes a few tenths of a millisecond there and 2 on an H200, where each of the
-small operators around it costs a launch besides. Calibrated by ``benchmarks/rank_and_error.py``.
+Everything is pure and batched over a leading dimension B of covariances, of one size where matrices with d rows are
+concerned. What is k x k or less is done on the host: an eigenproblem of that size takes a few tenths of a millisecond
+there and 2 on an H200, where each of the small operators around it costs a launch besides. Calibrated by
+``benchmarks/rank_and_error.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dopr_lightning.preconditioner.threads import threads
+from dopr_lightning.preconditioner.threads import side_by_side, threads
 
 FRESH = 1 / 8
 """Share of the vectors that :func:`probe` draws anew.
@@ -33,6 +34,11 @@ Subspace iteration never sees a direction orthogonal to its subspace, such as th
 far, and neither would the certificate. On Humanoid an eighth halves the worst error (rank 48: 0.19 to 0.09) and adds a
 tenth to the median (0.034 to 0.038).
 """
+
+SHIFT = 100 * torch.finfo(torch.float32).eps
+"""Added to a covariance in units of its trace, so that the core of its image is definite even where the image has fewer
+dimensions than columns, and where its rows were rounded to TF32 or bfloat16. Directions below it cannot be told apart
+and need not be."""
 
 TRUSTED = 3 / 4
 """The eigenvalue at this share of the rank bounds what was left out.
@@ -106,62 +112,79 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
         infinity, with a trace of 0 or below, or with an image that no covariance has (not positive semidefinite,
         beyond rounding) cannot; its U is ``basis``, and its eigenvalues are 0. The host waits for the device.
     """
-    # In units of the trace. The shift keeps the core definite where the image has fewer dimensions than columns, and
-    # where its rows were rounded to TF32 or bfloat16; directions below it cannot be told apart and need not be.
-    shift = 100 * torch.finfo(torch.float32).eps
-    scale = torch.where(trace.isfinite() & (trace > 0), trace, 1)
-    image = (image / scale[:, None, None]).add_(basis, alpha=shift)
-    # Float64 for what is orthonormal only by cancellation, products of the image with itself and the new vectors, and
-    # for all that is k x k.
-    wide = image.double()
-    core, gram = torch.stack([(basis.mT @ image).double(), wide.mT @ wide]).cpu()
-    trace = trace.cpu()
     good = trace.isfinite() & (trace > 0)
-    with threads(1):  # on two, eigenproblems from 64 x 64 on can take 2.5 times as long (measured, MKL)
-        good, values, rotation = _solve_core(core, gram, good, shift)
-    leading = (wide @ rotation.to(wide.device, non_blocking=True)).to(basis.dtype)
-    if not good.all():
-        leading = torch.where(good.to(basis.device)[:, None, None], leading, basis)
-    eigenvalues = torch.where(good[:, None], (values - shift).clamp(min=0) * trace[:, None], 0)
-    return leading, eigenvalues.to(trace.dtype), good
+    scale = torch.where(good, trace, 1)[:, None, None]
+    image = (image / scale).add_(basis, alpha=SHIFT).double()
+    values, rotation, good = core_eigenpairs(products(basis, image).cpu(), good.cpu())
+    leading = (image @ rotation.to(image.device)).to(basis.dtype)
+    leading = torch.where(good.to(basis.device)[:, None, None], leading, basis)
+    return leading, torch.where(good[:, None], values * trace.cpu()[:, None], 0).to(trace.dtype), good
 
 
-def _solve_core(core: Tensor, gram: Tensor, good: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What is k x k of :func:`nystrom`, in float64: which blocks are good, eigenvalues, and U by way of the image."""
-    factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
-    # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
-    good = good & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-    # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
-    identity = torch.eye(core.shape[-1], dtype=core.dtype)
-    factor = torch.where(good[:, None, None], factor, identity)
-    gram = torch.where(good[:, None, None], gram, identity)
-    # With root = image factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
-    half = torch.linalg.solve_triangular(factor, gram, upper=False)
-    small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
-    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
-    values, rotation = values.flip(-1), rotation.flip(-1)
-    rotation = rotation / values.clamp(min=shift / 2).sqrt()[:, None, :]
-    return good, values, torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
+def products(basis: Tensor, image: Tensor) -> Tensor:
+    r"""What :func:`core_eigenpairs` needs to know of an image.
+
+    Args:
+        basis: V, (B, d, k).
+        image: Y, that of V under :math:`\Sigma / \operatorname{tr} \Sigma +` :data:`SHIFT`, (B, d, k), in float64:
+            U is orthonormal only by cancellation in products of it with itself and with the new vectors.
+
+    Returns:
+        :math:`V^\top Y` and :math:`Y^\top Y`, (2, B, k, k), in float64.
+    """
+    return torch.stack([(basis.mT @ image.to(basis.dtype)).double(), image.mT @ image])
 
 
-def tail_mean(eigenvalues: Tensor, trace: Tensor, dim: int) -> Tensor:
+def core_eigenpairs(products: Tensor, valid: Tensor, *, idle: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What is k x k of :func:`nystrom`, on the host and in float64.
+
+    Args:
+        products: :func:`products`' core and Gram matrices, (2, B, k, k).
+        valid: Blocks to look at, (B,).
+        idle: Whether the host has nothing else to do meanwhile: its threads share the eigenproblems then.
+
+    Returns:
+        Eigenvalues of the approximation in units of the trace, descending, at least 0, (B, k); the matrices R with
+        which U is Y R, (B, k, k); and which blocks can be trusted, (B,).
+    """
+    core, gram = products
+    cores = torch.get_num_threads()
+    with threads(1):  # more of them take longer, with matrices as small as these
+        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
+        good = valid & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+        if not good.all():
+            # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
+            identity = torch.eye(core.shape[-1], dtype=core.dtype)
+            factor = torch.where(good[:, None, None], factor, identity)
+            gram = torch.where(good[:, None, None], gram, identity)
+        # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
+        half = torch.linalg.solve_triangular(factor, gram, upper=False)
+        small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
+        values, rotation = side_by_side(torch.linalg.eigh, (small + small.mT) / 2, cores if idle else 1)
+        values, rotation = values.flip(-1), rotation.flip(-1)
+        rotation = rotation / values.clamp(min=SHIFT / 2).sqrt()[:, None, :]
+        rotation = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
+    return (values - SHIFT).clamp(min=0), rotation, good
+
+
+def tail_mean(eigenvalues: Tensor, trace: Tensor, dim: int | Tensor) -> Tensor:
     r""":math:`\mu_r`, the mean of the eigenvalues that rank r leaves out, for every r.
 
     Args:
         eigenvalues: s, descending, (B, k).
         trace: (B,).
-        dim: d.
+        dim: d, one number or one per block, (B,).
 
     Returns:
         (B, k + 1), for r = 0 .. k; 0 for r = d.
     """
-    k = eigenvalues.shape[-1]
-    left = dim - torch.arange(k + 1, device=eigenvalues.device)
+    left = _column(dim) - torch.arange(eigenvalues.shape[-1] + 1, device=eigenvalues.device)
     return _remainder(eigenvalues, trace, dim) / left.clamp(min=1)
 
 
 def coefficients(
-    eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int, rank: int | Tensor
+    eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int | Tensor, rank: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""What the update :math:`\hat M = (G - G U \operatorname{diag}(c) U^\top) / \lambda'` needs.
 
@@ -169,7 +192,7 @@ def coefficients(
         eigenvalues: s, descending, (B, k).
         trace: (B,).
         damping: :math:`\lambda`, positive, (B,).
-        dim: d.
+        dim: d, one number or one per block, (B,).
         rank: How many directions r <= k to use: one number, or one per block, (B,).
 
     Returns:
@@ -184,7 +207,7 @@ def coefficients(
     return torch.where(torch.arange(k, device=eigenvalues.device) < used, c, 0), rest[:, 0]
 
 
-def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int) -> Tensor:
+def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int | Tensor) -> Tensor:
     r"""Certificate: a bound on the expected :math:`\|\hat M - M\|_F / \|M\|_F` of every rank r <= k.
 
     :math:`\hat M - M` is G times a matrix with the eigenvectors of :math:`\Sigma` and, along those left out, the
@@ -216,7 +239,7 @@ def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int
         eigenvalues: s, descending, (B, k).
         trace: (B,).
         damping: :math:`\lambda`, (B,).
-        dim: d.
+        dim: d, one number or one per block, (B,).
 
     Returns:
         (B, k + 1), for r = 0 .. k. NaN where the trace is 0.
@@ -224,16 +247,20 @@ def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int
     k = eigenvalues.shape[-1]
     # In units of the trace: squares of 1 / lambda would overflow in float32.
     eigenvalues, damping, trace = eigenvalues / trace[:, None], damping / trace, trace / trace
-    lam, mu, s = damping[:, None, None], tail_mean(eigenvalues, trace, dim)[..., None], eigenvalues[:, None, :]
-    outside, ceiling = _remainder(eigenvalues, trace, dim)[:, None, -1:], _ceiling(eigenvalues)[:, None, None]
-    skipped = torch.arange(k, device=s.device) >= torch.arange(k + 1, device=s.device)[:, None]
-    known = (skipped * s * _inverse_error(s, mu, lam) ** 2).sum(-1, keepdim=True)
+    lam, mu, s = damping[:, None], tail_mean(eigenvalues, trace, dim), eigenvalues
+    outside, ceiling = _remainder(eigenvalues, trace, dim)[:, -1:], _ceiling(eigenvalues)[:, None]
+    # The sum of s (s - mu_r)^2 / (s + lambda)^2 over the directions skipped, for every r, multiplied out.
+    weight = s / (s + lam) ** 2
+    first, second, third = (_sum_from(weight * s**power) for power in range(3))
+    known = (third - 2 * mu * second + mu**2 * first).clamp(min=0) / (lam + mu) ** 2
     high, low = _inverse_error(ceiling, mu, lam) ** 2, (mu / (lam * (lam + mu))) ** 2
     slope = mu + 3 * lam
     peak = 2 * mu * lam / (slope + (slope**2 + 4 * mu * lam).sqrt())  # of sigma e(sigma)^2 below mu
-    hump = torch.minimum((dim - k) * peak * _inverse_error(peak, mu, lam) ** 2, outside * (low - high).clamp(min=0))
-    norm = (s / (s + lam) ** 2).sum(-1, keepdim=True) + outside / (ceiling + lam) ** 2
-    return ((known + outside * high + hump) / norm).sqrt()[..., 0]
+    hump = torch.minimum(
+        (_column(dim) - k) * peak * _inverse_error(peak, mu, lam) ** 2, outside * (low - high).clamp(min=0)
+    )
+    norm = first[:, :1] + outside / (ceiling + lam) ** 2
+    return ((known + outside * high + hump) / norm).sqrt()
 
 
 def worst_case_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int) -> Tensor:
@@ -276,12 +303,22 @@ def _inverse_error(sigma: Tensor, mu: Tensor, damping: Tensor) -> Tensor:
     return (sigma - mu) / ((damping + mu) * (sigma + damping))
 
 
+def _sum_from(terms: Tensor) -> Tensor:
+    """Sums of the terms from r on, (B, k + 1), for r = 0 .. k."""
+    return F.pad(terms, (0, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
 def _ceiling(eigenvalues: Tensor) -> Tensor:
     """What the eigenvalues outside are taken not to exceed, (B,)."""
     return eigenvalues[:, max(int(TRUSTED * eigenvalues.shape[-1]), 1) - 1]
 
 
-def _remainder(eigenvalues: Tensor, trace: Tensor, dim: int) -> Tensor:
+def _remainder(eigenvalues: Tensor, trace: Tensor, dim: int | Tensor) -> Tensor:
     """The trace outside the first r directions, (B, k + 1); rounding makes it neither negative nor more than 0 at d."""
     remainder = (trace[:, None] - F.pad(eigenvalues, (1, 0)).cumsum(-1)).clamp(min=0)
-    return torch.where(torch.arange(remainder.shape[-1], device=trace.device) < dim, remainder, 0)
+    return torch.where(torch.arange(remainder.shape[-1], device=trace.device) < _column(dim), remainder, 0)
+
+
+def _column(numbers: int | Tensor) -> int | Tensor:
+    """One per block, to go with what has a column more."""
+    return numbers[..., None] if isinstance(numbers, Tensor) else numbers

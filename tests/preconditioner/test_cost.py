@@ -52,13 +52,14 @@ SHAPE = Shape("w", blocks=2, m=3, dim=4, rows=5)
             ),
         ),
         (
-            # basis, its derived rows, image, probe: 4 x 2 each; 2 eigenvalues, 2 coefficients, 2 traces, a floor
+            # basis, its derived rows, image, probe: 4 x 2 each; 2 eigenvalues, 2 coefficients, 2 traces, 2 floors,
+            # an error, a weight
             Method("lowrank", tracked=2, rank=1),
             Cost(
                 statistics=2 * (2 * 5 * 4 * 2 * 2),
                 solve=2 * (8 * 4 * 2 * 2),
                 apply=2 * (2 * 3 * 4 * 1 * 2),
-                held=2 * (4 * (4 * 8 + 7) + 8),
+                held=2 * (4 * (4 * 8 + 10) + 8),
                 summed=2 * (4 * (8 + 1) + 8),
                 gathered=0,
             ),

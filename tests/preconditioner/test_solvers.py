@@ -317,6 +317,31 @@ def test_what_can_be_recorded_reads_only_what_refreshes_change_in_place(solver: 
     assert all(address is not None for step in addresses for address in step)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_stacks_renewed_together_are_renewed_as_each_alone(ema: float) -> None:
+    sizes = {"a": (300, 400), "b": (200, 300), "broken": (250, 100), "unused": (220, 100), "narrow": (8, 100)}
+    x = {name: decaying(1, rows, dim).float() for name, (dim, rows) in sizes.items()}
+    model = nn.ModuleDict({name: nn.Linear(dim, 3, bias=False) for name, (dim, _) in sizes.items()})
+    ap = ActivationPreconditioner(model, solver="lowrank", ema=ema)
+    for time in range(3):
+        used = [name for name in sizes if name != "unused" or time == 1]
+        for name in used:
+            rows = x[name] * (1 + time)
+            if name == "broken" and time == 2:
+                rows = rows.index_fill(0, torch.tensor([5]), math.nan)
+            model[name](rows).nan_to_num().sum().backward()
+        for stack in ap._stacks:
+            stack.close()
+        others = copy.deepcopy(ap._stacks)
+        together = LowRankStack.refresh_all((stack, slice(0, 1)) for stack in ap._stacks)
+        for stack, other, outcome in zip(ap._stacks, others, together, strict=True):
+            torch.testing.assert_close(outcome, other.refresh(slice(0, 1)), equal_nan=True, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(stack.inverse(), other.inverse(), rtol=1e-4, atol=1e-6)
+            name = stack.layers[0].name.split(".")[0]
+            assert bool(outcome[2]) is (name in used and not (name == "broken" and time == 2))
+            stack.accept(outcome.tolist(), time)
+
+
 def test_lowrank_averages_over_refreshes_with_bias_correction() -> None:
     """Few rows each, so that what a batch sees differs from what their average sees."""
     model, ema, d = linear(40, 3), 0.8, 40

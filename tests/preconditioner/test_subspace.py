@@ -273,6 +273,25 @@ def test_the_certificate_bounds_the_error_without_being_vacuous(spectrum: Tensor
         assert (certified <= (3.5 * errors).clamp(min=0.15)).all()
 
 
+def test_blocks_of_several_sizes_are_certified_as_each_alone() -> None:
+    dims = torch.tensor([DIM, 24, 16])  # the last one's directions are all of them
+    spectra = [power_law(1.0, int(d)) for d in dims]
+    trace = torch.stack([spectrum.sum() for spectrum in spectra])
+    leading = torch.stack([spectrum[:16] for spectrum in spectra])
+    rank = torch.tensor([3, 16, 9])
+    together = (
+        relative_error(leading, trace, 0.01 * trace, dims),
+        *coefficients(leading, trace, 0.01 * trace, dims, rank),
+    )
+    for block, dim in enumerate(dims.tolist()):
+        one = slice(block, block + 1)
+        arguments = leading[one], trace[one], 0.01 * trace[one], dim
+        for all_, alone in zip(
+            together, (relative_error(*arguments), *coefficients(*arguments, rank[one])), strict=True
+        ):
+            torch.testing.assert_close(all_[one], alone, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("certificate", [relative_error, worst_case_error])
 def test_the_certificates_do_not_depend_on_the_scale(certificate: Callable[..., Tensor]) -> None:
     spectrum = power_law(1.0).float()
