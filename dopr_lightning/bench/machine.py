@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dopr_lightning.preconditioner.inverse import damped_cholesky
 from dopr_lightning.preconditioner.stack import subtract_low_rank
-from dopr_lightning.preconditioner.subspace import nystrom, random_basis
+from dopr_lightning.preconditioner.subspace import core_eigenpairs, nystrom, random_basis
 
 TRACKED = 48
 """Columns of the skinny products: what the low-rank solver starts with."""
@@ -23,6 +23,9 @@ COLD = 1 << 25
 
 KERNEL = 5
 """Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
+
+EIGENPROBLEMS = 32
+"""As many as a policy has layers."""
 
 LAYER_CALLS = 16
 """Small operators in a row between large products: what a layer takes at every step, finding the gradient, one or two
@@ -40,7 +43,7 @@ class Rates:
         factor: FLOP/s of Cholesky factors, d^3 / 3 each.
         inverse: FLOP/s of inverses from them, 2 d^3 / 3 each.
         nystrom: FLOP/s of one Nystrom step, 8 d k^2, in float64.
-        small: Seconds of one Nystrom step beyond its products, k x k Cholesky and eigenvalues, at k = 48.
+        small: Seconds of one Nystrom step beyond its products, k x k Cholesky and eigenvalues, at k = 48, among many.
         bandwidth: Bytes/s of copies, reads and writes both counted.
         strided: The same of copies between a convolution's layout and a matrix with its channels side by side.
         call: Seconds of one small operator, which Python and the dispatcher take, among others after a large product:
@@ -124,7 +127,17 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     strided = 4 * kernel.nbytes / seconds(lambda: kernel.copy_(kernel.mT.contiguous().mT))
     one = torch.ones(1, device=device)
     call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], before=lambda: torch.mm(a, b)) / LAYER_CALLS
-    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, short, bandwidth, strided, call)
+    cores, valid = _cores(), torch.ones(EIGENPROBLEMS, dtype=torch.bool)
+    small = seconds(lambda: core_eigenpairs(cores, valid, idle=device.type != "cpu")) / EIGENPROBLEMS
+    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, small, bandwidth, strided, call)
+
+
+def _cores() -> Tensor:
+    """What the low-rank solver knows of covariances whose eigenvalues fall a thousandfold, each in its own basis."""
+    values = torch.logspace(0, -3, TRACKED, dtype=torch.float64)
+    bases = random_basis(EIGENPROBLEMS, TRACKED, TRACKED, seed=0, dtype=torch.float64)
+    core = (bases * values) @ bases.mT
+    return torch.stack([core, core @ core])
 
 
 def _nystrom(dim: int, device: torch.device) -> Tensor:

@@ -19,6 +19,11 @@ REFRESH_CALLS = 80
 """Small operators' worth of host time per layer that a refresh takes beside those of every step: the hooks and nodes in
 forward and backward, counting, accepting."""
 
+RENEWAL_CALLS = 300
+STACK_CALLS = 55
+"""The same of the low-rank solver's refresh, whatever the number of layers: for each number of directions tracked, and
+for each size of layer."""
+
 SUBSTITUTION = 1.3
 """Time of two triangular substitutions, in products of as many FLOPs (measured on CPU)."""
 
@@ -124,6 +129,9 @@ def _solve(planned: Sequence[Planned], rates: Rates, ranks: int) -> tuple[float,
     kept = sum(layer.cost.solve for layer in exact) / max(1.0, cubes)
     seconds = busiest * (1 / (3 * rates.factor) + max(0.0, kept - 1 / 3) / rates.inverse)
     flops = busiest * kept
+    tracked = {layer.method.tracked for layer in planned if layer.method.solver == "lowrank"}
+    sizes = {layer.shape.dim for layer in planned if layer.method.solver == "lowrank"}
+    seconds += rates.call * (RENEWAL_CALLS * len(tracked) + STACK_CALLS * len(sizes))
     for layer in planned:
         if layer.method.solver == "exact":
             continue

@@ -67,6 +67,7 @@ class LowRankStack(Stack):
         self.unattainable = False
         self.warned = False
         self._scales: list[float] = [1.0] * self.blocks
+        self._updates: list[tuple[Tensor, Tensor, Tensor | float]] = []  # made once per refresh, used at every step
 
     @property
     def sums(self) -> Tensor:
@@ -95,16 +96,21 @@ class LowRankStack(Stack):
         return self._left.data_ptr(), self._right.data_ptr(), self._inverse_floor.data_ptr(), self.tracked
 
     def apply(self, *, fixed: bool = False) -> None:
-        for index, part in enumerate(self.slices):
-            layer = self._dense(index)
-            if not layer.has_gradient or self.refreshed_at[index] is None:
-                continue
-            # Directions beyond the rank have coefficients of 0.
-            r = self.tracked if fixed else self.ranks[index]
-            known = layer.blocks == 1 and not fixed
-            scale = self._scales[part.start] if known else self._inverse_floor[part, None, None]
-            gradient = layer.gradient().to(self.dtype)
-            layer.write(subtract_low_rank(gradient, self._left[part, :r].mT, self._right[part, :r], scale))
+        dtype = self.dtype
+        for index, layer in enumerate(self.layers):
+            if layer.has_gradient and self.refreshed_at[index] is not None:
+                dense = self._dense(index)
+                update = self._update(index, fixed=True) if fixed else self._updates[index]
+                dense.write(subtract_low_rank(dense.gradient().to(dtype), *update))
+
+    def _update(self, index: int, *, fixed: bool = False) -> tuple[Tensor, Tensor, Tensor | float]:
+        """What :func:`subtract_low_rank` does to the gradient of a layer: left, right, scale."""
+        part = self.slices[index]
+        # Directions beyond the rank have coefficients of 0.
+        r = self.tracked if fixed else self.ranks[index]
+        known = self.layers[index].blocks == 1 and not fixed
+        scale = self._scales[part.start] if known else self._inverse_floor[part, None, None]
+        return self._left[part, :r].mT, self._right[part, :r], scale
 
     @classmethod
     def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> list[Tensor]:
@@ -140,6 +146,7 @@ class LowRankStack(Stack):
                 most, enough = max(most, int(max(needed[part]))), max(enough, int(max(ample[part])))
         if self.refreshes >= WARM_UP:
             self._fit_tracked(most, enough)
+        self._updates = [self._update(index) for index in range(len(self.layers))]
         return failed
 
     def spectrum(self, index: int) -> Spectrum | None:
@@ -273,6 +280,7 @@ class LowRankStack(Stack):
         self.errors = [float(self._error[part].max()) for part in self.slices]
         ranks = self._coefficients.count_nonzero(-1).tolist()
         self.ranks = [max(ranks[part]) for part in self.slices]
+        self._updates = [self._update(index) for index in range(len(self.layers))]
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
         part = self.slices[index]

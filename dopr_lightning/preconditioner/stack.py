@@ -316,5 +316,6 @@ def subtract_low_rank(gradient: Tensor, left: Tensor, right: Tensor, scale: Tens
     if isinstance(scale, Tensor):
         product = gradient @ left
         return gradient.mul_(scale).baddbmm_(product, right, alpha=-1)
-    gradient[0].addmm_(gradient[0] @ left[0], right[0], beta=scale, alpha=-1)
+    matrix = gradient[0]
+    matrix.addmm_(matrix @ left[0], right[0], beta=scale, alpha=-1)
     return gradient

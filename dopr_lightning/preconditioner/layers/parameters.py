@@ -35,7 +35,9 @@ class Location(NamedTuple):
     """The parameter as seen from the covered module, ``"parametrizations.weight.original1"``."""
 
     def get(self) -> nn.Parameter:
-        return getattr(self.owner, self.attribute)
+        # First where getattr() arrives at last: every step asks several times per layer.
+        found = self.owner._parameters.get(self.attribute)
+        return getattr(self.owner, self.attribute) if found is None else found
 
 
 def locate(module: nn.Module, path: str, shape: tuple[int, ...]) -> Location:
