@@ -24,8 +24,8 @@ COLD = 1 << 25
 KERNEL = 5
 """Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
 
-EIGENPROBLEMS = 32
-"""As many as a policy has layers."""
+EIGENPROBLEMS = 8
+"""At a time, as many as a small policy has layers."""
 
 LAYER_CALLS = 16
 """Small operators in a row between large products: what a layer takes at every step, finding the gradient, one or two
@@ -128,7 +128,8 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     one = torch.ones(1, device=device)
     call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], before=lambda: torch.mm(a, b)) / LAYER_CALLS
     cores, valid = _cores(), torch.ones(EIGENPROBLEMS, dtype=torch.bool)
-    small = seconds(lambda: core_eigenpairs(cores, valid, idle=device.type != "cpu")) / EIGENPROBLEMS
+    idle = device.type != "cpu"
+    small = seconds(lambda: core_eigenpairs(cores, valid, idle=idle), before=lambda: torch.mm(a, b)) / EIGENPROBLEMS
     return Rates(square, skinny, touch, factor, inverse, nystrom_rate, small, bandwidth, strided, call)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.effects import EffectType
@@ -197,6 +198,13 @@ def _(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
 # It returns nothing and would be dropped as dead code. An effect instead of an argument that it mutates: that would
 # have to be saved for backward, and a second micro-batch's backward would find it modified.
 count_rows.register_effect(EffectType.ORDERED)
+
+# The effect hides the tag from Inductor (torch 2.11 to 2.14), which would record the operator in a CUDA graph
+# (mode="reduce-overhead"): its buffers would be made in the graph's memory, and no later row would be counted.
+torch._inductor.config.custom_should_partition_ops = [
+    *torch._inductor.config.custom_should_partition_ops,
+    "dopr_lightning::count_rows",
+]
 
 
 class _Hook:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_capture import Rows, Watched, attention_layers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch.utils.checkpoint import checkpoint
 
 from dopr_lightning.preconditioner.audit import GradientAudit
@@ -98,6 +99,29 @@ def test_the_default_backend_counts_the_same_rows() -> None:
         step(forward, rows, x)
         torch.testing.assert_close(rows.of(layers[0]), x)
         torch.testing.assert_close(rows.of(layers[1]), plain[:2](x))
+
+
+def test_cuda_graphs_leave_the_counting_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's decision, asked as on a GPU; tests/preconditioner/test_cuda.py runs what follows from it there."""
+    reasons: dict[str, str | None] = {}
+    decide = Scheduler.should_partition
+
+    def should_partition(self: Scheduler, node: BaseSchedulerNode) -> str | None:
+        reason = decide(self, node)
+        reasons[str(getattr(node.node, "op_overload", type(node.node).__name__))] = reason
+        return reason
+
+    monkeypatch.setattr(Scheduler, "should_partition", should_partition)
+    monkeypatch.setattr(BaseSchedulerNode, "is_gpu", lambda node: True)
+    model, layers = mlp()
+    rows = Rows()
+    rows.capture(*layers)
+    with torch._inductor.config.patch({"triton.cudagraphs": True, "fx_graph_cache": False}):
+        step(compiled(model, backend="inductor"), rows, torch.randn(7, 5, dtype=torch.double))
+    counting = reasons.pop("dopr_lightning.count_rows.default")
+    assert counting is not None
+    assert "custom partition op" in counting
+    assert None in reasons.values()  # what else there is, is recorded
 
 
 def test_steps_without_refresh_evaluation_and_rollouts_compile_nothing_new() -> None:

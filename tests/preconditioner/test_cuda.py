@@ -163,18 +163,7 @@ def test_bfloat16_autocast_leaves_the_statistics_in_float32() -> None:
     assert float((found - expected).norm() / expected.norm()) < 5e-3
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "default",
-        pytest.param(
-            "reduce-overhead",
-            marks=pytest.mark.xfail(
-                raises=RuntimeError, reason="torch 2.11 refuses to record a backward that is split at an operator"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_models_are_rewritten_alike(mode: str) -> None:
     eager = deep(2, 64)
     model = copy.deepcopy(eager)
