@@ -132,9 +132,13 @@ class ExactStack(Stack):
 
     def _solve(self, gradient: Tensor, solution: Tensor) -> Tensor:
         gradient = gradient.to(self.dtype)
-        if self.factors:
-            return torch.cholesky_solve(gradient.mT, solution.mT, upper=True).mT  # in LAPACK's order, without copies
-        return gradient @ solution
+        if not self.factors:
+            return gradient @ solution
+        # In LAPACK's order and in place: cholesky_solve copies there and back, 3/10 of the time at d = 256 (CPU).
+        columns = gradient.mT
+        torch.linalg.solve_triangular(solution, columns, upper=False, out=columns)
+        torch.linalg.solve_triangular(solution.mT, columns, upper=True, out=columns)
+        return gradient
 
     def adopt(self, other: Stack, inverse: Tensor) -> None:
         """Go on where another stack of the same layers stopped, with its inverses in its order, (blocks, d, d)."""

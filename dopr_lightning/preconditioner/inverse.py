@@ -40,7 +40,8 @@ def _factorise(matrix: Tensor, block: int) -> Tensor:
     half = -(-dim // (2 * block)) * block
     first, below, second = matrix[:, :half, :half], matrix[:, half:, :half], matrix[:, half:, half:]
     good = _factorise(first, block)
-    torch.linalg.solve_triangular(first, below.mT, upper=False, out=below.mT)
+    columns = below.mT
+    torch.linalg.solve_triangular(first, columns, upper=False, out=columns)
     second.baddbmm_(below, below.mT, alpha=-1)
     return good & _factorise(second, block)
 

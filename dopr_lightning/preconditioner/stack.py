@@ -277,7 +277,8 @@ class Stack(ABC):
 
     def _rows(self, layer: Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
         """The rows of a dense layer's input, (blocks, n, d), in the statistics' dtype, and how many count."""
-        rows = self._dense(self._index[layer]).rows(x.to(self.dtype))
+        assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
+        rows = layer.rows(x.to(self.dtype))
         keep = None if mask is None or mask.numel() != rows.shape[1] else layer.positions(mask)
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:

@@ -91,14 +91,14 @@ def product(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **_:
     return 2 * math.prod(a) * b[-1]
 
 
-def substitutions(b: tuple[int, ...], factor: tuple[int, ...], upper: bool, **_: object) -> int:
-    """FLOPs of two triangular solves, forward and backward."""
-    return 2 * math.prod(b) * factor[-1]
+def substitution(factor: tuple[int, ...], b: tuple[int, ...], **_: object) -> int:
+    """FLOPs of one triangular solve, forward or backward."""
+    return math.prod(b) * factor[-1]
 
 
 def counter() -> FlopCounterMode:
     aten = torch.ops.aten
-    extra = {aten.addmm_: product, aten.baddbmm_: product, aten.cholesky_solve: substitutions}
+    extra = {aten.addmm_: product, aten.baddbmm_: product, aten.linalg_solve_triangular: substitution}
     return FlopCounterMode(display=False, custom_mapping=extra)
 
 
