@@ -1,7 +1,7 @@
 """From FLOPs and bytes to seconds: what will a step cost?
 
 The FLOPs, bytes and memory are counts (:mod:`dopr_lightning.preconditioner.cost`). The seconds take rates,
-measured in the same run or assumed, and two counts of operator calls, taken from a profile of the engine.
+measured in the same run or assumed, and counts of operator calls, taken from profiles of the engine.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class Capture:
         active: Callable[[], bool],
         audit: GradientAudit | None = None,
     ) -> None:
+        _keep_out_of_cuda_graphs()
         self.active = active
         self.current_mask: Tensor | None = None
         self._sink = sink
@@ -199,12 +200,17 @@ def _(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
 # have to be saved for backward, and a second micro-batch's backward would find it modified.
 count_rows.register_effect(EffectType.ORDERED)
 
-# The effect hides the tag from Inductor (torch 2.11 to 2.14), which would record the operator in a CUDA graph
-# (mode="reduce-overhead"): its buffers would be made in the graph's memory, and no later row would be counted.
-torch._inductor.config.custom_should_partition_ops = [
-    *torch._inductor.config.custom_should_partition_ops,
-    "dopr_lightning::count_rows",
-]
+
+def _keep_out_of_cuda_graphs() -> None:
+    """Say by name what the operator's tag says, which its effect hides from Inductor (torch 2.11 to 2.14).
+
+    Recorded in a CUDA graph (``mode="reduce-overhead"``) it would make its buffers in the graph's memory, and never
+    count another row.
+    """
+    config = torch._inductor.config
+    name = "dopr_lightning::count_rows"
+    if name not in config.custom_should_partition_ops:
+        config.custom_should_partition_ops = [*config.custom_should_partition_ops, name]
 
 
 class _Hook:

@@ -24,7 +24,7 @@ def damping_values(trace: Tensor, dim: int | Tensor, gamma: float, scale: Dampin
             layer widens, so that a gamma tuned narrow keeps its meaning wide; ``"mean"`` for
             :math:`\gamma \operatorname{tr} \Sigma / d`, which weakens with width.
     """
-    return trace * (gamma if scale == "trace" else gamma / dim)
+    return trace * gamma if scale == "trace" else trace * gamma / dim
 
 
 def mean_over_rows(sums: Tensor, counts: Tensor) -> None:

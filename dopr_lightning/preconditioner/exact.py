@@ -134,7 +134,8 @@ class ExactStack(Stack):
         gradient = gradient.to(self.dtype)
         if not self.factors:
             return gradient @ solution
-        # In LAPACK's order and in place: cholesky_solve copies there and back, 3/10 of the time at d = 256 (CPU).
+        # In LAPACK's order and in place: cholesky_solve copies there and back (on a CPU with two threads this takes 0.7
+        # of its time at d = 256, 0.8 from 512 on).
         columns = gradient.mT
         torch.linalg.solve_triangular(solution, columns, upper=False, out=columns)
         torch.linalg.solve_triangular(solution.mT, columns, upper=True, out=columns)

@@ -61,8 +61,8 @@ def known_good(good: Tensor) -> bool:
 
 
 def keep_last_good(new: Tensor, last: Tensor, good: Tensor) -> None:
-    """Overwrite ``last`` with ``new`` where ``good`` (blocks,), which may be on the host."""
+    """Overwrite ``last`` with ``new`` where ``good`` (blocks,)."""
     if known_good(good):  # a copy reads half as much
         last.copy_(new)
         return
-    torch.where(good.to(new.device).view(-1, *[1] * (new.dim() - 1)), new, last, out=last)
+    torch.where(good.view(-1, *[1] * (new.dim() - 1)), new, last, out=last)

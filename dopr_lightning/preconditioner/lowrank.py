@@ -40,6 +40,9 @@ FIRST_RANK = 48
 GRAIN = 16
 """Directions come and go by so many, so that shapes change rarely."""
 
+NUMBERS = 4
+"""What is known of a covariance besides eigenvalues and coefficients, see :func:`_fields`."""
+
 WARM_UP = 3
 """The first so many steps all refresh: from random directions, subspace iteration takes a few to settle."""
 
@@ -119,7 +122,7 @@ class LowRankStack(Stack):
         for device in dict.fromkeys(stack.device for stack in stacks):
             there = [stack for stack in stacks if stack.device == device]
             sizes = [stack.blocks for stack in there]
-            # Here the host waits for the device, and once more for what is projected.
+            # Here the host waits for the device, and in ``solve`` for what has been projected.
             facts |= zip(
                 there, torch.cat([stack.facts() for stack in there], dim=1).cpu().split(sizes, dim=1), strict=True
             )
@@ -137,11 +140,11 @@ class LowRankStack(Stack):
         failed = super().accept(outcome, step)
         _, _, _, scales, errors, ranks, needed, ample = outcome
         self._scales = list(scales)
-        # Layers that were not renewed still use what they have.
+        # Blocks that were not renewed still use what they have.
+        self.ranks = [int(max(ranks[part])) for part in self.slices]
         most, enough = 0, max(self.ranks)
         for index, part in enumerate(self.slices):
             if self.refreshed_at[index] == step:
-                self.ranks[index] = int(max(ranks[part]))
                 self.errors[index] = max(errors[part])
                 most, enough = max(most, int(max(needed[part]))), max(enough, int(max(ample[part])))
         if self.refreshes >= WARM_UP:
@@ -160,15 +163,17 @@ class LowRankStack(Stack):
     def _allocate(self) -> None:
         basis = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
-        known = torch.zeros(self.blocks, 2 * self.tracked + 4, dtype=self.dtype)
-        known[:, -3], known[:, -2] = 1, math.nan
+        known = torch.zeros(self.blocks, 2 * self.tracked + NUMBERS, dtype=self.dtype)
+        _, _, _, floor, error, _ = _fields(known, self.tracked)
+        floor.fill_(1)
+        error.fill_(math.nan)
         self._inverse_floor = torch.ones(self.blocks, dtype=self.dtype, device=self.device)
         self._know(known)
         self._make_sums()
         self._make_factors(basis)
 
     def _know(self, known: Tensor) -> None:
-        """Take over what is known of the covariances, on the host: :meth:`_fields` side by side, (B, 2 k + 4)."""
+        """Take over what is known of the covariances, on the host: :func:`_fields` side by side, (B, 2 k + 4)."""
         self._known = known
         self._eigenvalues, self._coefficients, *rest = _fields(known, self.tracked)
         self._trace, self._floor, self._error, self._weight = rest
@@ -199,7 +204,7 @@ class LowRankStack(Stack):
         return count
 
     def facts(self) -> Tensor:
-        """Rows and sums of their squares, on the device, (2, B)."""
+        """Rows and sums of their squares, (2, B), in float64 on the device."""
         return torch.stack([self.counts.double(), self._trace_sums.double()])
 
     def project(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,13 +214,12 @@ class LowRankStack(Stack):
             numbers: The factors of this refresh's sums, of the identity, and of each direction, (B, 2 + k).
 
         Returns:
-            The image in float64, transposed, (B, k, d), and its :func:`~.subspace.products`.
+            The image, transposed, (B, k, d), and its :func:`~.subspace.products`.
         """
         image = self._test * numbers[:, 1, None, None]
         image.addcmul_(self._image, numbers[:, :1, None])
         if self.options.ema:
             image.baddbmm_((self._test @ self._basis).mul_(numbers[:, None, 2:]), self._left)
-        image = image.double()
         return image, products(self._test.mT, image.mT)
 
     def renew(self, image: Tensor, rotation: Tensor, known: Tensor, derived: Tensor, good: Tensor | None) -> None:
@@ -223,12 +227,12 @@ class LowRankStack(Stack):
 
         Args:
             image: (B, k, d).
-            rotation: (B, k, k).
+            rotation: (B, k, k), in float64.
             known: Rows for :meth:`_know`.
             derived: :func:`_derived` from them, on the device.
             good: Which blocks are new, (B,), on the device; None for all.
         """
-        basis = rotation.mT @ image
+        basis = rotation.mT @ image.double()
         if good is None:
             self._left.copy_(basis)
         else:
@@ -264,7 +268,7 @@ class LowRankStack(Stack):
             eigenvalues = torch.cat([eigenvalues, tail.expand(-1, missing)], -1)
             coefficients = torch.nn.functional.pad(coefficients, (0, missing))
         self.tracked = count
-        self._know(torch.cat([eigenvalues, coefficients, self._known[:, -4:]], -1))
+        self._know(torch.cat([eigenvalues, coefficients, self._known[:, -NUMBERS:]], -1))
         self._make_sums()
         self._make_factors(basis)
 
@@ -322,7 +326,7 @@ class _Renewal:
         self.weight = self.options.ema * weight + (1 - self.options.ema)
         share = (1 - self.options.ema) / self.weight
         self.trace = torch.lerp(trace, self.seen, share)
-        self.valid = usable(self.rows, self.seen) & (self.trace > torch.finfo(self.dtype).tiny)
+        self.valid = usable(self.rows, self.seen.to(self.dtype)) & (self.trace > torch.finfo(self.dtype).tiny)
         scale = torch.where(self.valid, self.trace, 1)
         above, tail = _above_tail(eigenvalues, trace, self.dims)
         past = ((1 - share) / scale)[:, None]
@@ -363,8 +367,10 @@ class _Renewal:
         )
         for stack, *part in parts:
             stack.renew(*part)
-        facts = [self.rows, self.seen, good, derived[:, -1], known[:, -2], rank, needed * good, ample * good]
-        outcomes = torch.stack([fact.double() for fact in facts])
+        _, used, _, _, error, _ = _fields(known, self.tracked)
+        outcome = [self.rows, self.seen, good, derived[:, -1], error]
+        outcome += [used.count_nonzero(-1), needed * good, ample * good]
+        outcomes = torch.stack([field.double() for field in outcome])
         return zip(self.stacks, outcomes.split(self.sizes, dim=1), strict=True)
 
     def _upload(self, numbers: Tensor) -> Sequence[Tensor]:

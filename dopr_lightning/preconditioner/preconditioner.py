@@ -346,7 +346,7 @@ class ActivationPreconditioner:
             gathering.wait()
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
         for stack, outcome in zip(list(stacks), outcomes, strict=True):
-            # Here the host waits for the device: once per stack, whatever the number of layers.
+            # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
             for failure in stack.accept(outcome.tolist(), self._steps):
                 _report(failure, self._max_failures)
             for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):

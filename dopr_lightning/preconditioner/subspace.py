@@ -101,6 +101,8 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
     (Martinsson & Tropp, 2020, arXiv 2002.01387, Algorithm 16). Per step an error along eigenvector j in the place of i
     shrinks by :math:`\sigma_j / \sigma_i`.
 
+    For one size of covariance; the engine takes the same steps for several at once (:mod:`~.lowrank`).
+
     Args:
         basis: V, linearly independent and of about unit length, (B, d, k).
         image: :math:`\Sigma V`, (B, d, k).
@@ -114,9 +116,9 @@ def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor
     """
     good = trace.isfinite() & (trace > 0)
     scale = torch.where(good, trace, 1)[:, None, None]
-    image = (image / scale).add_(basis, alpha=SHIFT).double()
+    image = (image / scale).add_(basis, alpha=SHIFT)
     values, rotation, good = core_eigenpairs(products(basis, image).cpu(), good.cpu())
-    leading = (image @ rotation.to(image.device)).to(basis.dtype)
+    leading = (image.double() @ rotation.to(image.device)).to(basis.dtype)
     leading = torch.where(good.to(basis.device)[:, None, None], leading, basis)
     return leading, torch.where(good[:, None], values * trace.cpu()[:, None], 0).to(trace.dtype), good
 
@@ -126,20 +128,21 @@ def products(basis: Tensor, image: Tensor) -> Tensor:
 
     Args:
         basis: V, (B, d, k).
-        image: Y, that of V under :math:`\Sigma / \operatorname{tr} \Sigma +` :data:`SHIFT`, (B, d, k), in float64:
-            U is orthonormal only by cancellation in products of it with itself and with the new vectors.
+        image: Y, that of V under :math:`\Sigma / \operatorname{tr} \Sigma +` :data:`SHIFT`, (B, d, k).
 
     Returns:
-        :math:`V^\top Y` and :math:`Y^\top Y`, (2, B, k, k), in float64.
+        :math:`V^\top Y` and :math:`Y^\top Y`, (2, B, k, k), in float64: U is orthonormal only by cancellation in
+        products of Y with itself and with R.
     """
-    return torch.stack([(basis.mT @ image.to(basis.dtype)).double(), image.mT @ image])
+    wide = image.double()
+    return torch.stack([(basis.mT @ image).double(), wide.mT @ wide])
 
 
-def core_eigenpairs(products: Tensor, valid: Tensor, *, idle: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, idle: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     r"""What is k x k of :func:`nystrom`, on the host and in float64.
 
     Args:
-        products: :func:`products`' core and Gram matrices, (2, B, k, k).
+        core_and_gram: What :func:`products` returns, (2, B, k, k).
         valid: Blocks to look at, (B,).
         idle: Whether the host has nothing else to do meanwhile: its threads share the eigenproblems then.
 
@@ -147,8 +150,8 @@ def core_eigenpairs(products: Tensor, valid: Tensor, *, idle: bool = False) -> t
         Eigenvalues of the approximation in units of the trace, descending, at least 0, (B, k); the matrices R with
         which U is Y R, (B, k, k); and which blocks can be trusted, (B,).
     """
-    core, gram = products
-    cores = torch.get_num_threads()
+    core, gram = core_and_gram
+    most = torch.get_num_threads()
     with threads(1):  # more of them take longer, with matrices as small as these
         factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
         # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
@@ -161,7 +164,7 @@ def core_eigenpairs(products: Tensor, valid: Tensor, *, idle: bool = False) -> t
         # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
         half = torch.linalg.solve_triangular(factor, gram, upper=False)
         small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
-        values, rotation = side_by_side(torch.linalg.eigh, (small + small.mT) / 2, cores if idle else 1)
+        values, rotation = side_by_side(torch.linalg.eigh, (small + small.mT) / 2, most if idle else 1)
         values, rotation = values.flip(-1), rotation.flip(-1)
         rotation = rotation / values.clamp(min=SHIFT / 2).sqrt()[:, None, :]
         rotation = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)

@@ -317,6 +317,25 @@ def test_what_can_be_recorded_reads_only_what_refreshes_change_in_place(solver: 
     assert all(address is not None for step in addresses for address in step)
 
 
+def test_one_failed_block_of_a_layer_does_not_cost_the_others_directions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(400, 6, 1, groups=2, bias=False)).double()
+    ap = ActivationPreconditioner(model, solver="lowrank", damping=GAMMA)
+    steep, flat = decaying(1, 300, 200, 4.0), decaying(2, 300, 200, 0.7)
+    both = torch.cat([steep, steep], dim=1).mT[None]
+    for x in (both, both, torch.cat([torch.full_like(steep, math.nan), flat], dim=1).mT[None]):
+        model.zero_grad()
+        model(x).nan_to_num().sum().backward()
+        gradient = torch.randn_like(model[0].weight)
+        model[0].weight.grad = gradient.clone()
+        ap.step()
+    (stack,) = ap._stacks
+    assert isinstance(stack, LowRankStack)
+    assert stack.failures == [1]
+    blocks = gradient[..., 0].unflatten(0, (2, 3)) @ stack.inverse()
+    assert error(model[0].weight.grad[..., 0], blocks.flatten(0, 1)) < 1e-12
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_stacks_renewed_together_are_renewed_as_each_alone(ema: float) -> None:
     sizes = {"a": (300, 400), "b": (200, 300), "broken": (250, 100), "unused": (220, 100), "narrow": (8, 100)}

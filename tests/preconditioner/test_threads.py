@@ -9,23 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from dopr_lightning.preconditioner.threads import side_by_side, threads
+from dopr_lightning.preconditioner.threads import LEAST, side_by_side, threads
 
 
-def matrices(count: int) -> Tensor:
-    rows = torch.randn(count, 12, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+def matrices(count: int, size: int = 8) -> Tensor:
+    rows = torch.randn(count, size + 4, size, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     return rows.mT @ rows
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
-@pytest.mark.parametrize("blocks", [1, 3, 4, 7, 32])
-def test_threads_do_not_change_the_result(blocks: int, count: int) -> None:
-    expected = torch.linalg.eigh(matrices(blocks))
-    for found, wanted in zip(side_by_side(torch.linalg.eigh, matrices(blocks), count), expected, strict=True):
+@pytest.mark.parametrize(("blocks", "size"), [(1, 8), (3, 8), (4, 8), (7, 8), (32, 8), (9, 96), (12, 160)])
+def test_threads_do_not_change_a_bit_of_the_result(blocks: int, size: int, count: int) -> None:
+    with threads(3):  # else LAPACK might have a single one anyway
+        with threads(1):
+            expected = torch.linalg.eigh(matrices(blocks, size))
+            result = side_by_side(torch.linalg.eigh, matrices(blocks, size), count)
+        assert torch.get_num_threads() == 3
+    for found, wanted in zip(result, expected, strict=True):
         assert torch.equal(found, wanted)
 
 
-def test_each_thread_has_at_least_two_matrices() -> None:
+def test_no_thread_has_too_few_matrices() -> None:
     seen: dict[int, list[int]] = {}
     together = threading.Barrier(3)
 
@@ -34,8 +38,8 @@ def test_each_thread_has_at_least_two_matrices() -> None:
         together.wait(timeout=30)  # raises where fewer threads work at once
         return (part,)
 
-    side_by_side(note, matrices(7), 8)
-    assert sorted(size for sizes in seen.values() for size in sizes) == [2, 2, 3]
+    side_by_side(note, matrices(3 * LEAST + 2), 8)
+    assert sorted(size for sizes in seen.values() for size in sizes) == [LEAST, LEAST + 1, LEAST + 1]
 
 
 def test_an_error_in_a_thread_is_raised() -> None:
@@ -44,17 +48,21 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
 
 def _in_child(queue: multiprocessing.Queue[int]) -> None:
-    queue.put(len(side_by_side(torch.linalg.eigh, matrices(8), 2)[0]))
+    with threads(1):
+        queue.put(len(side_by_side(lambda part: (part + 1,), matrices(8), 2)[0]))
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    side_by_side(torch.linalg.eigh, matrices(8), 2)
+    with threads(1):
+        side_by_side(lambda part: (part + 1,), matrices(8), 2)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
     child.start()
-    assert queue.get(timeout=60) == 8
-    child.join()
+    try:
+        assert queue.get(timeout=60) == 8
+    finally:
+        child.kill()
 
 
 def _divide() -> None:
