@@ -40,8 +40,17 @@ def usable(counts: Tensor, trace: Tensor) -> Tensor:
     return (counts > 0) & trace.isfinite() & (trace > torch.finfo(trace.dtype).tiny)
 
 
+def collected(weight: Tensor, ema: float) -> tuple[Tensor, Tensor]:
+    """How much weight an average has after one more refresh, and the share of it that is the new statistics'.
+
+    The mean is corrected for the zero it starts from, as in Adam: 1 - ema^t after t refreshes, all of it new at first.
+    """
+    weight = ema * weight + (1 - ema)
+    return weight, (1 - ema) / weight
+
+
 class RunningMean:
-    """Statistics averaged over refreshes, the mean corrected for the zero it starts from (as in Adam).
+    """Statistics averaged over refreshes, see :func:`collected`.
 
     Args:
         like: A tensor of the statistics' shape, blocks first, dtype and device.
@@ -57,14 +66,10 @@ class RunningMean:
         self.value = torch.zeros_like(like)
         self.weight = like.new_zeros(like.shape[0])
 
-    def share(self, valid: Tensor) -> Tensor:
-        """Collect the weight of one more refresh where ``valid`` (blocks,); returns the new statistics' share of it."""
-        weight = self.ema * self.weight + (1 - self.ema)
-        self.weight = torch.where(valid, weight, self.weight)
-        return (1 - self.ema) / weight
-
     def update(self, new: Tensor, valid: Tensor) -> None:
         """Average ``new`` in where ``valid``: one NaN batch must not poison the average."""
         shape = (-1, *[1] * (new.dim() - 1))
-        share = torch.where(valid, self.share(valid), 0).view(shape)
+        weight, share = collected(self.weight, self.ema)
+        self.weight = torch.where(valid, weight, self.weight)
+        share = torch.where(valid, share, 0).view(shape)
         self.value.lerp_(torch.where(valid.view(shape), new, 0), share)

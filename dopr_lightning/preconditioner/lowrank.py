@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dopr_lightning.preconditioner.covariance import damping_values, usable
+from dopr_lightning.preconditioner.covariance import collected, damping_values, usable
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
@@ -116,7 +116,7 @@ class LowRankStack(Stack):
         return self._left[part, :r].mT, self._right[part, :r], scale
 
     @classmethod
-    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> list[Tensor]:
+    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> dict[Stack, Tensor]:
         stacks = [stack for stack, _ in due]
         facts: dict[LowRankStack, Tensor] = {}
         for device in dict.fromkeys(stack.device for stack in stacks):
@@ -130,11 +130,10 @@ class LowRankStack(Stack):
         for stack in stacks:
             alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
         renewals = [_Renewal(members, [facts[stack] for stack in members]) for members in alike.values()]
-        outcomes = {stack: outcome for renewal in renewals for stack, outcome in renewal.solve()}
-        return [outcomes[stack] for stack in stacks]
+        return {stack: outcome for renewal in renewals for stack, outcome in renewal.solve()}
 
     def refresh(self, share: slice) -> Tensor:
-        return self.refresh_all([(self, share)])[0]
+        return self.refresh_all([(self, share)])[self]
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         failed = super().accept(outcome, step)
@@ -321,10 +320,8 @@ class _Renewal:
         self.last = torch.cat([stack._known for stack in stacks]).double()
         self.rows, sums = torch.cat(list(facts), dim=1)
         self.seen = sums / self.rows.clamp(min=1)
-        # The mean over refreshes, corrected for the zero it starts from as in Adam; without ema, this one alone.
         eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
-        self.weight = self.options.ema * weight + (1 - self.options.ema)
-        share = (1 - self.options.ema) / self.weight
+        self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
         self.trace = torch.lerp(trace, self.seen, share)
         self.valid = usable(self.rows, self.seen.to(self.dtype)) & (self.trace > torch.finfo(self.dtype).tiny)
         scale = torch.where(self.valid, self.trace, 1)

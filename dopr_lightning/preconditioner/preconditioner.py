@@ -333,21 +333,21 @@ class ActivationPreconditioner:
                     reduction.wait(len(stacks) + index)
                     yield stack, mine[index]
 
+        outcomes: dict[Stack, Tensor] = {}
         with _range("dopr::solve"):
-            kinds = dict.fromkeys(type(stack) for stack in stacks)
-            results = {kind: iter(kind.refresh_all(due(kind))) for kind in kinds}
-        outcomes = [next(results[type(stack)]) for stack in stacks]
+            for kind in dict.fromkeys(type(stack) for stack in stacks):
+                outcomes |= kind.refresh_all(due(kind))
         with _range("dopr::reduce"):
             shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
             gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], self._group)
-            renewed = Reduction([outcomes[i][2] for i, _ in shared], self._group)
+            renewed = Reduction([outcomes[stacks[i]][2] for i, _ in shared], self._group)
             for position in range(len(shared)):
                 renewed.wait(position)
             gathering.wait()
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
-        for stack, outcome in zip(list(stacks), outcomes, strict=True):
+        for stack in list(stacks):
             # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
-            for failure in stack.accept(outcome.tolist(), self._steps):
+            for failure in stack.accept(outcomes[stack].tolist(), self._steps):
                 _report(failure, self._max_failures)
             for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
                 if rows == 0:

@@ -154,9 +154,9 @@ class Stack(ABC):
         """
 
     @classmethod
-    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> list[Tensor]:
+    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> dict[Stack, Tensor]:
         """:meth:`refresh` of stacks of this kind, each with its share: its sums have arrived when ``due`` yields it."""
-        return [stack.refresh(share) for stack, share in due]
+        return {stack: stack.refresh(share) for stack, share in due}
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         """Note what a refresh brought.

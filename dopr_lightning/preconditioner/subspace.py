@@ -251,7 +251,8 @@ def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int
     # In units of the trace: squares of 1 / lambda would overflow in float32.
     eigenvalues, damping, trace = eigenvalues / trace[:, None], damping / trace, trace / trace
     lam, mu, s = damping[:, None], tail_mean(eigenvalues, trace, dim), eigenvalues
-    outside, ceiling = _remainder(eigenvalues, trace, dim)[:, -1:], _ceiling(eigenvalues)[:, None]
+    count = _column(dim) - k
+    outside, ceiling = mu[:, -1:] * count, _ceiling(eigenvalues)[:, None]
     # The sum of s (s - mu_r)^2 / (s + lambda)^2 over the directions skipped, for every r, multiplied out.
     weight = s / (s + lam) ** 2
     first, second, third = (_sum_from(weight * s**power) for power in range(3))
@@ -259,9 +260,7 @@ def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int
     high, low = _inverse_error(ceiling, mu, lam) ** 2, (mu / (lam * (lam + mu))) ** 2
     slope = mu + 3 * lam
     peak = 2 * mu * lam / (slope + (slope**2 + 4 * mu * lam).sqrt())  # of sigma e(sigma)^2 below mu
-    hump = torch.minimum(
-        (_column(dim) - k) * peak * _inverse_error(peak, mu, lam) ** 2, outside * (low - high).clamp(min=0)
-    )
+    hump = torch.minimum(count * peak * _inverse_error(peak, mu, lam) ** 2, outside * (low - high).clamp(min=0))
     norm = first[:, :1] + outside / (ceiling + lam) ** 2
     return ((known + outside * high + hump) / norm).sqrt()
 

@@ -36,20 +36,20 @@ def side_by_side(function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Ten
     Args:
         function: Works on each matrix by itself, without Python's lock, and returns tensors of B entries each.
         matrices: On the host, (B, ...).
-        count: Threads, each held to one core; call it within ``threads(1)``. Fewer are used where some would have
-            less than :data:`LEAST` matrices.
+        count: Threads, each held to one core. Fewer are used where some would have less than :data:`LEAST` matrices.
     """
     used = min(count, len(matrices) // LEAST)
-    if used < 2:
-        return function(matrices)
-    first, *others = matrices.tensor_split(used)
-    running = [_pool(count - 1).submit(_alone, function, part) for part in others]
-    results = [function(first), *(future.result() for future in running)]
+    with threads(1):
+        if used < 2:
+            return function(matrices)
+        first, *others = matrices.tensor_split(used)
+        running = [_pool(count - 1).submit(_alone, function, part) for part in others]
+        results = [function(first), *(future.result() for future in running)]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
 def _alone(function: Callable[[Tensor], tuple[Tensor, ...]], part: Tensor) -> tuple[Tensor, ...]:
-    torch.set_num_threads(1)  # of this thread; the caller's ``threads`` restores what new ones begin with
+    torch.set_num_threads(1)  # of this thread, and of new ones until ``threads`` restores what they begin with
     return function(part)
 
 

@@ -22,8 +22,9 @@ def matrices(count: int, size: int = 8) -> Tensor:
 def test_threads_do_not_change_a_bit_of_the_result(blocks: int, size: int, count: int) -> None:
     with threads(3):  # else LAPACK might have a single one anyway
         with threads(1):
-            expected = torch.linalg.eigh(matrices(blocks, size))
-            result = side_by_side(torch.linalg.eigh, matrices(blocks, size), count)
+            x = matrices(blocks, size)
+            expected = torch.linalg.eigh(x)
+        result = side_by_side(torch.linalg.eigh, x, count)
         assert torch.get_num_threads() == 3
     for found, wanted in zip(result, expected, strict=True):
         assert torch.equal(found, wanted)
@@ -48,7 +49,7 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
 
 def _in_child(queue: multiprocessing.Queue[int]) -> None:
-    with threads(1):
+    with threads(1):  # OpenMP's threads, too, have not been forked
         queue.put(len(side_by_side(lambda part: (part + 1,), matrices(8), 2)[0]))
 
 
