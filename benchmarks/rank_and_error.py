@@ -32,16 +32,10 @@ from dopr_lightning.policies.algorithms import Algorithm, FlowMatching, Regressi
 from dopr_lightning.policies.networks import ActionNetwork, ConditionalUnet1d, ResidualMLP
 from dopr_lightning.policies.normalizer import Normalizer
 from dopr_lightning.preconditioner.capture import Capture
+from dopr_lightning.preconditioner.certificate import Floats, coefficients, relative_error, required_rank
 from dopr_lightning.preconditioner.covariance import damping_values
 from dopr_lightning.preconditioner.layers import DenseLayer, Layer, layers_of, named_modules
-from dopr_lightning.preconditioner.subspace import (
-    coefficients,
-    nystrom,
-    probe,
-    random_basis,
-    relative_error,
-    required_rank,
-)
+from dopr_lightning.preconditioner.subspace import nystrom, probe, random_basis
 
 EVERY = 10
 WARM_UP = 3
@@ -92,11 +86,13 @@ class Tracker:
         """The approximate preconditioner on a matrix (blocks, m, d); without ``tail`` all other eigenvalues count 0."""
         values, basis = self.eigenvalues.double(), self.basis.double()
         trace = self.trace.double() if tail else values.sum(-1)
-        c, rest = coefficients(values, trace, damping, basis.shape[1], values.shape[-1] if rank is None else rank)
+        known = values.numpy(), trace.numpy(), damping.numpy(), basis.shape[1]
+        c, rest = map(torch.from_numpy, coefficients(*known, values.shape[-1] if rank is None else rank))
         return (matrix - (matrix @ basis * c[:, None]) @ basis.mT) / rest[:, None, None]
 
-    def certificates(self, damping: Tensor) -> Tensor:
-        return relative_error(self.eigenvalues.double(), self.trace.double(), damping, self.basis.shape[1])
+    def certificates(self, damping: Tensor) -> Floats:
+        known = self.eigenvalues.double().numpy(), self.trace.double().numpy()
+        return relative_error(*known, damping.numpy(), self.basis.shape[1])
 
 
 class Exact:

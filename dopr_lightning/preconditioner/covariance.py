@@ -5,15 +5,19 @@ r"""From sums and counts to a damped covariance.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DampingScale = Literal["trace", "mean"]
 
+Numbers = TypeVar("Numbers", Tensor, NDArray[Any])
+"""Per covariance, on a device or on the host."""
 
-def damping_values(trace: Tensor, dim: int | Tensor, gamma: float, scale: DampingScale) -> Tensor:
+
+def damping_values(trace: Numbers, dim: int | Numbers, gamma: float, scale: DampingScale) -> Numbers:
     r"""The damping :math:`\lambda` per covariance.
 
     Args:
@@ -32,15 +36,16 @@ def mean_over_rows(sums: Tensor, counts: Tensor) -> None:
     sums.div_(counts.clamp(min=1).to(sums.dtype).view(-1, *[1] * (sums.dim() - 1)))
 
 
-def usable(counts: Tensor, trace: Tensor) -> Tensor:
-    """Which covariances can be inverted, (blocks,).
+def usable(counts: Numbers, trace: Numbers, dtype: torch.dtype) -> Numbers:
+    """Which covariances of a dtype can be inverted, (blocks,).
 
     A row with NaN or infinity shows in the trace. A layer whose inputs are all 0 learns nothing from them.
     """
-    return (counts > 0) & trace.isfinite() & (trace > torch.finfo(trace.dtype).tiny)
+    limits = torch.finfo(dtype)
+    return (counts > 0) & (trace > limits.tiny) & (trace <= limits.max)
 
 
-def collected(weight: Tensor, ema: float) -> tuple[Tensor, Tensor]:
+def collected(weight: Numbers, ema: float) -> tuple[Numbers, Numbers]:
     """How much weight an average has after one more refresh, and the share of it that is the new statistics'.
 
     The mean is corrected for the zero it starts from, as in Adam: 1 - ema^t after t refreshes, all of it new at first.

@@ -40,7 +40,7 @@ class DiagonalStack(Stack):
     def refresh(self, share: slice) -> Tensor:
         mean_over_rows(self._sums, self.counts)
         traces = self._sums.sum(-1)
-        valid = usable(self.counts, traces)
+        valid = usable(self.counts, traces, self.dtype)
         if self._running is not None:
             self._running.update(self._sums, valid)
             self._sums.copy_(self._running.value)

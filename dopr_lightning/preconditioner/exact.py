@@ -84,7 +84,7 @@ class ExactStack(Stack):
         # The sums stay sums, unless they are averaged over refreshes: dividing them is left to who reads them.
         self._per_row = 1 / self.counts.clamp(min=1).to(self.dtype)
         traces = self._packed.trace() * self._per_row
-        valid = usable(self.counts, traces)
+        valid = usable(self.counts, traces, self.dtype)
         if self._running is not None:
             mean_over_rows(self._packed.flat, self.counts)
             self._running.update(self._packed.flat, valid)

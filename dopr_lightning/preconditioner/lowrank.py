@@ -11,27 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dopr_lightning.preconditioner.certificate import (
+    Floats,
+    Ints,
+    coefficients,
+    relative_error,
+    required_rank,
+    tail_mean,
+)
 from dopr_lightning.preconditioner.covariance import collected, damping_values, usable
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
-from dopr_lightning.preconditioner.subspace import (
-    SHIFT,
-    coefficients,
-    core_eigenpairs,
-    probe,
-    products,
-    random_basis,
-    relative_error,
-    required_rank,
-    tail_mean,
-)
+from dopr_lightning.preconditioner.subspace import SHIFT, core_eigenpairs, probe, products, random_basis
 
 FIRST_RANK = 48
 """Directions to start with: they meet the default tolerance on every layer of the Humanoid policies at any width
@@ -54,7 +54,7 @@ class LowRankStack(Stack):
         tracked: Directions k.
         ranks: Directions in use, per layer.
         errors: Certified relative error of M with them, per layer (see
-            :func:`~dopr_lightning.preconditioner.subspace.relative_error`); NaN before the first refresh.
+            :func:`~dopr_lightning.preconditioner.certificate.relative_error`); NaN before the first refresh.
         unattainable: The tolerance asks for more directions than :attr:`limit`.
         limit: Most directions to track: beyond a quarter of the dimension the exact solver is cheaper.
     """
@@ -81,7 +81,7 @@ class LowRankStack(Stack):
         exact = ExactStack(self.layers, self.options)
         exact.adopt(self, self.inverse())
         if self.options.ema:
-            above, tail = (part.to(self.device) for part in _above_tail(self._eigenvalues, self._trace, self.dim))
+            above, tail = (part.to(self.device) for part in self._above_tail())
             leading = (self._basis * above[:, None]) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
             exact.adopt_average(self, leading + tail[..., None] * identity, self._weight.to(self.device))
@@ -155,8 +155,7 @@ class LowRankStack(Stack):
         if not self._allocated or self.refreshed_at[index] is None:
             return None
         part = self.slices[index]
-        values, trace = self._eigenvalues[part], self._trace[part]
-        tail = tail_mean(values, trace, self.dim)[:, -1:].expand(-1, self.dim - values.shape[1])
+        values, tail = self._eigenvalues[part], self._above_tail()[1][part].expand(-1, self.dim - self.tracked)
         return spectrum_of_eigenvalues(torch.cat([values, tail], dim=1).sort(-1)[0])
 
     def _allocate(self) -> None:
@@ -189,7 +188,7 @@ class LowRankStack(Stack):
         self._left = basis.mT.contiguous()
         self._basis = self._left.mT
         self._right = torch.empty_like(self._left)
-        self._derive(_derived(self._known, self.tracked).to(self.device))
+        self._rederive()
 
     def _clear(self) -> None:
         self._sums.zero_()
@@ -197,7 +196,8 @@ class LowRankStack(Stack):
 
     def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
         rows, count = self._rows(layer, x, mask)
-        self._image[part].baddbmm_((rows @ self._test[part].mT).mT, rows)
+        scores = torch.bmm(rows, self._test[part].mT)
+        self._image[part].baddbmm_(scores.mT, rows)
         norms = torch.linalg.vector_norm(rows, dim=(1, 2))
         self._trace_sums[part].addcmul_(norms, norms)
         return count
@@ -244,6 +244,14 @@ class LowRankStack(Stack):
         self._inverse_floor.copy_(derived[:, -1])
         torch.mul(derived[:, :-1, None], self._left, out=self._right)
 
+    def _rederive(self) -> None:
+        self._derive(torch.from_numpy(_derived(self._known.numpy(), self.tracked)).to(self.device))
+
+    def _above_tail(self) -> tuple[Tensor, Tensor]:
+        """:func:`_above_tail` of what is known, on the host and in the stack's dtype."""
+        above, tail = _above_tail(self._eigenvalues.numpy(), self._trace.numpy(), self.dim)
+        return torch.from_numpy(above).to(self.dtype), torch.from_numpy(tail).to(self.dtype)
+
     def _fit_tracked(self, needed: int, ample: int) -> None:
         """Track more directions if the tolerance asks for them, fewer if that leaves it far away."""
         self.unattainable = needed > self.tracked >= self.limit
@@ -257,7 +265,7 @@ class LowRankStack(Stack):
         eigenvalues, coefficients = self._eigenvalues[:, :count], self._coefficients[:, :count]
         basis = self._basis[..., :count]
         if missing > 0:
-            _, tail = _above_tail(self._eigenvalues, self._trace, self.dim)
+            _, tail = self._above_tail()
             fresh = random_basis(
                 self.blocks, self.dim, count, seed=self.dim + count, device=self.device, dtype=self.dtype
             )
@@ -278,7 +286,7 @@ class LowRankStack(Stack):
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
         super().load_state_dict(state)
-        self._derive(_derived(self._known, self.tracked).to(self.device))
+        self._rederive()
         self._scales = (1 / self._floor).tolist()
         self.errors = [float(self._error[part].max()) for part in self.slices]
         ranks = self._coefficients.count_nonzero(-1).tolist()
@@ -304,7 +312,7 @@ class _Renewal:
     """One refresh of stacks on one device that track equally many directions.
 
     What is a number or k x k per covariance is done on the host, for all of them at once: stack by stack it would be
-    some 300 small operators each, which take 8 us a piece between larger ones (measured, CPU).
+    some 300 small operators each. Numbers are arrays in float64, see :mod:`~.certificate`.
 
     Args:
         stacks: Their projections are queued.
@@ -316,77 +324,89 @@ class _Renewal:
         self.device, self.dtype = stacks[0].device, stacks[0].dtype
         self.tracked, self.options = stacks[0].tracked, stacks[0].options
         self.sizes = [stack.blocks for stack in stacks]
-        self.dims = torch.tensor([stack.dim for stack in stacks]).repeat_interleave(torch.tensor(self.sizes))
-        self.last = torch.cat([stack._known for stack in stacks]).double()
-        self.rows, sums = torch.cat(list(facts), dim=1)
-        self.seen = sums / self.rows.clamp(min=1)
-        eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
-        self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
-        self.trace = torch.lerp(trace, self.seen, share)
-        self.valid = usable(self.rows, self.seen.to(self.dtype)) & (self.trace > torch.finfo(self.dtype).tiny)
-        scale = torch.where(self.valid, self.trace, 1)
-        above, tail = _above_tail(eigenvalues, trace, self.dims)
-        past = ((1 - share) / scale)[:, None]
-        present = (share / scale / self.rows.clamp(min=1))[:, None]
-        numbers = torch.cat([present, past * tail + SHIFT, past * above], dim=1).to(self.dtype)
-        self.images, cores = zip(*map(LowRankStack.project, stacks, self._upload(numbers)), strict=True)
+        self.dims = np.repeat([stack.dim for stack in stacks], self.sizes)
+        self.last = np.concatenate([stack._known.numpy() for stack in stacks]).astype(np.float64)
+        self.rows, sums = torch.cat(list(facts), dim=1).numpy()
+        per_row = 1 / np.maximum(self.rows, 1)
+        with np.errstate(all="ignore"):  # NaN and infinity do not get past the blocks that show them
+            self.seen = sums * per_row
+            eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
+            self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
+            self.trace = (1 - share) * trace + share * self.seen
+            self.valid = usable(self.rows, self.seen, self.dtype) & usable(self.rows, self.trace, self.dtype)
+            scale = np.where(self.valid, self.trace, 1)
+            above, tail = _above_tail(eigenvalues, trace, self.dims)
+            past = ((1 - share) / scale)[:, None]
+            numbers = np.concatenate([(share / scale * per_row)[:, None], past * tail + SHIFT, past * above], axis=1)
+        uploaded = self._upload(torch.from_numpy(numbers).to(self.dtype))
+        self.images, cores = zip(*map(LowRankStack.project, stacks, uploaded), strict=True)
         self.products = torch.cat(cores, dim=1)
 
     def solve(self) -> Iterable[tuple[LowRankStack, Tensor]]:
         """Renew the stacks; returns what their :meth:`LowRankStack.accept` is told."""
         options = self.options
-        values, rotation, good = core_eigenpairs(self.products.cpu(), self.valid, idle=self.device.type != "cpu")
+        found, rotation, trusted = core_eigenpairs(
+            self.products.cpu(), torch.from_numpy(self.valid), idle=self.device.type != "cpu"
+        )
         damping = damping_values(self.trace, self.dims, options.damping, options.damping_scale)
-        good = good & (1 / damping).to(self.dtype).isfinite()
+        with np.errstate(all="ignore"):
+            good = trusted.numpy() & np.isfinite((1 / damping).astype(self._number))
         # Any numbers will do where nothing can be trusted: such blocks keep what they have.
-        trace, damping = torch.where(good, self.trace, 1), torch.where(good, damping, 1)
-        eigenvalues = torch.where(good[:, None], values * trace[:, None], 0)
+        trace, damping = np.where(good, self.trace, 1), np.where(good, damping, 1)
+        eigenvalues = np.where(good[:, None], found.numpy() * trace[:, None], 0)
         error = relative_error(eigenvalues, trace, damping, self.dims)
         needed = required_rank(error, options.max_error)
         # Directions are dropped only if the others do twice as well as they must, so that they do not come back.
         ample = required_rank(error, options.max_error / 2)
         # Multiples of 8 take less time than the fewer directions they replace.
-        rank = (-(-needed // 8) * 8).clamp(max=self.tracked)
+        rank = np.minimum(-(-needed // 8) * 8, self.tracked)
         c, floor = coefficients(eigenvalues, trace, damping, self.dims, rank)
-        numbers = torch.stack([trace, floor, error.gather(1, rank[:, None])[:, 0], self.weight], dim=1)
-        new = torch.cat([eigenvalues, c, numbers], dim=1)
-        known = torch.where(good[:, None], new, self.last).to(self.dtype)
+        numbers = np.stack([trace, floor, np.take_along_axis(error, rank[:, None], 1)[:, 0], self.weight], axis=1)
+        new = np.concatenate([eigenvalues, c, numbers], axis=1)
+        known = np.where(good[:, None], new, self.last).astype(self._number)
         derived = _derived(known, self.tracked)
-        renewed = [None] * len(self.stacks) if good.all() else self._upload(good)
+        renewed = [None] * len(self.stacks) if good.all() else self._upload(torch.from_numpy(good))
         parts = zip(
             self.stacks,
             self.images,
             self._upload(rotation),
-            known.split(self.sizes),
-            self._upload(derived),
+            torch.from_numpy(known).split(self.sizes),
+            self._upload(torch.from_numpy(derived)),
             renewed,
             strict=True,
         )
         for stack, *part in parts:
             stack.renew(*part)
-        _, used, _, _, error, _ = _fields(known, self.tracked)
-        outcome = [self.rows, self.seen, good, derived[:, -1], error]
-        outcome += [used.count_nonzero(-1), needed * good, ample * good]
-        outcomes = torch.stack([field.double() for field in outcome])
-        return zip(self.stacks, outcomes.split(self.sizes, dim=1), strict=True)
+        _, used, _, _, certified, _ = _fields(known, self.tracked)
+        outcome = [self.rows, self.seen, good, derived[:, -1], certified]
+        outcome += [np.count_nonzero(used, axis=-1), needed * good, ample * good]
+        return zip(self.stacks, torch.from_numpy(np.stack(outcome)).split(self.sizes, dim=1), strict=True)
+
+    @property
+    def _number(self) -> np.dtype[Any]:
+        """The stacks' dtype, of arrays."""
+        return self.stacks[0]._known.numpy().dtype
 
     def _upload(self, numbers: Tensor) -> Sequence[Tensor]:
         """To the device in one piece, and there each stack's part."""
         return numbers.to(self.device, non_blocking=True).split(self.sizes)
 
 
-def _fields(known: Tensor, tracked: int) -> tuple[Tensor, ...]:
-    """Eigenvalues and coefficients, (B, k); trace, floor lambda', certified error, and weight of the average, (B,)."""
-    return known[:, :tracked], known[:, tracked : 2 * tracked], *known[:, 2 * tracked :].unbind(-1)
+def _fields(known: Any, tracked: int) -> tuple[Any, ...]:
+    """Eigenvalues and coefficients, (B, k); trace, floor lambda', certified error, and weight of the average, (B,).
+
+    Views of an array, or of a tensor.
+    """
+    return known[:, :tracked], known[:, tracked : 2 * tracked], *known[:, 2 * tracked :].T
 
 
-def _derived(known: Tensor, tracked: int) -> Tensor:
+def _derived(known: NDArray[Any], tracked: int) -> NDArray[Any]:
     """What the update multiplies with: each direction's coefficient by the floor, and 1 by it, (B, k + 1)."""
     _, coefficients, _, floor, *_ = _fields(known, tracked)
-    return torch.nn.functional.pad(coefficients, (0, 1), value=1) / floor[:, None]
+    return np.concatenate([coefficients, np.ones_like(floor)[:, None]], axis=1) / floor[:, None]
 
 
-def _above_tail(eigenvalues: Tensor, trace: Tensor, dim: int | Tensor) -> tuple[Tensor, Tensor]:
+def _above_tail(eigenvalues: Floats, trace: Floats, dim: int | Ints) -> tuple[Floats, Floats]:
     """By how much the eigenvalues exceed the mean of those not tracked, (B, k), and that, (B, 1)."""
     tail = tail_mean(eigenvalues, trace, dim)[:, -1:]
     return eigenvalues - tail, tail

@@ -10,8 +10,8 @@ others,
           \lambda' = \lambda + \mu, \quad c_i = 1 - \frac{\lambda'}{s_i + \lambda}.
 
 :math:`\Sigma`, of d^2 numbers, is never formed. A refresh takes the image :math:`\Sigma V`, where V is the last U with
-a few vectors drawn anew (:func:`probe`); :func:`nystrom` makes the next U of it, and :func:`relative_error` says what
-the approximation costs.
+a few vectors drawn anew (:func:`probe`); :func:`nystrom` makes the next U of it, and
+:func:`~.certificate.relative_error` says what the approximation costs.
 
 Everything is pure and batched over a leading dimension B of covariances, of one size where matrices with d rows are
 concerned. What is k x k or less is done on the host: an eigenproblem of that size takes a few tenths of a millisecond
@@ -22,10 +22,9 @@ there and 2 on an H200, where each of the small operators around it costs a laun
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dopr_lightning.preconditioner.threads import side_by_side, threads
+from dopr_lightning.preconditioner.threads import side_by_side
 
 FRESH = 1 / 8
 """Share of the vectors that :func:`probe` draws anew.
@@ -40,14 +39,8 @@ SHIFT = 100 * torch.finfo(torch.float32).eps
 dimensions than columns, and where its rows were rounded to TF32 or bfloat16. Directions below it cannot be told apart
 and need not be."""
 
-TRUSTED = 3 / 4
-"""The eigenvalue at this share of the rank bounds what was left out.
-
-The last directions of a subspace iteration are the least converged, and what they miss is left out: the largest
-eigenvalue outside exceeds the last one inside, but hardly one some places before (the reason for oversampling in
-Halko, Martinsson & Tropp, 2011). With three quarters of k the certificate was above the true error in 95 % of the
-cases in which that was above 0.05.
-"""
+WORTH_A_THREAD = 4 * 48**3
+"""k^3 of the eigenproblems that are solved before another thread has begun (measured, four of 48 x 48)."""
 
 
 def random_basis(
@@ -151,176 +144,27 @@ def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, idle: bool = False)
         which U is Y R, (B, k, k); and which blocks can be trusted, (B,).
     """
     core, gram = core_and_gram
-    most = torch.get_num_threads()
-    with threads(1):  # more of them take longer, with matrices as small as these
-        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
-        # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
-        good = valid & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-        if not good.all():
-            # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
-            identity = torch.eye(core.shape[-1], dtype=core.dtype)
-            factor = torch.where(good[:, None, None], factor, identity)
-            gram = torch.where(good[:, None, None], gram, identity)
-        # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
-        half = torch.linalg.solve_triangular(factor, gram, upper=False)
-        small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
-        values, rotation = side_by_side(torch.linalg.eigh, (small + small.mT) / 2, most if idle else 1)
-        values, rotation = values.flip(-1), rotation.flip(-1)
-        rotation = rotation / values.clamp(min=SHIFT / 2).sqrt()[:, None, :]
-        rotation = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
+    worth = gram.numel() * gram.shape[-1] // WORTH_A_THREAD
+    # More than one per block take longer, with matrices as small as these.
+    count = min(torch.get_num_threads(), worth) if idle else 1
+    values, rotation, good = side_by_side(_eigenpairs, (core, gram, valid), count)
+    return values, rotation, good
+
+
+def _eigenpairs(core: Tensor, gram: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+    # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
+    good = valid & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    if not good.all():
+        # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
+        identity = torch.eye(core.shape[-1], dtype=core.dtype)
+        factor = torch.where(good[:, None, None], factor, identity)
+        gram = torch.where(good[:, None, None], gram, identity)
+    # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
+    half = torch.linalg.solve_triangular(factor, gram, upper=False)
+    small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
+    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
+    values, rotation = values.flip(-1), rotation.flip(-1)
+    rotation = rotation / values.clamp(min=SHIFT / 2).sqrt()[:, None, :]
+    rotation = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
     return (values - SHIFT).clamp(min=0), rotation, good
-
-
-def tail_mean(eigenvalues: Tensor, trace: Tensor, dim: int | Tensor) -> Tensor:
-    r""":math:`\mu_r`, the mean of the eigenvalues that rank r leaves out, for every r.
-
-    Args:
-        eigenvalues: s, descending, (B, k).
-        trace: (B,).
-        dim: d, one number or one per block, (B,).
-
-    Returns:
-        (B, k + 1), for r = 0 .. k; 0 for r = d.
-    """
-    left = _column(dim) - torch.arange(eigenvalues.shape[-1] + 1, device=eigenvalues.device)
-    return _remainder(eigenvalues, trace, dim) / left.clamp(min=1)
-
-
-def coefficients(
-    eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int | Tensor, rank: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""What the update :math:`\hat M = (G - G U \operatorname{diag}(c) U^\top) / \lambda'` needs.
-
-    Args:
-        eigenvalues: s, descending, (B, k).
-        trace: (B,).
-        damping: :math:`\lambda`, positive, (B,).
-        dim: d, one number or one per block, (B,).
-        rank: How many directions r <= k to use: one number, or one per block, (B,).
-
-    Returns:
-        c, (B, k), 0 beyond each block's rank, and :math:`\lambda' = \lambda + \mu_r`, (B,).
-    """
-    blocks, k = eigenvalues.shape
-    if isinstance(rank, int):
-        rank = torch.full((blocks,), rank, device=eigenvalues.device)
-    used = rank[:, None]
-    rest = damping[:, None] + tail_mean(eigenvalues, trace, dim).gather(-1, used)
-    c = 1 - rest / (eigenvalues + damping[:, None])
-    return torch.where(torch.arange(k, device=eigenvalues.device) < used, c, 0), rest[:, 0]
-
-
-def relative_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int | Tensor) -> Tensor:
-    r"""Certificate: a bound on the expected :math:`\|\hat M - M\|_F / \|M\|_F` of every rank r <= k.
-
-    :math:`\hat M - M` is G times a matrix with the eigenvectors of :math:`\Sigma` and, along those left out, the
-    eigenvalues
-
-    .. math:: e(\sigma) = \frac{1}{\lambda + \mu_r} - \frac{1}{\sigma + \lambda}
-              = \frac{\sigma - \mu_r}{(\lambda + \mu_r)(\sigma + \lambda)}.
-
-    Of :math:`G = \sum \delta z^\top` it is assumed that the output gradients :math:`\delta` are white and independent
-    of z, so that :math:`\mathbb E |G u_j|^2 \propto \sigma_j` (beyond the first steps of training, real gradients give
-    about the same error). Then, with N eigenvalues of sum T outside all k directions,
-
-    .. math:: \text{error}^2 \le \frac{\sum_{r < i \le k} s_i e(s_i)^2 + T e(\bar s)^2 + \Delta}
-              {\sum_{i \le k} s_i / (s_i + \lambda)^2 + T / (\bar s + \lambda)^2},
-
-    where :math:`\bar s` bounds the eigenvalues outside (:data:`TRUSTED`). The second term is attained if those are
-    either :math:`\bar s` or 0; decaying ones cost about half. :math:`\Delta`, mostly 0, is what eigenvalues below
-    :math:`\mu_r` can add to it: :math:`\min(N \max_{\sigma < \mu_r} \sigma e(\sigma)^2, T [e(0)^2 - e(\bar s)^2]_+)`.
-
-    Well below k the known eigenvalues decide, and the certificate is nearly the error: of 64 directions as many used
-    as a tolerance of 0.1 to 0.25 asks for, the errors of real gradients lay just below it, 3 % of them by more than a
-    tenth above, the worst by 0.3. At r = k the remainder decides, and the bound is loose by about 2.
-
-    That the k directions are eigenvectors, and that :math:`\bar s` is a bound, holds once the subspace has converged,
-    two or three refreshes after the start; before that the true error can be several times as large. Errors below
-    0.05 can be, too: there the last bit of convergence counts.
-
-    Args:
-        eigenvalues: s, descending, (B, k).
-        trace: (B,).
-        damping: :math:`\lambda`, (B,).
-        dim: d, one number or one per block, (B,).
-
-    Returns:
-        (B, k + 1), for r = 0 .. k. NaN where the trace is 0.
-    """
-    k = eigenvalues.shape[-1]
-    # In units of the trace: squares of 1 / lambda would overflow in float32.
-    eigenvalues, damping, trace = eigenvalues / trace[:, None], damping / trace, trace / trace
-    lam, mu, s = damping[:, None], tail_mean(eigenvalues, trace, dim), eigenvalues
-    count = _column(dim) - k
-    outside, ceiling = mu[:, -1:] * count, _ceiling(eigenvalues)[:, None]
-    # The sum of s (s - mu_r)^2 / (s + lambda)^2 over the directions skipped, for every r, multiplied out.
-    weight = s / (s + lam) ** 2
-    first, second, third = (_sum_from(weight * s**power) for power in range(3))
-    known = (third - 2 * mu * second + mu**2 * first).clamp(min=0) / (lam + mu) ** 2
-    high, low = _inverse_error(ceiling, mu, lam) ** 2, (mu / (lam * (lam + mu))) ** 2
-    slope = mu + 3 * lam
-    peak = 2 * mu * lam / (slope + (slope**2 + 4 * mu * lam).sqrt())  # of sigma e(sigma)^2 below mu
-    hump = torch.minimum(count * peak * _inverse_error(peak, mu, lam) ** 2, outside * (low - high).clamp(min=0))
-    norm = first[:, :1] + outside / (ceiling + lam) ** 2
-    return ((known + outside * high + hump) / norm).sqrt()
-
-
-def worst_case_error(eigenvalues: Tensor, trace: Tensor, damping: Tensor, dim: int) -> Tensor:
-    r"""Bound on :math:`\|\hat M - M\|_F / \|M\|_F` for every gradient whatsoever, for every rank r <= k.
-
-    :math:`\hat M - M` is M times a matrix with eigenvalues :math:`(\sigma - \mu_r) / (\lambda + \mu_r)` along what is
-    left out. Only the second assumption of :func:`relative_error` is needed, on the eigenvalues outside.
-
-    Args:
-        eigenvalues: s, descending, (B, k).
-        trace: (B,).
-        damping: :math:`\lambda`, (B,).
-        dim: d.
-
-    Returns:
-        (B, k + 1), for r = 0 .. k. NaN where the trace is 0.
-    """
-    mu = tail_mean(eigenvalues, trace, dim)
-    ceiling = _ceiling(eigenvalues) if eigenvalues.shape[-1] < dim else torch.zeros_like(trace)
-    largest = torch.cat([eigenvalues, ceiling[:, None]], dim=-1)
-    return torch.maximum(largest - mu, mu) / (damping[:, None] + mu)
-
-
-def required_rank(error: Tensor, tolerance: float) -> Tensor:
-    """Smallest rank whose error is at most ``tolerance``.
-
-    Args:
-        error: (B, k + 1), for r = 0 .. k.
-        tolerance: The error allowed.
-
-    Returns:
-        (B,), k + 1 where no rank will do.
-    """
-    ranks = torch.arange(error.shape[-1], device=error.device)
-    return torch.where(error <= tolerance, ranks, error.shape[-1]).amin(-1)
-
-
-def _inverse_error(sigma: Tensor, mu: Tensor, damping: Tensor) -> Tensor:
-    """How much too large 1 / (sigma + damping) becomes when mu stands for sigma, negated; increases with sigma."""
-    return (sigma - mu) / ((damping + mu) * (sigma + damping))
-
-
-def _sum_from(terms: Tensor) -> Tensor:
-    """Sums of the terms from r on, (B, k + 1), for r = 0 .. k."""
-    return F.pad(terms, (0, 1)).flip(-1).cumsum(-1).flip(-1)
-
-
-def _ceiling(eigenvalues: Tensor) -> Tensor:
-    """What the eigenvalues outside are taken not to exceed, (B,)."""
-    return eigenvalues[:, max(int(TRUSTED * eigenvalues.shape[-1]), 1) - 1]
-
-
-def _remainder(eigenvalues: Tensor, trace: Tensor, dim: int | Tensor) -> Tensor:
-    """The trace outside the first r directions, (B, k + 1); rounding makes it neither negative nor more than 0 at d."""
-    remainder = (trace[:, None] - F.pad(eigenvalues, (1, 0)).cumsum(-1)).clamp(min=0)
-    return torch.where(torch.arange(remainder.shape[-1], device=trace.device) < _column(dim), remainder, 0)
-
-
-def _column(numbers: int | Tensor) -> int | Tensor:
-    """One per block, to go with what has a column more."""
-    return numbers[..., None] if isinstance(numbers, Tensor) else numbers

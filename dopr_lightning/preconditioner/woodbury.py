@@ -121,7 +121,7 @@ class WoodburyStack(Stack):
         gram = rows @ rows.mT
         gram.diagonal(dim1=1, dim2=2).add_(damping[:, None])
         factor, info = torch.linalg.cholesky_ex(gram)
-        good = usable(counts, trace) & (info == 0) & (1 / damping).isfinite()
+        good = usable(counts, trace, self.dtype) & (info == 0) & (1 / damping).isfinite()
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         factor = torch.where(good[:, None, None], factor, identity)
         self._new[index] = torch.linalg.solve_triangular(factor, rows, upper=False), 1 / damping

@@ -156,10 +156,11 @@ class DenseLayer(Layer):
         """The rows z that the weight multiplies.
 
         Args:
-            x: The layer's :meth:`~Layer.input`, in the dtype the rows are to have.
+            x: The layer's :meth:`~Layer.input`.
 
         Returns:
-            (blocks, n, dim), in the order of the flattened leading (or batch and spatial) positions.
+            (blocks, n, dim), in the order of the flattened leading (or batch and spatial) positions, and in the input's
+            dtype or a wider one.
         """
 
     @abstractmethod
@@ -195,7 +196,11 @@ class MatrixLayer(DenseLayer):
 
     def rows(self, x: Tensor) -> Tensor:
         rows = self.vectors(x)
-        return F.pad(rows, (0, 1), value=self.homogeneous_value) if self.homogeneous else rows
+        if not self.homogeneous:
+            return rows
+        # At least float32: bfloat16 would round the coordinate of a convolution, 3 ** -0.5 say.
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return F.pad(rows, (0, 1), value=self.homogeneous_value)
 
     def gradient(self) -> Tensor:
         matrix = self.to_matrix(_gradient(self.weight, self._weight_span))

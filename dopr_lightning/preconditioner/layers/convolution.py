@@ -113,5 +113,6 @@ class TransposedConvolution(MatrixLayer):
 
 def _channels(x: Tensor, groups: int) -> Tensor:
     """The channels at every position, (groups, B * positions, C / groups)."""
-    x = x.flatten(2).unflatten(1, (groups, -1))
-    return x.permute(1, 0, 3, 2).reshape(groups, -1, x.shape[2])
+    batch, channels = x.shape[:2]
+    x = x.reshape(batch, groups, channels // groups, -1)
+    return x.permute(1, 0, 3, 2).reshape(groups, -1, channels // groups)
