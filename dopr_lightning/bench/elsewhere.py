@@ -33,6 +33,7 @@ H100 = Rates(
     call=5e-6,
     network=40e9,
     latency=1e-3,
+    overlap=True,
 )
 """Assumed, not measured: three quarters of 67 TFLOP/s for float32 products without TF32 (the statistics' dtype), skinny
 products bound by a memory of 3.35 TB/s, which rearranging copies use by a third, 400 Gb/s of network per GPU, a

@@ -21,6 +21,9 @@ TRACKED = 48
 COLD = 1 << 25
 """Bytes that no core's own cache holds."""
 
+BUSY = 4096
+"""Size of matrices that keep a GPU busy for longer than the host takes to ask for the next."""
+
 KERNEL = 5
 """Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
 
@@ -46,10 +49,11 @@ class Rates:
         small: Seconds of one Nystrom step beyond its products, k x k Cholesky and eigenvalues, at k = 48, among many.
         bandwidth: Bytes/s of copies, reads and writes both counted.
         strided: The same of copies between a convolution's layout and a matrix with its channels side by side.
-        call: Seconds of one small operator, which Python and the dispatcher take, among others after a large product:
-            some times what it takes in a tight loop, whose code and data the cache holds.
+        call: Seconds of one small operator on the host, which Python and the dispatcher take, among others after a
+            large product: some times what it takes in a tight loop, whose code and data the cache holds.
         network: Bytes/s at which one rank sends and receives; None where there is but one.
         latency: Seconds of one collective beyond its bytes.
+        overlap: The host runs ahead of the device, which is a GPU.
     """
 
     square: float
@@ -64,6 +68,7 @@ class Rates:
     call: float
     network: float | None = None
     latency: float = 0.0
+    overlap: bool = False
 
 
 def synchronise(device: torch.device) -> None:
@@ -77,7 +82,8 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
 
     Args:
         device: Where.
-        dim: Of the products' matrices: near the widest of the model that is judged, since caches matter.
+        dim: Of the products' matrices: near the widest of the model that is judged, since caches matter. A GPU has at
+            least :data:`BUSY`.
         repeats: Of each measurement, of which the median counts.
     """
 
@@ -97,6 +103,8 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
 
+    overlap = device.type != "cpu"
+    dim = max(dim, BUSY) if overlap else dim
     a, b = normal(dim, dim), normal(dim, dim)
     square = 2 * dim**3 / seconds(lambda: torch.mm(a, b))
     # Many gradients in turn: a real one was written a while ago and is in no core's cache.
@@ -120,17 +128,16 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     inverse = 2 * size**3 / 3 / seconds(lambda: torch.cholesky_inverse(cholesky))
     short, long = (seconds(partial(_nystrom, d, device)) for d in (64, 2048))
     nystrom_rate = 8 * (2048 - 64) * TRACKED**2 / max(long - short, 1e-9)
-    x = normal(1 << 23)
+    x = normal(1 << 27 if overlap else 1 << 23)
     y = torch.empty_like(x)
     bandwidth = 2 * x.nbytes / seconds(lambda: y.copy_(x))
-    kernel = normal(512, 512, KERNEL)
+    kernel = normal(4096 if overlap else 512, 512, KERNEL)
     strided = 4 * kernel.nbytes / seconds(lambda: kernel.copy_(kernel.mT.contiguous().mT))
-    one = torch.ones(1, device=device)
+    one = torch.ones(1)
     call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], before=lambda: torch.mm(a, b)) / LAYER_CALLS
     cores, valid = _cores(), torch.ones(EIGENPROBLEMS, dtype=torch.bool)
-    idle = device.type != "cpu"
-    small = seconds(lambda: core_eigenpairs(cores, valid, idle=idle), before=lambda: torch.mm(a, b)) / EIGENPROBLEMS
-    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, small, bandwidth, strided, call)
+    small = seconds(lambda: core_eigenpairs(cores, valid, idle=overlap), before=lambda: torch.mm(a, b)) / EIGENPROBLEMS
+    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, small, bandwidth, strided, call, overlap=overlap)
 
 
 def _cores() -> Tensor:

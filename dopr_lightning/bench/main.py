@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 SOLVERS = ("exact", "lowrank", "auto")
 
-SECONDS = {"cpu": 30.0, "cuda": 4.0}
+SECONDS = {"cpu": 30.0, "cuda": 10.0}
 """For the intervals of one comparison, of which a GPU makes as many in less time."""
+
+HOST_BOUND = 0.9
+"""Share of a step's time from which on the host has no time to spare."""
+
+LONGEST_TURN = 10
+"""Steps in a row of arms that do the same at every step: enough for the host to run ahead of a GPU."""
 
 QUICK = ("mlp-256", "mlp-512")
 """What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
@@ -62,6 +68,10 @@ def _measure(options: Any) -> None:
         chosen = list({workload.name: workload for workload in reversed(chosen)}.values())[::-1]
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that PyTorch can use")
+    if options.tf32 and options.device != "cuda":
+        raise UserError("--tf32: only GPUs have it; add --device cuda")
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
     count = options.threads or cores()
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
@@ -73,6 +83,7 @@ def _measure(options: Any) -> None:
             "threads": count,
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "autocast": options.autocast,
+            "tf32": options.tf32,
             "quick": options.quick,
         },
         "versions": versions(),
@@ -126,6 +137,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     for pair in paired_intervals([base, dopr], batches, every, limits, turn=turn):
         times.append(pair)
         advance()
+    host_share = base.host_share(batches)
     preconditioner = dopr.preconditioner
     assert isinstance(preconditioner, ActivationPreconditioner)
     planned = observed(preconditioner)
@@ -135,7 +147,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     base_peak, dopr_peak = peak_bytes(base, batches[0], 0), peak_bytes(dopr, batches[0], held)
     overhead = Quartiles.of([after - before for before, after in times])
     split["other"] = overhead.median - sum(split.values())
-    prediction = predict(planned, rates, update_every=every)
+    prediction = predict(planned, rates, update_every=every, host_bound=host_share > HOST_BOUND)
     del base, dopr, preconditioner
 
     three = [
@@ -144,6 +156,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
         arm(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
     ]
     exact_times = []
+    turn = min(turn, LONGEST_TURN)  # every step is a refresh
     for triple in paired_intervals(three, batches, turn, replace(limits, most=10 * limits.most), turn=turn):
         exact_times.append(triple)
         advance()
@@ -156,6 +169,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
         "batch": workload.batch_size,
         "goal": workload.goal(device.type, every) if options.solver == "auto" else None,
         "intervals": len(times),
+        "host_share": host_share,
         "base_seconds": asdict(Quartiles.of([before for before, _ in times])),
         "dopr_seconds": asdict(Quartiles.of([after for _, after in times])),
         "ratio": asdict(Quartiles.of([after / before for before, after in times])),
@@ -249,6 +263,11 @@ def _parser() -> Parser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--autocast", choices=("none", "bf16"), default="none", help="of the forward; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tf32",
+        action="store_true",
+        help="let products of float32 matrices use a GPU's tensor cores, as torch.set_float32_matmul_precision('high')",
     )
     parser.add_argument("--quick", action="store_true", help="small models, few intervals: seconds, and noisy")
     parser.add_argument(

@@ -66,6 +66,16 @@ class Arm:
             self.preconditioner.step()
         self.optimizer.step()
 
+    def host_share(self, batches: Sequence[Batch]) -> float:
+        """How much of the time of training steps in a row the host takes to ask for them: 1 unless it runs ahead."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        for batch in batches:
+            self.step(batch)
+        asked = time.perf_counter()
+        synchronise(self.device)
+        return (asked - start) / (time.perf_counter() - start)
+
     def seconds(self, batches: Sequence[Batch]) -> float:
         """Training steps in a row, timed."""
         synchronise(self.device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dopr_lightning.bench.machine import LAYER_CALLS, TRACKED, Rates
 from dopr_lightning.bench.plan import Planned
 from dopr_lightning.preconditioner.distributed import assign
+from dopr_lightning.preconditioner.replay import LARGEST, MOST
 
 PHASES = ("statistics", "reduce", "solve", "apply")
 
@@ -23,6 +24,13 @@ RENEWAL_CALLS = 300
 STACK_CALLS = 55
 """The same of the low-rank solver's refresh, whatever the number of layers: for each number of directions tracked, and
 for each size of layer."""
+
+REPLAY_CALLS = 20
+LAYER_REPLAY_CALLS = 0.5
+"""The same of a step whose rewrites are recorded, in all and per layer."""
+
+LEAST_REWRITE = 18e-6
+"""Seconds a GPU takes for one layer's rewrite, however small: four or five kernels in a row (measured, H200)."""
 
 SUBSTITUTION = 1.3
 """Time of two triangular substitutions, in products of as many FLOPs (measured on CPU)."""
@@ -52,7 +60,9 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def predict(planned: Sequence[Planned], rates: Rates, *, update_every: int, ranks: int = 1) -> Prediction:
+def predict(
+    planned: Sequence[Planned], rates: Rates, *, update_every: int, ranks: int = 1, host_bound: bool = False
+) -> Prediction:
     """What preconditioning adds to a step.
 
     Args:
@@ -60,12 +70,20 @@ def predict(planned: Sequence[Planned], rates: Rates, *, update_every: int, rank
         rates: Of the machine.
         update_every: Steps per refresh.
         ranks: Ranks that pool statistics and share exact inverses.
+        host_bound: Whether a GPU waits for its host when it trains without preconditioning, rather than the other way
+            round. Without ``rates.overlap`` it does not matter.
     """
     costs = [layer.cost for layer in planned]
-    step, refresh = LAYER_CALLS * rates.call, REFRESH_CALLS * rates.call
-    statistics = sum(_statistics(layer, rates) for layer in planned) + refresh * len(planned)
-    apply = sum(_apply(layer, rates) for layer in planned) + step * len(planned)
-    solve, share = _solve(planned, rates, ranks)
+    statistics = _together(
+        REFRESH_CALLS * rates.call * len(planned),
+        sum(_statistics(layer, rates) for layer in planned),
+        rates,
+        host_bound,
+    )
+    apply = _together(
+        _step_calls(planned, rates) * rates.call, sum(_apply(layer, rates) for layer in planned), rates, host_bound
+    )
+    solve, share = _solve(planned, rates, ranks)  # the host waits for the device there, and the device for the host
     pooled = ranks > 1
     sent = sum(cost.summed + cost.gathered for cost in costs) if pooled else 0
     reduce = 0.0
@@ -89,6 +107,21 @@ def predict(planned: Sequence[Planned], rates: Rates, *, update_every: int, rank
     )
 
 
+def _together(host: float, device: float, rates: Rates, host_bound: bool) -> float:
+    """What both cost: on a CPU they take turns, on a GPU whoever is ahead of the other has time to spare."""
+    if not rates.overlap:
+        return host + device
+    return max(host, device) if host_bound else device
+
+
+def _step_calls(planned: Sequence[Planned], rates: Rates) -> float:
+    """Operators' worth of host time that the rewrites of one step take."""
+    entries = sum(layer.shape.blocks * layer.shape.m * layer.shape.dim for layer in planned)
+    if rates.overlap and entries <= min(MOST, LARGEST * len(planned)):
+        return REPLAY_CALLS + LAYER_REPLAY_CALLS * len(planned)
+    return LAYER_CALLS * len(planned)
+
+
 def _statistics(layer: Planned, rates: Rates) -> float:
     speed = rates.skinny if layer.method.solver == "lowrank" else rates.square
     passes = {"lowrank": 1, "woodbury": 2}.get(layer.method.solver, 0)
@@ -101,11 +134,13 @@ def _statistics(layer: Planned, rates: Rates) -> float:
 
 def _apply(layer: Planned, rates: Rates) -> float:
     entries = layer.shape.blocks * layer.shape.m * layer.shape.dim
-    copies = 4 * layer.copies_rows * 4.0 * entries / rates.strided  # there and back
+    seconds = 4 * layer.copies_rows * 4.0 * entries / rates.strided  # there and back
     if layer.method.solver in ("lowrank", "woodbury"):  # in place
-        return layer.cost.apply / rates.skinny + entries * rates.touch + copies
-    speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
-    return layer.cost.apply / speed + 3 * 4.0 * entries / rates.bandwidth + copies
+        seconds += layer.cost.apply / rates.skinny + entries * rates.touch
+    else:
+        speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
+        seconds += layer.cost.apply / speed + 3 * 4.0 * entries / rates.bandwidth
+    return max(seconds, LEAST_REWRITE) if rates.overlap else seconds
 
 
 def _solve(planned: Sequence[Planned], rates: Rates, ranks: int) -> tuple[float, float]:

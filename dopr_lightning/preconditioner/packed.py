@@ -52,7 +52,8 @@ class PackedSymmetric:
 
     def trace(self) -> Tensor:
         """Traces, (count,)."""
-        return torch.stack([panel.diagonal(dim1=1, dim2=2).sum(-1) for panel in self._panels]).sum(0)
+        first, *others = (panel.diagonal(dim1=1, dim2=2).sum(-1) for panel in self._panels)
+        return sum(others, first)
 
     def lower(self, blocks: slice, scale: Tensor) -> Tensor:
         """The matrices ``blocks`` as squares, (blocks, d, d), times ``scale``, one per matrix there is, (count,).

@@ -284,7 +284,7 @@ class Stack(ABC):
         if limit is not None and rows.shape[1] > limit:
             stride = -(-rows.shape[1] // limit)
             rows, keep = rows[:, ::stride], None if keep is None else keep[::stride]
-        rows = rows.to(self.dtype)  # of the rows that are used: half precision is copied and thinned out at half the cost
+        rows = rows.to(self.dtype)  # only now: half precision is copied and thinned out at half the cost
         if keep is None:
             return rows, rows.shape[1]
         return torch.where(keep[:, None], rows, 0), keep.sum()  # where, not times: padding may hold NaN

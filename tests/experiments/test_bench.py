@@ -198,6 +198,16 @@ def test_the_floor_is_the_flops_at_the_speed_of_square_products() -> None:
     assert rare.seconds["apply"] == prediction.seconds["apply"]
 
 
+def test_on_a_gpu_only_who_is_waited_for_costs_time() -> None:
+    planned = plan(nn.Linear(64, 64, bias=False), 128, solver="lowrank", update_every=5)
+    slow_host, slow_device = replace(UNIT, call=1e12, overlap=True), replace(UNIT, call=1e-12, overlap=True)
+    flops = planned[0].cost.apply
+    assert predict(planned, replace(slow_host, overlap=False), update_every=5).seconds["apply"] == 16e12 + flops
+    assert predict(planned, slow_host, update_every=5).seconds["apply"] == flops
+    assert predict(planned, slow_host, update_every=5, host_bound=True).seconds["apply"] == 20.5e12  # recorded
+    assert predict(planned, slow_device, update_every=5, host_bound=True).seconds["apply"] == flops
+
+
 def test_llama_has_its_parameters_and_its_costs() -> None:
     model, rows, flops = resolve("llama-3.1-8b", 1000)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -240,6 +250,7 @@ def test_any_model_can_be_asked_about(tmp_path: Path) -> None:
     [
         (["--models", "mlp-3"], "unknown model 'mlp-3'"),
         (["--batch", "32,x"], "--batch 32,x"),
+        (["--tf32"], "--tf32: only GPUs have it"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--model", "nowhere:make"], "nowhere"),
         (["--model", "math:pi"], "--model math:pi"),

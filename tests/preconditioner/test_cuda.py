@@ -13,6 +13,7 @@ import pytest
 import torch
 from ranks import join_group, run_all
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning import ActivationPreconditioner
@@ -163,18 +164,52 @@ def test_bfloat16_autocast_leaves_the_statistics_in_float32() -> None:
     assert float((found - expected).norm() / expected.norm()) < 5e-3
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "default",
-        pytest.param(
-            "reduce-overhead",
-            marks=pytest.mark.xfail(
-                raises=RuntimeError, strict=False, reason="failed on torch 2.11; mended since, and not run on a GPU"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_tf32_leaves_the_rewrites_close(name: str) -> None:
+    reference = deep(2, 64).double()
+    model = copy.deepcopy(reference).float()
+    aps = [ActivationPreconditioner(m, update_every=2, **SOLVERS[name]) for m in (reference, model)]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for step in range(5):
+            x = torch.randn(256, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+            run(reference, x.double(), aps[0])
+            run(model, x, aps[1])
+            assert_close(gradients(model), gradients(reference), 0.02)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not any(row.failures for row in aps[1].summary())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_step_that_float16_overflows_leaves_no_trace(name: str) -> None:
+    """As the callback does it: what GradScaler skips is discarded."""
+    models = [deep(2, 64), deep(2, 64)]
+    aps = [ActivationPreconditioner(m, damping=0.1, update_every=2, **SOLVERS[name]) for m in models]
+    for model, ap, broken in zip(models, aps, (False, True), strict=True):
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cuda", init_scale=256.0)
+        for step, factor in enumerate((1.0, 1.0, 1e30 if broken else None, 1.0, 1.0)):
+            if factor is None:
+                continue
+            x = torch.randn(96, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.float16):
+                loss = model(x).float().square().mean() * factor
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if factor > 1:
+                ap.discard()
+            else:
+                ap.step()
+            scaler.step(optimizer)
+            scaler.update(256.0)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_models_are_rewritten_alike(mode: str) -> None:
     eager = deep(2, 64)
     model = copy.deepcopy(eager)
@@ -198,6 +233,34 @@ def test_a_resume_continues_bit_for_bit() -> None:
         for model, ap in zip(models, aps, strict=True):
             run(model, x, ap)
         assert all(torch.equal(a, b) for a, b in zip(*(gradients(m).values() for m in models), strict=True))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of NCCL with this process in it; a second would need a second GPU."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", SOLVERS)
+def test_sharded_by_fsdp_over_nccl_equals_whole(name: str) -> None:
+    whole = deep(2, 64)
+    sharded = copy.deepcopy(whole)
+    for block in sharded:
+        fully_shard(block)
+    fully_shard(sharded)
+    aps = [ActivationPreconditioner(m, damping=0.1, update_every=2, **SOLVERS[name]) for m in (whole, sharded)]
+    for step in range(5):
+        x = torch.randn(96, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        for model, ap in zip((whole, sharded), aps, strict=True):
+            run(model, x, ap)
+        found = {name: p.grad.full_tensor().double().cpu() for name, p in sharded.named_parameters()}
+        assert_close(found, gradients(whole), 1e-5)
 
 
 def two_ranks(folder: Path) -> dict[str, Callable[[], Any]]:
