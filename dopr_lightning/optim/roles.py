@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-Role = Literal["hidden", "input", "readout", "vector", "embedding"]
+Role = Literal["hidden", "condition", "input", "readout", "vector", "embedding"]
 
 
 def parameter_roles(
@@ -20,13 +20,15 @@ def parameter_roles(
     (biases, norms). ``input`` and ``readout``: matrices that touch a dimension which does not grow with the model. A
     submodule that knows its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this
     package do; if none does, the first (unless there is an embedding) and the last matrix in order of registration are
-    taken. ``hidden``: the rest.
+    taken. ``condition``: matrices that see one row per sample where others see one per position, as those of FiLM, of
+    adaptive norms and of the embedding of diffusion time; only where a submodule or an override says so. ``hidden``: the
+    rest.
 
     Args:
         model: Any module.
         overrides: Globs on whole parameter names to roles, ``{"decoder.*": "readout"}``; they win, the last one most.
         known: Roles read off the shapes of a narrow and a wide model (a MupSpec's), by parameter name; ``"fixed"`` says
-            nothing. They win over what is guessed or declared here.
+            nothing, and ``"hidden"`` nothing against ``"condition"``. They win over what is guessed or declared here.
 
     Returns:
         Parameter name to role, in the model's order.
@@ -54,7 +56,9 @@ def parameter_roles(
         if "embedding" not in roles.values():  # else the embedding is the input
             roles[matrices[0]] = "input"
 
-    roles.update((name, role) for name, role in (known or {}).items() if name in roles and role != "fixed")  # type: ignore[misc]
+    for name, role in (known or {}).items():
+        if name in roles and role != "fixed" and (role, roles[name]) != ("hidden", "condition"):
+            roles[name] = role  # type: ignore[assignment]
     for pattern, role in (overrides or {}).items():
         matching = [name for name in roles if fnmatchcase(name, pattern)]
         if role not in get_args(Role):

@@ -130,11 +130,13 @@ class _Tap:
 
     def wanted(self, module: nn.Module) -> bool:
         """Whether this call of the module may be of a training step that wants rows."""
+        # In order of what most calls fail at: between refreshes every forward of every layer asks.
+        if not (torch.compiler.is_compiling() or self.capture.active()):
+            return False
         if not (module.training and torch.is_grad_enabled()):
             return False
         # The gradients of torch.func are values, they never become a weight's .grad.
-        running = not torch.compiler.is_compiling()
-        if running and (torch._C._functorch.peek_interpreter_stack() is not None or not self.capture.active()):
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return False
         return self.layer.weight.requires_grad
 

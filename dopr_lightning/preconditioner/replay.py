@@ -31,49 +31,50 @@ KEPT = 4
 
 
 Task = tuple[tuple[Hashable, ...], ...]
-"""What a recording does, by stack: what it reads, which layers it rewrites, their parameters' shapes and dtypes."""
+"""What a recording does, by stack: what it reads, and which layers' gradients, of which kinds, it rewrites."""
 
 
 class Replay:
     """Applies stacks; records those on a GPU that can be recorded when they are to do the same for the second time."""
 
     def __init__(self) -> None:
-        self._recordings: dict[Task, _Recording] = {}
+        self._recordings: dict[Task, _Recording | None] = {}  # None: would not pay
         self._last: Task = ()
         self._failed = False
 
     def apply(self, stacks: Sequence[Stack]) -> None:
         """Rewrite the gradients of all layers of ``stacks``."""
-        together = {} if self._failed else {stack: _parameters(stack) for stack in stacks if _recordable(stack)}
-        parameters = list({id(p): p for own in together.values() for p in own}.values())
-        if not _pays(together, parameters):
-            together = {}
+        together = [] if self._failed else [stack for stack in stacks if _recordable(stack)]
+        task, parameters = _task(together)
+        if together and task not in self._recordings and not _pays(together, parameters):
+            self._keep(task, None)
+        recording = self._recordings.get(task)
+        if recording is None and task in self._recordings:
+            together = []
         for stack in stacks:
             if stack not in together:
                 stack.apply()
-        if not together:
-            return
-        task = tuple(_task(stack, own) for stack, own in together.items())
-        recording = self._recordings.get(task)
         if recording is not None:
             recording.play(parameters)
-            return
-        for stack in together:
-            stack.apply(fixed=True)
-        if task == self._last:
-            self._record(task, together, parameters)
+        elif together:
+            for stack in together:
+                stack.apply(fixed=True)
+            if task == self._last:
+                self._record(task, together, parameters)
         self._last = task
 
     def _record(self, task: Task, stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> None:
-        # What reads tensors that a stack has replaced will not be asked for again.
-        addresses = [part[0] for part in task]
-        kept = {other: r for other, r in self._recordings.items() if [part[0] for part in other] == addresses}
-        self._recordings = {} if len(kept) == KEPT else kept
         try:
-            self._recordings[task] = _Recording(stacks, parameters)
+            self._keep(task, _Recording(stacks, parameters))
         except RuntimeError as error:  # what else runs on this GPU may forbid it
             self._failed = True
             log.warning("rewrites of gradients are launched one by one, since they cannot be recorded: %s", error)
+
+    def _keep(self, task: Task, recording: _Recording | None) -> None:
+        # What reads tensors that a stack has replaced will not be asked for again.
+        addresses = [part[0] for part in task]
+        kept = {other: r for other, r in self._recordings.items() if [part[0] for part in other] == addresses}
+        self._recordings = ({} if len(kept) == KEPT else kept) | {task: recording}
 
 
 class _Recording:
@@ -117,19 +118,28 @@ def _pays(stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> bool
     return 0 < entries <= min(MOST, LARGEST * sum(len(stack.layers) for stack in stacks))
 
 
-def _parameters(stack: Stack) -> list[nn.Parameter]:
-    """Those whose gradients it rewrites now."""
-    return [p for layer in stack.layers if layer.has_gradient for p in layer.parameters.values()]
-
-
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _task(stack: Stack, parameters: Sequence[nn.Parameter]) -> tuple[Hashable, ...]:
-    """What a stack's launches depend on besides numbers on the device; ``parameters`` are those it rewrites now."""
-    active = tuple(
-        layer.has_gradient and step is not None for layer, step in zip(stack.layers, stack.refreshed_at, strict=True)
-    )
-    shapes = tuple((parameter.shape, parameter.dtype) for parameter in parameters)
-    return stack.addresses, active, shapes
+def _task(stacks: Sequence[Stack]) -> tuple[Task, list[nn.Parameter]]:
+    """What the launches depend on besides numbers on the device, and the parameters whose gradients they rewrite.
+
+    In one pass, since every step asks.
+    """
+    task: list[tuple[Hashable, ...]] = []
+    rewritten: dict[int, nn.Parameter] = {}  # by identity: layers may share one
+    for stack in stacks:
+        part: list[Hashable] = [stack.addresses]
+        for layer, step in zip(stack.layers, stack.refreshed_at, strict=True):
+            own = layer.tensors
+            gradients = _gradients(own)
+            if len(gradients) < len(own):
+                part.append(None)
+                continue
+            part.append(step is not None)
+            for parameter, gradient in zip(own, gradients, strict=True):
+                rewritten[id(parameter)] = parameter
+                part += (id(parameter), gradient.dtype, gradient.layout)
+        task.append(tuple(part))
+    return tuple(task), list(rewritten.values())

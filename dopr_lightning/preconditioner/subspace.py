@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dopr_lightning.preconditioner.threads import side_by_side
+from dopr_lightning.preconditioner.threads import side_by_side, threads
 
 FRESH = 1 / 8
 """Share of the vectors that :func:`probe` draws anew.
@@ -145,26 +145,21 @@ def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, idle: bool = False)
     """
     core, gram = core_and_gram
     worth = gram.numel() * gram.shape[-1] // WORTH_A_THREAD
-    # More than one per block take longer, with matrices as small as these.
     count = min(torch.get_num_threads(), worth) if idle else 1
-    values, rotation, good = side_by_side(_eigenpairs, (core, gram, valid), count)
-    return values, rotation, good
-
-
-def _eigenpairs(core: Tensor, gram: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
-    # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
-    good = valid & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-    if not good.all():
-        # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
-        identity = torch.eye(core.shape[-1], dtype=core.dtype)
-        factor = torch.where(good[:, None, None], factor, identity)
-        gram = torch.where(good[:, None, None], gram, identity)
-    # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
-    half = torch.linalg.solve_triangular(factor, gram, upper=False)
-    small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
-    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
-    values, rotation = values.flip(-1), rotation.flip(-1)
-    rotation = rotation / values.clamp(min=SHIFT / 2).sqrt()[:, None, :]
-    rotation = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
+    with threads(1):  # more of them take longer, with matrices as small as these
+        factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.
+        good = valid & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+        if not good.all():
+            # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
+            identity = torch.eye(core.shape[-1], dtype=core.dtype)
+            factor = torch.where(good[:, None, None], factor, identity)
+            gram = torch.where(good[:, None, None], gram, identity)
+        # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.
+        half = torch.linalg.solve_triangular(factor, gram, upper=False)
+        small = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
+        values, rotation = side_by_side(torch.linalg.eigh, (small + small.mT) / 2, count)
+        values, rotation = values.flip(-1), rotation.flip(-1)
+        rotation = rotation / values.clamp(min=SHIFT / 2).sqrt()[:, None, :]
+        rotation = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
     return (values - SHIFT).clamp(min=0), rotation, good

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dopr_lightning.errors import UserError
 
-Role = Literal["input", "readout"]
+Role = Literal["input", "readout", "condition"]
 
 
 class VisualObservation(TypedDict):
@@ -132,11 +132,12 @@ class ActionNetwork(nn.Module, ABC):
 
     @abstractmethod
     def parameter_roles(self) -> dict[str, Role]:
-        """Name the weights that touch a dimension fixed by the task, for the optimizer's and muP's rules.
+        """Name the weights that an optimizer or muP cannot tell, for their rules.
 
         Returns:
-            Parameter name to ``"input"`` (fan-in is fixed by the task) or ``"readout"`` (fan-out is).
-            Parameters not named are for the optimizer to classify.
+            Parameter name to ``"input"`` (fan-in is fixed by the task), ``"readout"`` (fan-out is), or ``"condition"``
+            (sees one row per sample, see :func:`~dopr_lightning.optim.roles.parameter_roles`). Parameters not named are
+            for the optimizer to classify.
         """
 
 

@@ -143,9 +143,16 @@ class ActionTransformer(ActionNetwork):
 
     def parameter_roles(self) -> dict[str, Role]:
         """See :meth:`ActionNetwork.parameter_roles`."""
-        roles: dict[str, Role] = {"observation.weight": "input", "input.weight": "input", "readout.weight": "readout"}
+        roles: dict[str, Role] = {
+            "observation.weight": "input",
+            "input.weight": "input",
+            "readout.weight": "readout",
+            "modulation.weight": "condition",
+        }
+        for index in range(len(self.blocks)):
+            roles[f"blocks.{index}.modulation.weight"] = "condition"
         if self.denoise:
-            roles["time.0.weight"] = "input"
+            roles |= {"time.0.weight": "input", "time.2.weight": "condition"}
         return roles
 
 

@@ -182,6 +182,9 @@ class ConditionalUnet1d(ActionNetwork):
             "input.block1.skip.weight": "input",
             "readout.weight": "readout",
         }
+        for name, module in self.named_modules():
+            if isinstance(module, ResidualBlock):
+                roles[f"{name}.film.1.weight"] = "condition"
         if self.denoise:
-            roles["time.0.weight"] = "input"
+            roles |= {"time.0.weight": "input", "time.2.weight": "condition"}
         return roles

@@ -98,9 +98,14 @@ class Layer(ABC):
         return self._bias.get()
 
     @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The weight, and the bias if it is covered: what :attr:`parameters` has by name, which takes longer."""
+        return [self.weight, self.bias] if self.homogeneous else [self.weight]
+
+    @property
     def has_gradient(self) -> bool:
         """Whether there is a gradient to rewrite."""
-        return self.weight.grad is not None and (not self.homogeneous or self.bias.grad is not None)
+        return all(parameter.grad is not None for parameter in self.tensors)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
