@@ -120,6 +120,15 @@ def test_roles_have_rates_of_their_own(base: str) -> None:
     assert groups(model, optimizer, "weight_decay") == plain
 
 
+def test_muon_leaves_a_condition_to_adamw_with_a_hidden_matrix_rate() -> None:
+    model, optimizer = start("muon", roles={"hidden.weight": "condition"}, lr_by_role={"condition": 0.5})
+    expected = MULTIPLIERS["muon"][1] | {"hidden.weight": 0.5 * ADAMW["hidden.weight"]}
+    assert groups(model, optimizer, "lr_mult") == pytest.approx(expected)
+    muon, adamw = optimizer.parts
+    assert [name for group in muon.param_groups for name in group["param_names"]] == ["input.weight"]
+    assert "hidden.weight" in [name for group in adamw.param_groups for name in group["param_names"]]
+
+
 def test_a_roles_rate_scales_its_step() -> None:
     """Plain gradient descent in float64: every weight moves by its rate times its gradient."""
     model = Net(WIDTH).double()

@@ -70,6 +70,13 @@ def test_roles_declared_by_a_submodule_and_overrides_win() -> None:
     assert (roles["policy.hidden.weight"], roles["policy.readout.weight"]) == ("readout", "hidden")
 
 
+def test_shapes_say_hidden_of_what_is_declared_a_condition() -> None:
+    net = Net()
+    net.parameter_roles = lambda: {"conv.weight": "condition", "hidden.weight": "condition"}
+    roles = parameter_roles(net, known={"conv.weight": "hidden", "hidden.weight": "readout", "input.weight": "fixed"})
+    assert (roles["conv.weight"], roles["hidden.weight"], roles["input.weight"]) == ("condition", "readout", "hidden")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [({"hiden.*": "hidden"}, "matches no trainable parameter"), ({"hidden.*": "matrix"}, "unknown role 'matrix'")],

@@ -170,10 +170,31 @@ def test_roles_name_the_weights_at_fixed_dimensions(kind: Network, denoise: bool
             assert name not in roles
             continue
         growth = (b.shape[0] / a.shape[0], b.shape[1] / a.shape[1])
-        assert growth == {"input": (2, 1), "readout": (1, 2), None: (2, 2)}[roles.get(name)], name
+        assert growth == {"input": (2, 1), "readout": (1, 2), "condition": (2, 2), None: (2, 2)}[roles.get(name)], name
         assert a.shape[2:] == b.shape[2:]
     assert "readout.weight" in roles
     assert set(roles) <= {name for name, _ in narrow.named_parameters()}
+
+
+@state_networks
+@both_modes
+def test_what_sees_one_row_per_sample_beside_layers_that_see_more_is_a_condition(kind: Network, denoise: bool) -> None:
+    """Of the hidden matrices: FiLM, adaptive norms, the embedding of time. All the MLP's are alike."""
+    network = seeded(kind, denoise)
+    rows: dict[str, int] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.ConvTranspose1d):
+
+            def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                rows[f"{name}.weight"] = args[0].shape[0] * (args[0].shape[1:].numel() // args[0].shape[-1])
+
+            module.register_forward_hook(count)
+    network(*inputs(denoise))
+    roles = network.parameter_roles()
+    hidden = {name: n for name, n in rows.items() if roles.get(name) not in ("input", "readout")}
+    alone = {name for name, n in hidden.items() if n == B}
+    conditions = {name for name, role in roles.items() if role == "condition"}
+    assert conditions == (set() if alone == set(hidden) else alone)
 
 
 @all_networks

@@ -99,7 +99,7 @@ class Layer(ABC):
 
     @property
     def tensors(self) -> list[nn.Parameter]:
-        """The weight, and the bias if it is covered: what :attr:`parameters` has by name, which takes longer."""
+        """The weight, and the bias if it is covered. To have them by name, as :attr:`parameters`, takes longer."""
         return [self.weight, self.bias] if self.homogeneous else [self.weight]
 
     @property
