@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.sweep.grid import Point, candidates, points, scaled
+from dopr_lightning.experiments.sweep.grid import ROLES, Point, candidates, points, scaled
 from dopr_lightning.experiments.sweep.transfer import analyse, fit_curve
+from dopr_lightning.optim.roles import Role
 
 VALUES = [2 ** (k / 2) for k in range(-6, 7)]  # 1/8 to 8, sqrt(2) apart
 COMPUTE = {32: 1.0, 64: 4.0, 128: 16.0}
@@ -171,6 +174,16 @@ def test_more_is_better_with_its_sign_changed() -> None:
 
 
 CENTRE = Point(1e-3, 1e-5, 0.01)
+
+
+@pytest.mark.parametrize(("name", "role"), ROLES.items())
+def test_a_roles_share_reaches_the_run_as_the_optimizer_knows_it(name: str, role: str) -> None:
+    point = replace(CENTRE, **{name: 0.25})
+    assert f"--model.optimizer.lr_by_role.{role}=0.25" in point.arguments()
+    assert point.put_into({"model": {"optimizer": {}}, "trainer": {"callbacks": [{"init_args": {}}]}})["model"] == {
+        "optimizer": {"lr": 1e-3, "weight_decay": 1e-5, "lr_by_role": {role: 0.25}}
+    }
+    assert role in get_args(Role)
 
 
 def test_lines_cross_at_the_centre_and_products_fill_the_plane() -> None:

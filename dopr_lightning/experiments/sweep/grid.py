@@ -14,10 +14,11 @@ from typing import Any, Literal
 from dopr_lightning.errors import UserError
 from dopr_lightning.proxy import sizes
 
-HYPERPARAMETERS = ("lr", "weight_decay", "damping", "input_rate", "readout_rate")
+ROLES = {"input_rate": "input", "readout_rate": "readout", "condition_rate": "condition"}
+"""The roles whose share of the learning rate can be swept: those that touch a dimension which does not grow, and what
+sees one row per sample, which Muon leaves to AdamW."""
 
-ROLES = {"input_rate": "input", "readout_rate": "readout"}
-"""The roles whose share of the learning rate can be swept: those that touch a dimension which does not grow."""
+HYPERPARAMETERS = ("lr", "weight_decay", "damping", *ROLES)
 
 Parametrization = Literal["mup", "standard"]
 
@@ -32,6 +33,7 @@ class Point:
         damping: DoPr's damping; None without DoPr.
         input_rate: Multiplier of the input layers' learning rate; None: none.
         readout_rate: The same of the readouts'.
+        condition_rate: The same of the conditions'.
     """
 
     lr: float
@@ -39,6 +41,7 @@ class Point:
     damping: float | None
     input_rate: float | None = None
     readout_rate: float | None = None
+    condition_rate: float | None = None
 
     @property
     def name(self) -> str:

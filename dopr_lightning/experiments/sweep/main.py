@@ -418,6 +418,7 @@ def _parser(command: str) -> Parser:
     add("--dampings", help="comma-separated; of DoPr")
     add("--input-rates", help="comma-separated multipliers of the input layers' learning rate, 0.125,0.25,0.5,1 say")
     add("--readout-rates", help="comma-separated multipliers of the readouts' learning rate")
+    add("--condition-rates", help="of what sees one row per sample: FiLM, adaptive norms, the embedding of time")
     add(
         "--grid",
         choices=("lines", "product"),

@@ -21,6 +21,7 @@ LABELS = {
     "damping": "damping",
     "input_rate": "input layers' share of the rate",
     "readout_rate": "readouts' share of the rate",
+    "condition_rate": "conditions' share of the rate",
 }
 
 Outcomes = Mapping[Cell, Record | str]
