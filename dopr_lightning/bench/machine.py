@@ -50,7 +50,7 @@ class Rates:
         bandwidth: Bytes/s of copies, reads and writes both counted.
         strided: The same of copies between a convolution's layout and a matrix with its channels side by side.
         call: Seconds of one small operator on the host, which Python and the dispatcher take, among others after a
-            large product: some times what it takes in a tight loop, whose code and data the cache holds.
+            large product: on a CPU some times what it takes in a tight loop, whose code and data the cache holds.
         network: Bytes/s at which one rank sends and receives; None where there is but one.
         latency: Seconds of one collective beyond its bytes.
         overlap: The host runs ahead of the device, which is a GPU.

@@ -116,10 +116,14 @@ def _together(host: float, device: float, rates: Rates, host_bound: bool) -> flo
 
 def _step_calls(planned: Sequence[Planned], rates: Rates) -> float:
     """Operators' worth of host time that the rewrites of one step take."""
-    entries = sum(layer.shape.blocks * layer.shape.m * layer.shape.dim for layer in planned)
-    if rates.overlap and entries <= min(MOST, LARGEST * len(planned)):
-        return REPLAY_CALLS + LAYER_REPLAY_CALLS * len(planned)
-    return LAYER_CALLS * len(planned)
+    methods = (layer.method for layer in planned)
+    kept = [method.solver == "lowrank" or (method.solver == "exact" and not method.factor) for method in methods]
+    recordable = [layer for layer, keeps in zip(planned, kept, strict=True) if keeps]
+    entries = sum(layer.shape.blocks * layer.shape.m * layer.shape.dim for layer in recordable)
+    if not (rates.overlap and 0 < entries <= min(MOST, LARGEST * len(recordable))):
+        return LAYER_CALLS * len(planned)
+    launched = len(planned) - len(recordable)
+    return REPLAY_CALLS + LAYER_REPLAY_CALLS * len(recordable) + LAYER_CALLS * launched
 
 
 def _statistics(layer: Planned, rates: Rates) -> float:

@@ -77,14 +77,24 @@ class CompositeOptimizer(Optimizer):
         """Load what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: It is of another parametrisation: the groups' rates had other ratios.
+            ValueError: Its groups hold other parameters, or it is of another parametrisation: the groups' rates had
+                other ratios.
         """
         saved = [group.get("lr_mult") for group in state_dict["param_groups"]]
         ours = [group.get("lr_mult") for group in self.param_groups]
         if saved != ours and any(multiplier is not None for multiplier in saved + ours):
             raise ValueError(
                 f"the checkpoint's groups have learning-rate multipliers {saved}, this optimizer's {ours}; resume with "
-                "the muP base and the lr_by_role that the run was started with"
+                "the muP base, the lr_by_role and the roles that the run was started with"
+            )
+        theirs, mine = (
+            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if theirs != mine:
+            raise ValueError(
+                f"the checkpoint's optimizer has groups of {theirs} parameters, this one's of {mine}; resume with the "
+                "base and the roles that the run was started with, or start anew from its weights (before there was a "
+                "role 'condition', Muon took the matrices of FiLM and adaptive norms too)"
             )
         super().load_state_dict(state_dict)
         self._share()

@@ -21,8 +21,8 @@ def parameter_roles(
     submodule that knows its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this
     package do; if none does, the first (unless there is an embedding) and the last matrix in order of registration are
     taken. ``condition``: matrices that see one row per sample where others see one per position, as those of FiLM, of
-    adaptive norms and of the embedding of diffusion time; only where a submodule or an override says so. ``hidden``: the
-    rest.
+    adaptive norms and of the embedding of diffusion time; only where a submodule or an override says so. ``hidden``:
+    the rest.
 
     Args:
         model: Any module.

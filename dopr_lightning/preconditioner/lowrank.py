@@ -363,7 +363,8 @@ class _Renewal:
         c, floor = coefficients(eigenvalues, trace, damping, self.dims, rank)
         numbers = np.stack([trace, floor, np.take_along_axis(error, rank[:, None], 1)[:, 0], self.weight], axis=1)
         new = np.concatenate([eigenvalues, c, numbers], axis=1)
-        known = np.where(good[:, None], new, self.last).astype(self._number)
+        with np.errstate(over="ignore"):  # a floor that is infinite leaves nothing of the gradient
+            known = np.where(good[:, None], new, self.last).astype(self._number)
         derived = _derived(known, self.tracked)
         renewed = [None] * len(self.stacks) if good.all() else self._upload(torch.from_numpy(good))
         parts = zip(

@@ -47,7 +47,7 @@ class Replay:
         together = [] if self._failed else [stack for stack in stacks if _recordable(stack)]
         task, parameters = _task(together)
         if together and task not in self._recordings and not _pays(together, parameters):
-            self._keep(task, None)
+            self._make_room(task)
         recording = self._recordings.get(task)
         if recording is None and task in self._recordings:
             together = []
@@ -61,20 +61,21 @@ class Replay:
                 stack.apply(fixed=True)
             if task == self._last:
                 self._record(task, together, parameters)
-        self._last = task
+            self._last = task
 
     def _record(self, task: Task, stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> None:
+        self._make_room(task)
         try:
-            self._keep(task, _Recording(stacks, parameters))
+            self._recordings[task] = _Recording(stacks, parameters)
         except RuntimeError as error:  # what else runs on this GPU may forbid it
             self._failed = True
             log.warning("rewrites of gradients are launched one by one, since they cannot be recorded: %s", error)
 
-    def _keep(self, task: Task, recording: _Recording | None) -> None:
+    def _make_room(self, task: Task) -> None:
         # What reads tensors that a stack has replaced will not be asked for again.
         addresses = [part[0] for part in task]
         kept = {other: r for other, r in self._recordings.items() if [part[0] for part in other] == addresses}
-        self._recordings = ({} if len(kept) == KEPT else kept) | {task: recording}
+        self._recordings = ({} if len(kept) == KEPT else kept) | {task: None}
 
 
 class _Recording:

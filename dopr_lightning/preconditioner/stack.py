@@ -278,13 +278,13 @@ class Stack(ABC):
     def _rows(self, layer: Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
         """The rows of a dense layer's input, (blocks, n, d), in the statistics' dtype, and how many count."""
         assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
-        rows = layer.rows(x)
+        rows = layer.rows(x if layer.rearranges else x.to(self.dtype))
         keep = None if mask is None or mask.numel() != rows.shape[1] else layer.positions(mask)
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:
             stride = -(-rows.shape[1] // limit)
             rows, keep = rows[:, ::stride], None if keep is None else keep[::stride]
-        rows = rows.to(self.dtype)  # only now: half precision is copied and thinned out at half the cost
+        rows = rows.to(self.dtype)  # only now: half precision is thinned out at half the cost
         if keep is None:
             return rows, rows.shape[1]
         return torch.where(keep[:, None], rows, 0), keep.sum()  # where, not times: padding may hold NaN

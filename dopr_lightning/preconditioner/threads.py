@@ -41,7 +41,7 @@ def side_by_side(function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Ten
         if used < 2:
             return function(matrices)
         first, *others = matrices.tensor_split(used)
-        running = [_pool(count - 1).submit(_alone, function, part) for part in others]
+        running = [_pool().submit(_alone, function, part) for part in others]
         results = [function(first), *(future.result() for future in running)]
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
@@ -52,8 +52,8 @@ def _alone(function: Callable[[Tensor], tuple[Tensor, ...]], part: Tensor) -> tu
 
 
 @cache
-def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix="dopr")
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dopr")
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of the threads

@@ -145,6 +145,15 @@ def test_resume_is_bit_identical(base: str | type[torch.optim.Optimizer]) -> Non
         assert torch.equal(a, b)
 
 
+def test_a_checkpoint_of_other_roles_is_refused() -> None:
+    """As of a run from before there were conditions, which Muon then took."""
+    before, now = (make_optimizer(Net(), "muon", lr=0.01, roles=roles) for roles in (None, {"conv.*t": "condition"}))
+    with pytest.raises(
+        ValueError, match=r"has groups of \[3, 2, 6\] parameters, this one's of \[2, 3, 6\]; .* the roles"
+    ):
+        now.load_state_dict(before.state_dict())
+
+
 def test_every_trainable_parameter_is_in_exactly_one_group_and_vectors_are_not_decayed() -> None:
     model = Net()
     model.hidden.weight.requires_grad_(False)

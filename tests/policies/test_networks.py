@@ -186,7 +186,9 @@ def test_what_sees_one_row_per_sample_beside_layers_that_see_more_is_a_condition
         if isinstance(module, nn.Linear | nn.Conv1d | nn.ConvTranspose1d):
 
             def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                rows[f"{name}.weight"] = args[0].shape[0] * (args[0].shape[1:].numel() // args[0].shape[-1])
+                x = args[0]
+                positions = x.shape[1:-1] if isinstance(module, nn.Linear) else x.shape[2:]
+                rows[f"{name}.weight"] = len(x) * positions.numel()
 
             module.register_forward_hook(count)
     network(*inputs(denoise))
@@ -195,6 +197,13 @@ def test_what_sees_one_row_per_sample_beside_layers_that_see_more_is_a_condition
     alone = {name for name, n in hidden.items() if n == B}
     conditions = {name for name, role in roles.items() if role == "condition"}
     assert conditions == (set() if alone == set(hidden) else alone)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KEYWORDS) - set(STATE_NETWORKS), key=str))
+def test_what_cameras_add_to_a_condition_is_one(kind: Network) -> None:
+    roles = build(kind, True).parameter_roles()
+    projections = {role for name, role in roles.items() if name.startswith("projections.")}
+    assert projections == ({"condition"} if "condition" in {r for n, r in roles.items() if "proj" not in n} else set())
 
 
 @all_networks

@@ -105,8 +105,12 @@ class Vision(ActionNetwork):
 
     def parameter_roles(self) -> dict[str, Role]:
         """See :meth:`ActionNetwork.parameter_roles`."""
-        first: dict[str, Role] = {f"cameras.{name}.resnet.conv1.weight": "input" for name in self.cameras}
-        return super().parameter_roles() | first  # type: ignore[safe-super]  # that of the network mixed into
+        roles: dict[str, Role] = super().parameter_roles()  # type: ignore[safe-super]  # that of the network mixed into
+        for name in self.cameras:
+            roles[f"cameras.{name}.resnet.conv1.weight"] = "input"
+            if "condition" in roles.values():  # else the whole network sees one row per sample
+                roles[f"projections.{name}.weight"] = "condition"
+        return roles
 
 
 class VisionMLP(Vision, ResidualMLP):

@@ -154,14 +154,21 @@ class Layer(ABC):
 
 
 class DenseLayer(Layer):
-    """A layer with full covariances over explicit rows."""
+    """A layer with full covariances over explicit rows.
+
+    Attributes:
+        rearranges: Whether :meth:`rows` does no arithmetic, so that it may be given inputs of any dtype; others are
+            given the statistics'.
+    """
+
+    rearranges: bool = False
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
         """The rows z that the weight multiplies.
 
         Args:
-            x: The layer's :meth:`~Layer.input`.
+            x: The layer's :meth:`~Layer.input`; but for :attr:`rearranges` in the dtype the rows are to have.
 
         Returns:
             (blocks, n, dim), in the order of the flattened leading (or batch and spatial) positions, and in the input's

@@ -27,6 +27,7 @@ class BlockDiagonal(DenseLayer):
         self.layer = layer
         self.kind = layer.kind
         self.functional = layer.functional
+        self.rearranges = layer.rearranges
         self.name = layer.name
         self.modules = layer.modules
         self.homogeneous = layer.homogeneous

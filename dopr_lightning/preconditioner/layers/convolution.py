@@ -29,6 +29,7 @@ class Convolution(MatrixLayer):
     """
 
     kind = "conv"
+    rearranges = True
 
     def __init__(self, name: str, module: nn.modules.conv._ConvNd, *, conv: ConvCovariance, bias: bool) -> None:
         self.channels = module.in_channels // module.groups
@@ -91,6 +92,7 @@ class TransposedConvolution(MatrixLayer):
     """
 
     kind = "conv_transpose"
+    rearranges = True
 
     def __init__(
         self, name: str, module: nn.modules.conv._ConvTransposeNd, *, conv: ConvCovariance, bias: bool
@@ -114,5 +116,6 @@ class TransposedConvolution(MatrixLayer):
 def _channels(x: Tensor, groups: int) -> Tensor:
     """The channels at every position, (groups, B * positions, C / groups)."""
     batch, channels = x.shape[:2]
-    x = x.reshape(batch, groups, channels // groups, -1)
-    return x.permute(1, 0, 3, 2).reshape(groups, -1, channels // groups)
+    positions = math.prod(x.shape[2:])
+    x = x.reshape(batch, groups, channels // groups, positions)
+    return x.permute(1, 0, 3, 2).reshape(groups, batch * positions, channels // groups)

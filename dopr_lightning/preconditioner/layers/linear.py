@@ -11,6 +11,7 @@ from dopr_lightning.preconditioner.layers.base import ConvCovariance, MatrixLaye
 class LinearMap(MatrixLayer):
     """y = W z at every leading position, with a weight (outputs, features) as it stands."""
 
+    rearranges = True
     features: int
 
     def vectors(self, x: Tensor) -> Tensor:

@@ -117,6 +117,15 @@ def test_without_batch_dimension(precondition, damped_solve, backward) -> None:
     torch.testing.assert_close(module.weight.grad.flatten(1), expected)
 
 
+@pytest.mark.parametrize(
+    "module", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3)], ids=str
+)
+def test_a_batch_may_be_empty(module: nn.Module) -> None:
+    (layer,) = layers_of("conv", module, conv="channel", bias=False)
+    positions = (5,) * (module.weight.dim() - 2)
+    assert layer.rows(torch.zeros(0, 4, *positions)).shape == (layer.blocks, 0, layer.dim)
+
+
 def test_rows_come_in_the_order_of_the_flattened_positions() -> None:
     """So that a mask of the positions can be flattened."""
     module, layer, x = example(nn.Conv2d(4, 6, 1, groups=2), "channel")
