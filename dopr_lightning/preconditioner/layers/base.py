@@ -168,7 +168,7 @@ class DenseLayer(Layer):
         """The rows z that the weight multiplies.
 
         Args:
-            x: The layer's :meth:`~Layer.input`; but for :attr:`rearranges` in the dtype the rows are to have.
+            x: The layer's :meth:`~Layer.input`; unless the class ``rearranges`` in the dtype the rows are to have.
 
         Returns:
             (blocks, n, dim), in the order of the flattened leading (or batch and spatial) positions, and in the input's
