@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dopr_lightning.bench.machine import LAYER_CALLS, TRACKED, Rates
 from dopr_lightning.bench.plan import Planned
 from dopr_lightning.preconditioner.distributed import assign
-from dopr_lightning.preconditioner.replay import LARGEST, MOST
+from dopr_lightning.preconditioner.replay import small_enough
 
 PHASES = ("statistics", "reduce", "solve", "apply")
 
@@ -120,7 +120,7 @@ def _step_calls(planned: Sequence[Planned], rates: Rates) -> float:
     kept = [method.solver == "lowrank" or (method.solver == "exact" and not method.factor) for method in methods]
     recordable = [layer for layer, keeps in zip(planned, kept, strict=True) if keeps]
     entries = sum(layer.shape.blocks * layer.shape.m * layer.shape.dim for layer in recordable)
-    if not (rates.overlap and 0 < entries <= min(MOST, LARGEST * len(recordable))):
+    if not (rates.overlap and small_enough(entries, len(recordable))):
         return LAYER_CALLS * len(planned)
     launched = len(planned) - len(recordable)
     return REPLAY_CALLS + LAYER_REPLAY_CALLS * len(recordable) + LAYER_CALLS * launched

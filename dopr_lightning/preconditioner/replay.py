@@ -116,7 +116,12 @@ def _pays(stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> bool
     if any(g.layout != torch.strided or isinstance(g, DTensor) for g in _gradients(parameters)):
         return False
     entries = sum(parameter.numel() for parameter in parameters)
-    return 0 < entries <= min(MOST, LARGEST * sum(len(stack.layers) for stack in stacks))
+    return small_enough(entries, sum(len(stack.layers) for stack in stacks))
+
+
+def small_enough(entries: int, layers: int) -> bool:
+    """Whether so many layers whose gradients have so many entries in all take longer to launch than to copy."""
+    return 0 < entries <= min(MOST, LARGEST * layers)
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
