@@ -18,6 +18,9 @@ from dopr_lightning.preconditioner.subspace import core_eigenpairs, nystrom, ran
 TRACKED = 48
 """Columns of the skinny products: what the low-rank solver starts with."""
 
+RANKS = (16, 32, 48, 64)
+"""Directions of the low-rank updates that are timed: what layers use."""
+
 COLD = 1 << 25
 """Bytes that no core's own cache holds."""
 
@@ -116,10 +119,11 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         taken = seconds(lambda: [subtract_low_rank(gradient, left, right, 0.5) for gradient in gradients])
         return taken / len(gradients) / dim**2
 
-    few, many = update(TRACKED // 3), update(TRACKED)
+    taken = {rank: update(rank) for rank in RANKS}
     # Rounding and noise aside, no skinny product is faster than a square one.
-    skinny = min(square, 4 * (TRACKED - TRACKED // 3) / max(many - few, 1e-15))
-    touch = max(0.0, many - 4 * TRACKED / skinny)
+    slope = max(statistics.linear_regression(list(taken), list(taken.values())).slope, 4 / square)
+    skinny = 4 / slope
+    touch = max(0.0, statistics.mean(taken.values()) - slope * statistics.mean(RANKS))
     size = min(dim, 512)
     matrix = torch.eye(size, device=device)[None]
     cholesky = torch.linalg.cholesky(matrix)

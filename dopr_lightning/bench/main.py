@@ -173,7 +173,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
         "base_seconds": asdict(Quartiles.of([before for before, _ in times])),
         "dopr_seconds": asdict(Quartiles.of([after for _, after in times])),
         "ratio": asdict(Quartiles.of([after / before for before, after in times])),
-        "overhead_seconds": overhead.median,
+        "overhead_seconds": asdict(overhead),
         "phases": split,
         "rates": asdict(rates),
         "flops": prediction.flops,

@@ -26,11 +26,19 @@ RANK = 24
 
 @dataclass(frozen=True)
 class Planned:
-    """One layer and how it is solved."""
+    """One layer and how it is solved.
+
+    Attributes:
+        shape: Its sizes.
+        method: How it is solved.
+        copies_rows: Whether its input is rearranged, at the cost of a copy.
+        copies_gradient: Whether its gradient is, there and back.
+    """
 
     shape: Shape
     method: Method
     copies_rows: bool
+    copies_gradient: bool
 
     @property
     def cost(self) -> Cost:
@@ -139,9 +147,10 @@ def _planned(layer: Layer, rows: int, method: Method, shards: int = 1) -> Planne
         weight.grad = None
     else:
         blocks, m, dim = layer.gradient().shape
-    # A convolution's channels lie apart: its rows and its gradient are rearranged, at the cost of a copy.
     shape = Shape(layer.name, blocks, -(-m // shards), dim, rows)
-    return Planned(shape, method, copies_rows=layer.kind.startswith("conv"))
+    # A convolution's channels lie apart in its input, and if the kernel has several taps in its gradient.
+    copies_gradient = layer.kind == "conv" and weight[0, 0].numel() > 1
+    return Planned(shape, method, copies_rows=layer.kind.startswith("conv"), copies_gradient=copies_gradient)
 
 
 def _collect(value: Any, storages: dict[int, int]) -> None:

@@ -32,6 +32,9 @@ LAYER_REPLAY_CALLS = 0.5
 LEAST_REWRITE = 18e-6
 """Seconds a GPU takes for one layer's rewrite, however small: four or five kernels in a row (measured, H200)."""
 
+COLUMNS = 16
+"""Products with few columns take about as long as with the next multiple of this (measured, CPU with AVX-512)."""
+
 SUBSTITUTION = 1.3
 """Time of two triangular substitutions, in products of as many FLOPs (measured on CPU)."""
 
@@ -138,9 +141,11 @@ def _statistics(layer: Planned, rates: Rates) -> float:
 
 def _apply(layer: Planned, rates: Rates) -> float:
     entries = layer.shape.blocks * layer.shape.m * layer.shape.dim
-    seconds = 4 * layer.copies_rows * 4.0 * entries / rates.strided  # there and back
+    seconds = 4 * layer.copies_gradient * 4.0 * entries / rates.strided  # there and back
     if layer.method.solver in ("lowrank", "woodbury"):  # in place
-        seconds += layer.cost.apply / rates.skinny + entries * rates.touch
+        used = layer.method.rank if layer.method.solver == "lowrank" else layer.shape.rows
+        columns = -(-used // COLUMNS) * COLUMNS
+        seconds += 4.0 * entries * columns / rates.skinny + entries * rates.touch
     else:
         speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
         seconds += layer.cost.apply / speed + 3 * 4.0 * entries / rates.bandwidth

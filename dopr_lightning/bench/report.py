@@ -40,6 +40,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
             "quartiles",
             "goal",
             "added",
+            "quartiles",
             "FLOP floor",
             "x floor",
             "predicted",
@@ -52,10 +53,11 @@ def print_tables(results: Mapping[str, Any]) -> None:
                 f"{row['ratio']['median']:.3f}",
                 f"{row['ratio']['low']:.3f} .. {row['ratio']['high']:.3f}",
                 "" if row["goal"] is None else f"{row['goal']:.2f}",
-                _ms(row["overhead_seconds"]),
+                _ms(row["overhead_seconds"]["median"]),
+                f"{_ms(row['overhead_seconds']['low'])} .. {_ms(row['overhead_seconds']['high'])}",
                 _ms(row["floor_seconds"]),
-                f"{row['overhead_seconds'] / row['floor_seconds']:.1f}",
-                _with_change(_ms, row["predicted"]["seconds"], row["overhead_seconds"]),
+                f"{row['overhead_seconds']['median'] / row['floor_seconds']:.1f}",
+                _with_change(_ms, row["predicted"]["seconds"], row["overhead_seconds"]["median"]),
             )
             for row in rows
         ],
