@@ -108,6 +108,20 @@ def test_a_multiple_of_the_gradients_matrix_is_that_multiple_of_the_gradient(
         torch.testing.assert_close(p.grad, factor * old)
 
 
+def test_in_channels_last_nothing_is_copied(precondition, backward) -> None:
+    module, layer, x = example(nn.Conv2d(4, 6, 3, padding=1), "channel")
+    backward(module(x))
+    precondition(layer, x)
+    expected = module.weight.grad
+    module, layer, x = example(module.to(memory_format=torch.channels_last), "channel")
+    x = x.to(memory_format=torch.channels_last)
+    backward(module(x))
+    assert layer.gradient().data_ptr() == module.weight.grad.data_ptr()
+    assert layer.rows(x).data_ptr() == x.data_ptr()
+    precondition(layer, x)
+    torch.testing.assert_close(module.weight.grad, expected)
+
+
 def test_without_batch_dimension(precondition, damped_solve, backward) -> None:
     module, layer, _ = example(nn.Conv1d(4, 6, 3), "patch")
     x = torch.randn(4, 9, dtype=torch.double)
