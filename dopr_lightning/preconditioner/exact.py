@@ -91,6 +91,7 @@ class ExactStack(Stack):
             self._packed.flat.copy_(self._running.value)
             self._per_row.fill_(1)
         damping = self._damping(self._packed.trace() if self._running is not None else traces)
+        valid &= (1 / damping).isfinite()  # the largest factor that a gradient may be multiplied with
         good = torch.zeros_like(valid)
         chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
         for start in range(share.start, share.stop, chunk):
