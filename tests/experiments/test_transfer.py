@@ -107,6 +107,18 @@ def test_drift_regret_and_what_it_is_worth() -> None:
     assert wide.best_ci95 == pytest.approx((2**-0.5, 2**-0.5))
 
 
+def test_the_grids_regret_is_of_runs_alone() -> None:
+    """Vertices 0.1 octave apart lie beside different values of a grid of half octaves."""
+    row = analyse(VALUES, {32: seeds(parabola(0.2, 4.0)), 64: seeds(parabola(0.3, 3.0))}, COMPUTE).widths[1]
+    assert row.drift == pytest.approx(0.1)
+    assert row.grid_regret == pytest.approx((3 + 0.1 * 0.3**2) / (3 + 0.1 * 0.2**2) - 1)
+    assert row.grid_regret_ci95 == pytest.approx((row.grid_regret, row.grid_regret))
+    diverged = parabola(0.3, 3.0)
+    diverged[6] = math.nan  # what is best for the narrow one
+    row = analyse(VALUES, {32: seeds(parabola(0.2, 4.0)), 64: seeds(diverged)}, COMPUTE).widths[1]
+    assert row.grid_regret == math.inf
+
+
 def test_regret_beyond_all_that_width_gains_is_bounded_by_the_narrowest() -> None:
     losses = {32: seeds(parabola(-2.0, 2.1)), 64: seeds(parabola(0.0, 2.05)), 128: seeds(parabola(1.0, 2.0))}
     wide = analyse(VALUES, losses, COMPUTE).widths[-1]

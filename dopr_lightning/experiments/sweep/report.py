@@ -147,10 +147,12 @@ def print_table(results: Mapping[str, Any]) -> None:
         f"seed{'s' * (seeds != 1)}; 95 % intervals in brackets"
     )
     for heading in (
-        "", "hyperparameter", "by", "width", "best", "drift, octaves", "zero-shot regret", "wasted compute", "note",
+        "", "hyperparameter", "by", "width", "best", "drift, octaves", "zero-shot regret", "on the grid", "wasted compute",
+        "note",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("", "hyperparameter", "by", "note") else "right")
     for transfer in results["transfer"]:
+        count = len(transfer["widths"])
         for index, row in enumerate(transfer["widths"]):
             first = index == 0
             table.add_row(
@@ -161,10 +163,14 @@ def print_table(results: Mapping[str, Any]) -> None:
                 _with_interval(row["best"], row["best_ci95"], "{:.3g}"),
                 "" if first else _with_interval(row["drift"], row["drift_ci95"], "{:+.2f}"),
                 "" if first else _with_interval(row["regret"], row["regret_ci95"], "{:.2%}"),
+                "" if first else _with_interval(row["grid_regret"], None, "{:.2%}"),
                 "" if first else _with_interval(row["wasted_compute"], None, "{:.0%}"),
                 _note(row, transfer["values"]),
-                end_section=index == len(transfer["widths"]) - 1,
+                end_section=index == count - 1 and count <= 2,
             )
+        if count > 2:
+            largest = _with_interval(transfer["max_drift"], transfer["max_drift_ci95"], "{:.2f}")
+            table.add_row("", "", "", "", "largest drift", largest, "", "", "", "", end_section=True)
     console = Console()
     # Where nobody looks on, lines may be as long as they are.
     (console if console.is_terminal else Console(width=180)).print(table)

@@ -106,6 +106,9 @@ class AtWidth:
         drift_ci95: Its interval.
         regret: Loss at the best value of the narrowest width, relative to the best loss, minus 1.
         regret_ci95: Its interval.
+        grid_regret: The same without a fit: loss at the grid's best value for the narrowest width, relative to the
+            lowest loss of the grid. What a person pays who takes the best run for the best value.
+        grid_regret_ci95: Its interval.
         wasted_compute: The share of this width's training compute that the regret is worth: a tuned network of
             ``1 - wasted_compute`` times the compute, between two widths that were tried, has the same loss. None where
             width does not pay; where the regret exceeds all that was gained over the narrowest width, at least so much.
@@ -121,6 +124,8 @@ class AtWidth:
     drift_ci95: Interval
     regret: float | None
     regret_ci95: Interval
+    grid_regret: float | None
+    grid_regret_ci95: Interval
     wasted_compute: float | None
 
 
@@ -170,6 +175,7 @@ def analyse(values: Sequence[float], losses: Mapping[int, Array], compute: Mappi
         best, best_ci95 = both(_best, width)
         drift, drift_ci95 = both(_drift, narrowest, width)
         regret, regret_ci95 = both(_regret, narrowest, width)
+        grid_regret, grid_regret_ci95 = both(_grid_regret, narrowest, width)
         rows.append(
             AtWidth(
                 width,
@@ -182,6 +188,8 @@ def analyse(values: Sequence[float], losses: Mapping[int, Array], compute: Mappi
                 drift_ci95,
                 regret,
                 regret_ci95,
+                grid_regret,
+                grid_regret_ci95,
                 _wasted([curves[w] for w in widths if w <= width], [compute[w] for w in widths if w <= width]),
             )
         )
@@ -206,6 +214,13 @@ def _regret(narrow: Curve | None, wide: Curve | None) -> float | None:
     if narrow is None or wide is None or wide.least == 0:
         return None
     return (wide.at(narrow.best) - wide.least) / abs(wide.least)
+
+
+def _grid_regret(narrow: Curve | None, wide: Curve | None) -> float | None:
+    if narrow is None or wide is None or not np.min(wide.y):
+        return None
+    least = float(np.min(wide.y))
+    return (float(wide.y[np.argmin(narrow.y)]) - least) / abs(least)
 
 
 def _wasted(curves: Sequence[Curve | None], compute: Sequence[float]) -> float | None:
