@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -97,6 +99,24 @@ class DoPr(pl.Callback):
         self.preconditioners: list[ActivationPreconditioner | None] = []
         # What a checkpoint held, until a fit uses it; what a fit ended with, for a checkpoint saved after it.
         self._state: dict[str, Any] = {}
+
+    @contextmanager
+    def mask(self, mask: Tensor) -> Iterator[None]:
+        """Leave rows out of the statistics, padding tokens say, for forwards inside.
+
+        Args:
+            mask: See :meth:`~dopr_lightning.preconditioner.preconditioner.ActivationPreconditioner.mask`.
+
+        Example:
+            >>> def training_step(self, batch, batch_idx):  # of a module that was given the callback
+            ...     with self.dopr.mask(batch["tokens"] != PADDING):
+            ...         return self.loss(batch)
+        """
+        with ExitStack() as stack:
+            for preconditioner in self.preconditioners:
+                if preconditioner is not None:
+                    stack.enter_context(preconditioner.mask(mask))
+            yield
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it."""

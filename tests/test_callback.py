@@ -119,6 +119,28 @@ def test_the_rewrite_comes_before_clipping_and_after_accumulation(tmp_path: Path
     assert seen["steps"] == 1
 
 
+def test_padding_can_be_left_out(tmp_path: Path) -> None:
+    x, real = torch.randn(12, 32, generator=torch.Generator().manual_seed(0)), torch.arange(12) < 7
+
+    class Padded(BoringModel):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            with callback.mask(real):
+                return self.layer(batch)[real].square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return configure_optimizers(self, base="sgd", lr=1e-3)
+
+    callback, model = DoPr(damping=0.1), Padded()
+    model.layer(x[real]).square().mean().backward()
+    raw = model.layer.weight.grad.clone()
+    model.zero_grad()
+    options = {"max_steps": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer(tmp_path, callback, **options).fit(model, DataLoader(x, batch_size=12))
+    sigma = x[real].T @ x[real] / 7
+    expected = raw @ torch.linalg.inv(sigma + 0.1 * sigma.trace() * torch.eye(32))
+    torch.testing.assert_close(model.layer.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
 class Boring(BoringModel):
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, base="adamw", lr=1e-2)
@@ -278,13 +300,23 @@ def test_every_precision_takes_statistics_and_rewrite_in_float32(precision: str,
             assert distance(before[step][name], expected) > 0.1
 
 
+class Fused(TwoLayers):
+    """Its optimizer unscales gradients in its own step, after DoPr."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, fused=True)
+
+
+@pytest.mark.parametrize("module", [TwoLayers, Fused])
 @pytest.mark.parametrize("options", [{}, {"ema": 0.5}, {"update_every": 2}, {"solver": "lowrank"}])
-def test_a_step_that_the_scaler_skips_leaves_no_trace(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_step_that_the_scaler_skips_leaves_no_trace(
+    options: dict[str, Any], module: type[TwoLayers], tmp_path: Path
+) -> None:
     bad = draw(9, 11, 6)
     bad[2, 3] = torch.inf
     runs = []
     for skipped in ([], [0], [1, 3], [0, 1, 2, 5]):
-        model, dopr, plugin = TwoLayers(), DoPr(damping=GAMMA, **options), scaled()
+        model, dopr, plugin = module(), DoPr(damping=GAMMA, **options), scaled()
         batches = [draw(step, 8, 6) for step in range(4)]
         for place in skipped:
             batches.insert(place, bad)

@@ -3,7 +3,7 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from logging import getLogger
 from typing import Any, get_args
@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from dopr_lightning.preconditioner.audit import GradientAudit
@@ -24,7 +25,7 @@ from dopr_lightning.preconditioner.replay import Replay
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
 from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions
-from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment
+from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, moments
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
 log = getLogger(__name__)
@@ -170,7 +171,8 @@ class ActivationPreconditioner:
         Under data parallelism all ranks must call it equally often; it communicates on refresh steps only.
 
         Args:
-            measure: Compare each gradient with its rewrite for the next :meth:`summary`; costs a copy of each.
+            measure: Compare each gradient with its rewrite for the next :meth:`summary`; costs a copy of each, and where
+                weights are sharded a message of four numbers per parameter, so all ranks must measure at the same step.
 
         Raises:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;
@@ -187,7 +189,7 @@ class ActivationPreconditioner:
             with _range("dopr::apply"):
                 self._replay.apply(self._stacks)
             if measure:
-                self._alignment = {name: alignment(before[name], new) for name, new in self._gradients()}
+                self._alignment = self._compare(before)
         self._plan(refreshed)
         self._steps += 1
 
@@ -300,6 +302,21 @@ class ActivationPreconditioner:
                 if parameter.grad is not None:
                     gradient = local(parameter.grad)
                     yield name, gradient.to_dense() if gradient.is_sparse else gradient
+
+    def _compare(self, before: Mapping[str, Tensor]) -> dict[str, Alignment]:
+        """Every gradient with its rewrite, shards put together."""
+        after = dict(self._gradients())
+        names = list(dict.fromkeys(name for layer in self._stack_of for name in layer.parameters))
+        device = self._stacks[0].device
+        nothing = torch.zeros(4, dtype=torch.double, device=device)
+        sums = [moments(before[name], after[name]).to(device) if name in after else nothing for name in names]
+        together = torch.stack(sums)
+        if any(isinstance(parameter, DTensor) for layer in self._stack_of for parameter in layer.tensors):
+            # What is replicated counts once per rank, in all four sums alike.
+            reduction = Reduction([together], self._group)
+            reduction.wait(0)
+            self.bytes_sent += reduction.bytes
+        return {name: alignment(of) for name, of in zip(names, together, strict=True) if name in after}
 
     def _replace(self, old: Stack, new: Stack) -> None:
         self._stacks[self._stacks.index(old)] = new

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -81,11 +82,16 @@ class Alignment(NamedTuple):
     rms: Tensor
 
 
-def alignment(gradient: Tensor, rewritten: Tensor) -> Alignment:
-    """Compare G with M, of equal shapes; under sharding, of this rank's shards."""
+def moments(gradient: Tensor, rewritten: Tensor) -> Tensor:
+    """Sums over the entries of G M, G^2, M^2 and 1, (4,) in float64; those of shards add up to those of the whole."""
     g, m = gradient.double(), rewritten.double()
-    norm = g.norm() * m.norm()
-    return Alignment((g * m).sum() / norm, m.square().mean().sqrt())
+    return torch.stack([(g * m).sum(), g.square().sum(), m.square().sum(), m.new_full((), m.numel())])
+
+
+def alignment(moments: Tensor) -> Alignment:
+    """What :func:`moments` of a gradient and its rewrite say."""
+    product, g, m, entries = moments
+    return Alignment(product / (g * m).sqrt(), (m / entries).sqrt())
 
 
 def _show(value: str | float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -69,10 +69,12 @@ MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
 """Which of (3, 7) positions are no padding."""
 
 
-@pytest.mark.parametrize("solver", ["exact", "lowrank"])
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "blocks"])
+@pytest.mark.parametrize(
+    ("kind", "solver"), [*product(["linear", "conv1d", "blocks"], ["exact", "lowrank"]), ("wide", "exact")]
+)
 def test_nan_in_padding_does_not_reach_the_inverse(kind: str, solver: str) -> None:
-    d = 12
+    """More than twice as wide as there are rows is Woodbury's case."""
+    d = 60 if kind == "wide" else 12
     x = torch.where(MASK[..., None], draw(0, 3, 7, d), torch.nan)
     model = (nn.Conv1d(d, 4, 1) if kind == "conv1d" else nn.Linear(d, 4)).double()
     ap = ActivationPreconditioner(
