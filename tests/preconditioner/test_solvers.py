@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.exact import ExactStack
@@ -276,6 +278,82 @@ def test_lowrank_keeps_to_its_certificate_on_a_decaying_spectrum() -> None:
     # Not by doing little: the plain gradient, rescaled as well as can be, is far from M.
     rescaled = gradient * (gradient * found).sum() / gradient.square().sum()
     assert error(rescaled, found) > 10 * actual
+
+
+def test_layers_of_one_size_use_the_directions_that_each_needs() -> None:
+    """A steep spectrum and a flat one in one stack; what the summary says of either is what the exact spectrum says."""
+    model = nn.ModuleDict({name: nn.Linear(200, 3, bias=False) for name in ("steep", "flat")}).double()
+    ap = ActivationPreconditioner(model, solver="lowrank", max_error=0.2)
+    x = {"steep": decaying(1, 600, 200, 2.0), "flat": decaying(2, 600, 200, 1.2)}
+    for _ in range(6):
+        model.zero_grad()
+        for name, layer in model.items():
+            layer(x[name]).square().sum().backward()
+        before = {name: layer.weight.grad.clone() for name, layer in model.items()}
+        ap.step()
+    assert len(ap._stacks) == 1
+    rows = {row.parameter.removesuffix(".weight"): row for row in ap.summary()}
+    for name, row in rows.items():
+        sigma = covariance(x[name])
+        actual = error(model[name].weight.grad, rewritten(before[name], sigma))
+        assert 1e-4 < actual <= 1.3 * row.error <= 1.3 * 0.2, name
+        values = torch.linalg.eigvalsh(sigma)
+        assert row.effective_rank == pytest.approx(
+            float(torch.special.entr(values / values.sum()).sum().exp()), rel=0.1
+        )
+        tracked = ap._stacks[0].tracked
+        assert row.condition_number == pytest.approx(float(values[-1] / values[:-tracked].mean()), rel=0.2)
+    assert rows["steep"].rank < rows["flat"].rank
+
+
+def test_a_bad_batch_is_left_out_of_the_lowrank_average() -> None:
+    model, ema, found = linear(200, 3), 0.7, []
+    ap = ActivationPreconditioner(model, solver="lowrank", ema=ema, max_error=0.01)
+    gradient = draw(1, 3, 200)
+    batches = [(1 + seed) * decaying(seed, 300, 200, 3.0) for seed in range(5)]
+    for now in range(6):
+        bad = now == 3
+        x = batches[now - (now > 3)].clone()
+        if bad:
+            x[7, 3] = math.nan
+        model(x).nan_to_num().sum().backward()
+        model[0].weight.grad = gradient.clone()
+        ap.step()
+        found.append(model[0].weight.grad.clone())
+    assert torch.equal(found[3], found[2])
+    assert ap.summary()[0].failures == 1
+    weights = [ema ** (4 - s) for s in range(5)]
+    mean = sum(w * covariance(x) for w, x in zip(weights, batches, strict=True)) / sum(weights)
+    assert error(found[-1], rewritten(gradient, mean)) < 0.02
+    without_the_third = [w * (s != 2) for s, w in enumerate(weights)]
+    other = sum(w * covariance(x) for w, x in zip(without_the_third, batches, strict=True)) / sum(without_the_third)
+    assert error(found[-1], rewritten(gradient, other)) > 0.05
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(("solver", "square"), [("lowrank", False), ("exact", True)])
+def test_lowrank_forms_no_matrix_as_large_as_the_covariance(solver: str, square: bool) -> None:
+    d = 1024
+    model = linear(d, 2)
+    ap = ActivationPreconditioner(model, solver=solver, ema=0.5)
+    with Largest() as largest:
+        for seed in range(2):
+            step(model, ap, decaying(seed, 64, 64)[:, torch.arange(d) % 64])
+    assert (largest.entries >= d * d) is square
 
 
 def test_lowrank_is_exact_where_it_tracks_the_whole_space() -> None:
