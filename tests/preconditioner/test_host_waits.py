@@ -32,13 +32,18 @@ class Reads(TorchDispatchMode):
 def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], Counter[str]]:
     """Counts them in what it is given to do."""
     found: Counter[str] = Counter()
-    for name in ("cpu", "tolist"):
 
-        def counted(tensor: Tensor, *args: Any, name: str = name, original: Any = getattr(Tensor, name)) -> Any:
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
+
+        def call(*args: Any) -> Any:
             found[name] += 1
-            return original(tensor, *args)
+            return original(*args)
 
-        monkeypatch.setattr(Tensor, name, counted)
+        return call
+
+    for name in ("cpu", "tolist"):
+        monkeypatch.setattr(Tensor, name, counted(name))
     for module in (exact, inverse):  # these look at all blocks on a CPU only
         monkeypatch.setattr(module, "known_good", lambda good: False)
 
