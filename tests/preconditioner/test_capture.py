@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.audit import GradientAudit
 from dopr_lightning.preconditioner.capture import Capture
 
@@ -299,6 +300,22 @@ def test_attention_survives_exceptions_and_keeps_its_fast_path() -> None:
         module(x, x, x)
     assert "aten::_native_multi_head_attention" in {event.name for event in profile.events()}
     assert not rows.calls
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_encoders_evaluate_to_what_they_did(layers: int, padded: bool, context: Callable) -> None:
+    """On torch's fast path or off it, where hooks keep a layer; a stack has nested padded inputs for it by then."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()
+    model = (nn.TransformerEncoder(layer, layers) if layers else layer).eval()
+    plain, x = copy.deepcopy(model), batch(3, 5, 4)
+    ActivationPreconditioner(model)
+    padding = torch.arange(5) >= torch.tensor([5, 3, 4])[:, None] if padded else None
+    with context():
+        found, expected = (m(x, src_key_padding_mask=padding) for m in (model, plain))
+    torch.testing.assert_close(found, expected)
 
 
 # -- audit --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch.utils.checkpoint import checkpoint
 
+from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.audit import GradientAudit
 
 
@@ -272,3 +273,71 @@ def test_the_audit_sees_compiled_layers_and_its_end_recompiles_nothing(caplog: p
             audit.report()
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["0"]
     assert not audit._probes
+
+
+# -- the whole way ------------------------------------------------------------------------------------------------
+
+
+def train(
+    forward: Callable[[Tensor], Tensor], model: nn.Module, ap: ActivationPreconditioner, x: Tensor
+) -> dict[str, Tensor]:
+    """One step; returns the gradients that the optimizer was given."""
+    model.zero_grad()
+    forward(x).square().mean().backward()
+    ap.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-3 * p.grad
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_steps_of_a_compiled_model_are_those_of_eager(name: str, compile_first: bool) -> None:
+    make, data = MODELS[name]
+    (model, _), (plain, _) = make(), make()
+    if compile_first:
+        forward = compiled(model)
+        ap = ActivationPreconditioner(forward, update_every=2)
+    else:
+        ap = ActivationPreconditioner(model, update_every=2)
+        forward = compiled(model)
+    plain_ap = ActivationPreconditioner(plain, update_every=2)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            x = data(8)
+            torch.testing.assert_close(train(forward, model, ap, x), train(plain, plain, plain_ap, x))
+
+    steps(2)  # a refresh, and a step without one
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        steps(3)
+    assert graphs() == 1
+    counted, plain_counted = ({row.parameter: row.rows for row in one.summary()} for one in (ap, plain_ap))
+    assert counted == plain_counted
+
+
+def test_a_model_that_was_compiled_and_run_before_is_an_error_that_names_a_layer() -> None:
+    model, _ = mlp()
+    forward, x = compiled(model), torch.randn(8, 5, dtype=torch.double)
+    forward(x).sum().backward()
+    ap = ActivationPreconditioner(forward)
+    with pytest.raises(RuntimeError, match=r"^[02]\.weight: has a gradient, but .*compiled and run before"):
+        train(forward, model, ap, x)
+
+
+@pytest.mark.parametrize("source", ["compiled", "plain"])
+def test_a_state_passes_between_a_compiled_and_a_plain_model(source: str) -> None:
+    def start(compile_it: bool) -> tuple[Callable[[Tensor], Tensor], nn.Module, ActivationPreconditioner]:
+        model, _ = mlp()
+        forward = compiled(model) if compile_it else model
+        return forward, model, ActivationPreconditioner(forward, update_every=3)
+
+    saved, loaded = start(source == "compiled"), start(source == "plain")
+    for _ in range(2):  # the next step uses the inverse that is saved, the one after it renews it
+        train(*saved, torch.randn(8, 5, dtype=torch.double))
+    loaded[1].load_state_dict(saved[1].state_dict())
+    loaded[2].load_state_dict(saved[2].state_dict())
+    for _ in range(2):
+        x = torch.randn(8, 5, dtype=torch.double)
+        torch.testing.assert_close(train(*loaded, x), train(*saved, x))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from explicit import patches
+from torch import nn
 
 from dopr_lightning.preconditioner.layers import layers_of
 
@@ -36,16 +37,6 @@ def example(module: nn.Module, conv: str, bias: bool = False) -> tuple:
     module.zero_grad()
     (layer,) = layers_of("conv", module, conv=conv, bias=bias)
     return module, layer, torch.randn(3, 4, *SIZES[len(module.kernel_size)], dtype=torch.double)
-
-
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """Patches (n, C_in * K) read out of the convolution itself: one identity kernel per (channel, tap)."""
-    c, k = module.in_channels, math.prod(module.kernel_size)
-    probe = type(module)(
-        c, c * k, module.kernel_size, module.stride, module.padding, module.dilation, 1, False, module.padding_mode
-    )
-    probe.weight.data = torch.eye(c * k).reshape(c * k, c, *module.kernel_size)
-    return probe.double()(x).detach().flatten(2).transpose(1, 2).reshape(-1, c * k)
 
 
 @pytest.mark.parametrize("module", CONVOLUTIONS, ids=str)

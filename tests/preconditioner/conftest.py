@@ -1,11 +1,13 @@
-"""M through a layer's own rows, gradient and write; and M from explicit rows, for comparison."""
+"""M through a layer's own rows, gradient and write, or the whole way; and M from explicit rows, for comparison."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.layers import DenseLayer
 
 GAMMA = 0.03
@@ -27,11 +29,17 @@ def precondition() -> Callable[[DenseLayer, Tensor], None]:
 
 
 @pytest.fixture
+def attach() -> Callable[..., ActivationPreconditioner]:
+    """A preconditioner with the damping of the other fixtures."""
+    return partial(ActivationPreconditioner, damping=GAMMA)
+
+
+@pytest.fixture
 def damped_solve() -> Callable[[Tensor, Tensor], Tensor]:
     """G (Sigma + gamma tr(Sigma) I)^-1 by a solve against explicit rows (n, d)."""
 
     def solve(gradient: Tensor, rows: Tensor) -> Tensor:
-        sigma = sum((torch.outer(z, z) for z in rows), torch.zeros(rows.shape[1], rows.shape[1]).double()) / len(rows)
+        sigma = torch.einsum("ni,nj->ij", rows, rows) / len(rows)
         damped = sigma + GAMMA * sigma.trace() * torch.eye(len(sigma), dtype=sigma.dtype)
         return torch.linalg.solve(damped.T, gradient.T).T
 
