@@ -171,8 +171,8 @@ class ActivationPreconditioner:
         Under data parallelism all ranks must call it equally often; it communicates on refresh steps only.
 
         Args:
-            measure: Compare each gradient with its rewrite for the next :meth:`summary`; costs a copy of each, and where
-                weights are sharded a message of four numbers per parameter, so all ranks must measure at the same step.
+            measure: Compare each gradient with its rewrite for the next :meth:`summary`; costs a copy of each, and
+                where weights are sharded four numbers per parameter, summed over ranks: all measure at the same step.
 
         Raises:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;

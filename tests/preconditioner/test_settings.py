@@ -308,9 +308,7 @@ def test_statistics_that_are_not_finite_keep_the_last_good_inverse(value: float,
     assert ap.summary()[0].failures == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "n"), [({}, 64), ({"update_every": 50}, 64), ({}, 2), ({"solver": "lowrank"}, 64)]
-)
+@pytest.mark.parametrize(("options", "n"), [({}, 64), ({"update_every": 50}, 64), ({}, 2), ({"solver": "lowrank"}, 64)])
 def test_an_inverse_beyond_the_largest_number_is_a_failure(options: dict, n: int) -> None:
     """Factors, inverses, Woodbury's form and directions: 1 / lambda is no float32 where inputs are 1e-19."""
     model = mlp(8, 3).float()

@@ -147,8 +147,8 @@ def print_table(results: Mapping[str, Any]) -> None:
         f"seed{'s' * (seeds != 1)}; 95 % intervals in brackets"
     )
     for heading in (
-        "", "hyperparameter", "by", "width", "best", "drift, octaves", "zero-shot regret", "on the grid", "wasted compute",
-        "note",
+        "", "hyperparameter", "by", "width", "best", "drift, octaves",
+        "zero-shot regret", "on the grid", "wasted compute", "note",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("", "hyperparameter", "by", "note") else "right")
     for transfer in results["transfer"]:
