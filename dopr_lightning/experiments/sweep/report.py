@@ -223,9 +223,10 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         shown = [row for t in transfers for row in t["widths"] if t["metric"] == metric and row["loss"] is not None]
         if metric == "val_loss" and shown:
             # What lies far above the best says only that it is bad.
-            least = min(n for row in shown for seeds in row["numbers"] for n in seeds if n is not None)
+            numbers = [n for row in shown for seeds in row["numbers"] for n in seeds if n is not None]
+            top = min(max(numbers) * 1.01, max(row["loss"] for row in shown) * 1.25)
             for axes in line:
-                axes.set_ylim(least * 0.95, max(row["loss"] for row in shown) * 1.4)
+                axes.set_ylim(min(numbers) * 0.99, top)
     grid[0, 0].legend(title="width", fontsize=7, title_fontsize=7)
     figure.suptitle(
         f"{results['task']}, {results['optimizer']}, {results['budget']['steps']} steps\n"
@@ -256,7 +257,7 @@ def _panel(axes: Any, transfer: Mapping[str, Any], colours: Array) -> None:
     elif transfer["metric"] == "val_loss":
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:.2g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.set_title(transfer["parametrization"], fontsize=9)
     axes.set_xlabel(LABELS[transfer["hyperparameter"]], fontsize=8)
     axes.set_ylabel(_metric_label(transfer["metric"]), fontsize=8)
