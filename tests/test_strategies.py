@@ -22,6 +22,14 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dopr_lightning import DoPr, configure_optimizers
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact": {"ema": 0.5},
+    "lowrank": {"ema": 0.5, "solver": "lowrank"},
+    "woodbury": {"ema": 0.0},  # for few rows and one process; two have covariances
+}
+WIDTH = 73
+"""Of the widest layer, more than one process has rows: what the low-rank and the Woodbury solver are for."""
+
 PATIENCE = 30
 """Seconds in which a process must notice that another is gone."""
 
@@ -35,8 +43,8 @@ class Model(L.LightningModule):
         self.embedding = nn.Embedding(5, 6)
         self.conv = nn.Conv1d(6, 6, 3)
         self.norm = nn.LayerNorm(6)
-        self.hidden = nn.Linear(6, 7)
-        self.readout = nn.Linear(7, 1)
+        self.hidden = nn.Linear(6, WIDTH)
+        self.readout = nn.Linear(WIDTH, 1)
 
     def configure_model(self) -> None:
         if not isinstance(self.trainer.strategy, ModelParallelStrategy) or isinstance(self.hidden.weight, DTensor):
@@ -88,13 +96,20 @@ class KillOneRank(L.Callback):
 
 
 def fit(
-    folder: Path, strategy: Strategy | str, *, ranks: int, epochs: int, checkpoint: Path | None, kill: int | None = None
+    folder: Path,
+    strategy: Strategy | str,
+    *,
+    ranks: int,
+    epochs: int,
+    checkpoint: Path | None,
+    kill: int | None = None,
+    setting: str = "exact",
 ) -> dict[str, Any]:
     """Train, and keep the weights, the preconditioner's state at the start and at the end, and a checkpoint.
 
     There is a checkpoint per epoch; ``kill`` is the step before which the last rank dies.
     """
-    dopr = DoPr(damping=0.1, update_every=4, ema=0.5)
+    dopr = DoPr(damping=0.1, update_every=4, **SETTINGS[setting])
     recorder = Recorder(dopr)
     saver = L.pytorch.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     model = Model()
@@ -118,9 +133,11 @@ def fit(
     return {"weights": weights, "first": recorder.state, "last": dopr.state_dict(), "steps": trainer.global_step}
 
 
-def ddp(folder: Path, *, epochs: int = 2, checkpoint: Path | None = None, kill: int | None = None) -> dict[str, Any]:
+def ddp(
+    folder: Path, *, checkpoint: Path | None = None, kill: int | None = None, setting: str = "exact"
+) -> dict[str, Any]:
     strategy = DDPStrategy(timeout=timedelta(seconds=PATIENCE))
-    return fit(folder, strategy, ranks=RANKS, epochs=epochs, checkpoint=checkpoint, kill=kill)
+    return fit(folder, strategy, ranks=RANKS, epochs=2, checkpoint=checkpoint, kill=kill, setting=setting)
 
 
 def fsdp(folder: Path, *, distributed: bool, epochs: int = 2, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -130,14 +147,20 @@ def fsdp(folder: Path, *, distributed: bool, epochs: int = 2, checkpoint: Path |
     return fit(folder, strategy, ranks=RANKS, epochs=epochs, checkpoint=checkpoint)
 
 
-def one_process(folder: Path, *, epochs: int, checkpoint: Path | None = None) -> dict[str, Any]:
-    return fit(folder, "auto", ranks=1, epochs=epochs, checkpoint=checkpoint)
+def one_process(folder: Path, *, epochs: int, setting: str, checkpoint: Path | None = None) -> dict[str, Any]:
+    return fit(folder, "auto", ranks=1, epochs=epochs, checkpoint=checkpoint, setting=setting)
 
 
 def strategies(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     first = "epoch=0.ckpt"
-    return {
-        "ddp": lambda: ddp(folder / "ddp"),
+    whole = {f"ddp, {name}": lambda name=name: ddp(folder / f"ddp, {name}", setting=name) for name in SETTINGS}
+    resumed = {
+        f"resumed from one process, {name}": lambda name=name: ddp(
+            folder / "resumed", checkpoint=folder / f"one, {name}" / first, setting=name
+        )
+        for name in SETTINGS
+    }
+    sharded = {
         "fsdp": lambda: fsdp(folder / "shards", distributed=True),
         "fsdp, one file": lambda: fsdp(folder / "file", distributed=False, epochs=1),
         "fsdp, resumed from shards": lambda: fsdp(
@@ -146,8 +169,8 @@ def strategies(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fsdp, resumed from one file": lambda: fsdp(
             folder / "resumed", distributed=False, checkpoint=folder / "file" / first
         ),
-        "resumed from one process": lambda: ddp(folder / "resumed", checkpoint=folder / "one" / first),
     }
+    return whole | resumed | sharded
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +181,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcome(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
     """What a run on several processes brought, per process."""
-    one_process(folder / "one", epochs=1)
+    for name in SETTINGS:
+        one_process(folder / f"one, {name}", epochs=1, setting=name)
     return outcomes_of(folder, strategies)
 
 
@@ -183,16 +207,22 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
 
 
-def saved(checkpoint: Path) -> dict[str, Any]:
-    """The preconditioner's state in a checkpoint."""
-    return torch.load(checkpoint, weights_only=True)["callbacks"]["DoPr"]
+def saved(folder: Path) -> dict[str, Any]:
+    """The preconditioner's state in the checkpoint after the first epoch."""
+    return torch.load(folder / "epoch=0.ckpt", weights_only=True)["callbacks"]["DoPr"]
+
+
+def of_layer(state: dict[str, Any], name: str) -> tuple[str, dict[str, Tensor]]:
+    """Its solver, and what that keeps of it."""
+    layer = state["preconditioners"][0]["layers"][name]
+    return layer["solver"], layer["tensors"]
 
 
 Outcome = Callable[[str], list[dict[str, Any]]]
 
 
 def test_fsdp_equals_ddp(outcome: Outcome) -> None:
-    expected, _ = outcome("ddp")
+    expected, _ = outcome("ddp, exact")
     for found in outcome("fsdp"):
         assert_close(found, expected)
 
@@ -206,18 +236,40 @@ def test_fsdp_resumes_bit_for_bit(outcome: Outcome, form: str) -> None:
         assert_same(found["last"], whole["last"])
 
 
-def test_two_processes_go_on_from_one(outcome: Outcome, folder: Path) -> None:
-    uninterrupted, _ = outcome("ddp")
-    for found in outcome("resumed from one process"):
-        assert_same(found["first"], saved(folder / "one" / "epoch=0.ckpt"))
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_two_processes_go_on_from_one(outcome: Outcome, folder: Path, setting: str) -> None:
+    uninterrupted, _ = outcome(f"ddp, {setting}")
+    for found in outcome(f"resumed from one process, {setting}"):
+        if setting != "woodbury":
+            assert_same(found["first"], saved(folder / f"one, {setting}"))
         assert_close(found, uninterrupted)
 
 
-def test_one_process_goes_on_from_two(outcome: Outcome, folder: Path, tmp_path: Path) -> None:
-    uninterrupted, _ = outcome("ddp")
-    found = one_process(tmp_path, epochs=2, checkpoint=folder / "ddp" / "epoch=0.ckpt")
-    assert_same(found["first"], saved(folder / "ddp" / "epoch=0.ckpt"))
+def test_two_processes_make_an_inverse_of_the_rows_that_one_kept(outcome: Outcome, folder: Path) -> None:
+    solver, kept = of_layer(saved(folder / "one, woodbury"), "readout.weight")
+    factor = kept["factor"]
+    assert (solver, factor.shape) == ("woodbury", (1, 8, WIDTH))
+    for found in outcome("resumed from one process, woodbury"):
+        solver, tensors = of_layer(found["first"], "readout.weight")
+        assert solver == "exact"
+        torch.testing.assert_close(tensors["inverse"], (torch.eye(WIDTH) - factor.mT @ factor) * kept["scale"])
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_one_process_goes_on_from_two(outcome: Outcome, folder: Path, tmp_path: Path, setting: str) -> None:
+    uninterrupted, _ = outcome(f"ddp, {setting}")
+    before = folder / f"ddp, {setting}"
+    found = one_process(tmp_path, epochs=2, checkpoint=before / "epoch=0.ckpt", setting=setting)
+    assert_same(found["first"], saved(before))
     assert_close(found, uninterrupted)
+
+
+def test_the_low_rank_solver_left_directions_out(outcome: Outcome) -> None:
+    for found in outcome("ddp, lowrank"):
+        solver, tensors = of_layer(found["last"], "readout.weight")
+        _, dim, tracked = tensors["basis"].shape
+        assert solver == "lowrank"
+        assert 0 < tensors["coefficients"].count_nonzero() <= tracked < dim == WIDTH
 
 
 def interrupted(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -242,7 +294,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_completes_it(outcome: Outcome,
 
     for process in start(tmp_path, restarted):
         process.join()
-    for rank, whole in enumerate(outcome("ddp")):
+    for rank, whole in enumerate(outcome("ddp, exact")):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)["restarted"]
         assert_same(found["weights"], whole["weights"])
         assert_same(found["last"], whole["last"])

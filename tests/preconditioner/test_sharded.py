@@ -27,6 +27,9 @@ from dopr_lightning import ActivationPreconditioner
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {"damping": 0.1, "update_every": 3, "ema": 0.5, "solver": "exact"}
+LOW_RANK: dict[str, Any] = {"solver": "lowrank", "max_error": 0.02}
+WIDTH = 72
+"""Of the widest layers: the low-rank solver tracks 48 directions at most."""
 
 Data = Callable[[int], list[Tensor]]
 """The micro-batches of a step."""
@@ -44,11 +47,11 @@ class Net(nn.Module):
         self.up = nn.ConvTranspose1d(8, 8, 2)
         self.hidden = nn.Linear(8, 7)
         self.norm = nn.LayerNorm(7)
-        self.wide = nn.Linear(7, 8)
-        self.twin = nn.Linear(8, 8)
-        self.other = nn.Linear(8, 8)
+        self.wide = nn.Linear(7, WIDTH)
+        self.twin = nn.Linear(WIDTH, WIDTH)
+        self.other = nn.Linear(WIDTH, WIDTH)
         self.other.weight = self.twin.weight
-        self.readout = nn.Linear(8, 1)
+        self.readout = nn.Linear(WIDTH, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = torch.tanh(self.conv(self.embedding(tokens).mT).mT)
@@ -154,9 +157,9 @@ def communication() -> list[dict[str, int]]:
     return counts
 
 
-def states() -> dict[str, Any]:
+def states(**options: Any) -> dict[str, Any]:
     model = shard(Net())
-    ap = ActivationPreconditioner(model, **OPTIONS)
+    ap = ActivationPreconditioner(model, **OPTIONS | options)
     train(model, ap, tokens)
     return ap.state_dict()
 
@@ -260,14 +263,15 @@ def refusals() -> dict[str, str]:
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "ddp, exact": lambda: ddp(bias=True),
     "fsdp, exact": lambda: fsdp(bias=True),
-    "ddp, lowrank": lambda: ddp(solver="lowrank"),
-    "fsdp, lowrank": lambda: fsdp(solver="lowrank"),
+    "ddp, lowrank": lambda: ddp(**LOW_RANK),
+    "fsdp, lowrank": lambda: fsdp(**LOW_RANK),
     "ddp": ddp,
     "hybrid": lambda: fsdp(init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))),
     "sharded after": sharded_after_the_preconditioner_was_made,
     "made while gathered": made_while_the_root_is_gathered,
     "communication": communication,
-    "states": states,
+    "states, exact": states,
+    "states, lowrank": lambda: states(**LOW_RANK),
     "mixed precision": mixed_precision,
     "column-wise": column_wise,
     "fsdp and tensor parallel": fsdp_and_tensor_parallel,
@@ -330,13 +334,22 @@ def test_a_step_gathers_no_gradient(outcome: Callable[[str], list[Any]]) -> None
         assert again == refresh
 
 
-def test_state_is_the_same_on_all_ranks(outcome: Callable[[str], list[Any]]) -> None:
+@pytest.mark.parametrize("solver", ["exact", "lowrank"])
+def test_state_is_the_same_on_all_ranks(outcome: Callable[[str], list[Any]], solver: str) -> None:
     def flat(value: Any) -> list[Any]:
         return [leaf for inner in value.values() for leaf in flat(inner)] if isinstance(value, dict) else [value]
 
-    one, other = map(flat, outcome("states"))
+    one, other = map(flat, outcome(f"states, {solver}"))
     assert sum(isinstance(leaf, Tensor) for leaf in one) > 8
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+
+
+def test_the_low_rank_solver_left_directions_out(outcome: Callable[[str], list[Any]]) -> None:
+    for state in outcome("states, lowrank"):
+        for name in ("twin.weight", "readout.weight"):
+            tensors = state["layers"][name]["tensors"]
+            _, dim, tracked = tensors["basis"].shape
+            assert 0 < tensors["coefficients"].count_nonzero() <= tracked < dim == WIDTH
 
 
 def test_mixed_precision_keeps_statistics_in_full_precision(outcome: Callable[[str], list[Any]]) -> None:
