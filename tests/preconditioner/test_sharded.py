@@ -120,6 +120,10 @@ def shard(model: Net, mesh: DeviceMesh | None = None) -> Net:
     return fully_shard(model, mesh=mesh)
 
 
+def replicated_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))
+
+
 def ddp(**options: Any) -> dict[str, Tensor]:
     model = DistributedDataParallel(Net())
     return train(model, ActivationPreconditioner(model, **OPTIONS | options), tokens)
@@ -162,6 +166,14 @@ def states(**options: Any) -> dict[str, Any]:
     ap = ActivationPreconditioner(model, **OPTIONS | options)
     train(model, ap, tokens)
     return ap.state_dict()
+
+
+def measured(model: nn.Module) -> dict[str, tuple[float | None, float | None]]:
+    """Cosine and RMS of each parameter's rewrite."""
+    ap = ActivationPreconditioner(model, **OPTIONS, bias=True)
+    model(tokens(0)[0]).square().mean().backward()
+    ap.step(measure=True)
+    return {row.parameter: (row.cosine, row.update_rms) for row in ap.summary() if row.covered}
 
 
 def mixed_precision() -> dict[str, Tensor]:
@@ -266,12 +278,15 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "ddp, lowrank": lambda: ddp(**LOW_RANK),
     "fsdp, lowrank": lambda: fsdp(**LOW_RANK),
     "ddp": ddp,
-    "hybrid": lambda: fsdp(init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))),
+    "hybrid": lambda: fsdp(replicated_mesh()),
     "sharded after": sharded_after_the_preconditioner_was_made,
     "made while gathered": made_while_the_root_is_gathered,
     "communication": communication,
     "states, exact": states,
     "states, lowrank": lambda: states(**LOW_RANK),
+    "measured, ddp": lambda: measured(DistributedDataParallel(Net())),
+    "measured, fsdp": lambda: measured(shard(Net())),
+    "measured, hybrid": lambda: measured(shard(Net(), replicated_mesh())),
     "mixed precision": mixed_precision,
     "column-wise": column_wise,
     "fsdp and tensor parallel": fsdp_and_tensor_parallel,
@@ -323,6 +338,15 @@ def test_fsdp_equals_ddp(outcome: Callable[[str], list[Any]], sharded: str, repl
     expected, _ = outcome(replicated)
     for found in outcome(sharded):
         assert_equal(found, expected, Net())
+
+
+@pytest.mark.parametrize("sharded", ["measured, fsdp", "measured, hybrid"])
+def test_what_is_measured_is_of_whole_gradients(outcome: Callable[[str], list[Any]], sharded: str) -> None:
+    expected, _ = outcome("measured, ddp")
+    for found in outcome(sharded):
+        assert found.keys() == expected.keys()
+        for name, (cosine, rms) in expected.items():
+            assert found[name] == pytest.approx((cosine, rms), rel=1e-4), name
 
 
 def test_a_step_gathers_no_gradient(outcome: Callable[[str], list[Any]]) -> None:
