@@ -24,22 +24,40 @@ from dopr_lightning.experiments.coordinates import (
     ADAMUON,
     LEVELLING,
     OUTPUT,
+    TOLERANCE,
     CoordinateCheck,
+    Quantity,
     Row,
     _row,
     coordinate_check,
     fit_slope,
 )
 from dopr_lightning.mup import MupSpec
-from dopr_lightning.optim import make_optimizer
+from dopr_lightning.optim import make_optimizer, parameter_roles
 from dopr_lightning.policies.flow import flow_matching_loss
-from dopr_lightning.policies.networks import ActionTransformer, ConditionalUnet1d, ResidualMLP
+from dopr_lightning.policies.networks import (
+    ActionTransformer,
+    ConditionalUnet1d,
+    ResidualMLP,
+    VisionMLP,
+    image_encoder,
+)
+from dopr_lightning.preconditioner import ActivationPreconditioner
 
 WIDTHS = [16, 32, 64, 128, 256]
 OBSERVATION, ACTION, OBSERVE, HORIZON = 5, 2, 2, 4
 SIZES = (OBSERVATION, ACTION, OBSERVE, HORIZON, True)
+CROP = 8
 
 Factory = Callable[..., nn.Module]
+Bounds = dict[Quantity, tuple[float, float]]
+
+SOAP: Bounds = {"spectral": (-0.3, TOLERANCE), "update": (-0.6, TOLERANCE), "change": (-0.4, TOLERANCE)}
+"""Exception for SOAP: its steps may fall with the width.
+
+The norm of its update grows like the width where inputs and errors are new to its eigenbases, and not at all where they
+are known (test_bases.py). The rate goes by the former, so that nothing grows; what layers see is partly known.
+"""
 
 
 def mlp(width: int) -> nn.Module:
@@ -54,6 +72,20 @@ def transformer(width: int) -> nn.Module:
     return ActionTransformer(*SIZES, width=width, depth=1, heads=2)
 
 
+def positioned(width: int) -> nn.Module:
+    """The transformer with learnt positions beside its fixed ones."""
+    network = transformer(width)
+    network.position = nn.Embedding(HORIZON, width)
+    places = torch.arange(HORIZON, device="cpu")
+    network.input.register_forward_hook(lambda module, args, tokens: tokens + network.position(places))
+    return network
+
+
+def vision(width: int) -> nn.Module:
+    sizes = {"encoder_width": width, "crop": CROP, "width": width, "depth": 1}
+    return VisionMLP(OBSERVATION, ACTION, 1, HORIZON, False, cameras=["front"], **sizes)
+
+
 def loss_of(rows: int) -> Callable[[nn.Module], Tensor]:
     """Flow matching on a batch of a smooth task; few rows, since the limit is that of layers wider than the batch."""
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +98,22 @@ def loss_of(rows: int) -> Callable[[nn.Module], Tensor]:
     )
 
 
+def loss_of_images(rows: int) -> Callable[[Any], Tensor]:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    state, images, target = draw(rows, 1, OBSERVATION), draw(rows, 1, 3, CROP, CROP), draw(rows, HORIZON, ACTION)
+    seen = {"state": state, "images": {"front": images.sigmoid()}}
+    return lambda network: mse_loss(network(None, None, network.encode(seen)), target)
+
+
 @cache
 def spec_of(factory: Factory) -> MupSpec:
     return MupSpec.from_factory(factory, width=WIDTHS[0])
+
+
+@cache
+def roles_of(factory: Factory) -> dict[str, str]:
+    model = factory(WIDTHS[0])
+    return dict(parameter_roles(model, known=spec_of(factory).roles(model)))
 
 
 def check(
@@ -76,35 +121,45 @@ def check(
     base: str,
     *,
     mup: bool = True,
+    wrong: tuple[str, float] | None = None,
     change: Callable[[nn.Module, Optimizer, int], None] | None = None,
     seeds: int = 1,
     rows: int = 8,
     widths: list[int] = WIDTHS,
+    loss: Callable[[Any], Tensor] | None = None,
     **options: Any,
 ) -> CoordinateCheck:
-    """With the real preconditioner; ``change`` spoils a model and its optimizer, which were right."""
+    """With the real preconditioner. ``wrong`` multiplies the rate of one role by a power of the width; ``change``
+    spoils a model and its optimizer, which were right."""
 
     def build(width: int) -> tuple[nn.Module, Optimizer]:
         model = factory(width)
         spec = spec_of(factory) if mup else None
         if spec:
             spec.initialize(model)
-        optimizer = make_optimizer(model, base, lr=3e-3, mup=spec, **options)
+        spoilt = {wrong[0]: (width / WIDTHS[0]) ** wrong[1]} if wrong else None
+        optimizer = make_optimizer(model, base, lr=3e-3, mup=spec, lr_by_role=spoilt, **options)
         if change:
             change(model, optimizer, width)
         return model, optimizer
 
-    bounds = ADAMUON if base == "adamuon" else None
+    bounds = {"adamuon": ADAMUON, "soap": SOAP}.get(base)
     dopr = {"damping": 0.01}
-    return coordinate_check(build, loss_of(rows), widths, seeds=range(seeds), dopr=dopr, bounds=bounds)
+    return coordinate_check(build, loss or loss_of(rows), widths, seeds=range(seeds), dopr=dopr, bounds=bounds)
 
 
 def slopes(found: CoordinateCheck, quantity: str) -> dict[str, float]:
     return {row.layer: row.slope for row in found.rows if row.quantity == quantity}
 
 
-@pytest.mark.parametrize("base", ["adamw", "muon", "signum", "adamuon"])
-@pytest.mark.parametrize(("factory", "seeds", "rows"), [(mlp, 1, 8), (unet, 1, 4), (transformer, 2, 8)])
+NETWORKS = [(mlp, 1, 8), (unet, 1, 4), (transformer, 2, 8)]
+BASES = [(*network, base) for network in NETWORKS for base in ("adamw", "muon", "signum", "adamuon")]
+
+
+@pytest.mark.parametrize(
+    ("factory", "seeds", "rows", "base"),
+    [*BASES, (mlp, 1, 8, "lion"), (transformer, 2, 8, "lion"), (mlp, 1, 8, "soap")],
+)
 def test_mup_passes_and_the_standard_parametrisation_does_not(
     factory: Factory, seeds: int, rows: int, base: str
 ) -> None:
@@ -124,34 +179,36 @@ def test_mup_passes_and_the_standard_parametrisation_does_not(
     assert np.median([abs(row.slope) for row in wrong.rows if row.quantity == "spectral"]) > 0.4
 
 
-def wrong_rate(role: str, power: float, factory: Factory = mlp) -> Callable[[nn.Module, Optimizer, int], None]:
-    """Multiply the learning rate of the parameters of one role by a power of the width."""
-
-    def change(model: nn.Module, optimizer: Optimizer, width: int) -> None:
-        factor = (width / WIDTHS[0]) ** power
-        if factor == 1:  # where groups are alike, too
-            return
-        roles = spec_of(factory).roles(model)
-        groups = [group for group in optimizer.param_groups if role in {roles[name] for name in group["param_names"]}]
-        assert groups
-        for group in groups:
-            assert {roles[name] for name in group["param_names"]} == {role}
-            group["lr"] *= factor
-            group["lr_mult"] *= factor  # or the optimizer itself would refuse to step
-
-    return change
+NOT_HIDDEN = ("input", "readout", "vector")
+"""What Muon and AdaMuon leave to AdamW."""
 
 
 @pytest.mark.parametrize("power", [-0.5, 0.5, 1.0])
 @pytest.mark.parametrize("role", ["input", "hidden", "readout", "vector"])
 def test_every_wrong_rate_of_adamw_is_found_and_named(role: str, power: float) -> None:
     """1 is what Adam's hidden weights and readouts have without muP."""
-    found = check(mlp, "adamw", change=wrong_rate(role, power))
-    worst = found.worst()
+    found_and_named(mlp, "adamw", role, power, WIDTHS)
+
+
+@pytest.mark.parametrize("power", [-0.5, 0.5])
+@pytest.mark.parametrize(
+    ("factory", "base", "role"),
+    [
+        *((positioned, "adamw", role) for role in ("hidden", "condition", "embedding")),
+        *((mlp, base, role) for base in ("muon", "signum", "adamuon") for role in NOT_HIDDEN),
+    ],
+)
+def test_wrong_rates_of_other_bases_and_roles_are_found_and_named(
+    factory: Factory, base: str, role: str, power: float
+) -> None:
+    found_and_named(factory, base, role, power, WIDTHS[:4])
+
+
+def found_and_named(factory: Factory, base: str, role: str, power: float, widths: list[int]) -> None:
+    worst = check(factory, base, wrong=(role, power), widths=widths).worst()
     assert worst is not None
-    roles = spec_of(mlp).roles(mlp(WIDTHS[0]))
     name = worst.layer if worst.quantity == "entries" else f"{worst.layer}.weight"
-    assert roles[name] == role
+    assert roles_of(factory)[name] == role
     assert worst.quantity == ("entries" if role == "vector" else "spectral")
     assert worst.slope == pytest.approx(power, abs=0.2)
     assert f"its learning rate is too {'large' if power > 0 else 'small'} with width" in worst.diagnosis
@@ -161,11 +218,10 @@ def test_every_wrong_rate_of_adamw_is_found_and_named(role: str, power: float) -
 @pytest.mark.parametrize(("factory", "base"), [(mlp, "muon"), (mlp, "signum"), (mlp, "adamuon"), (unet, "adamw")])
 def test_wrong_rates_of_hidden_weights_are_found(factory: Factory, base: str, power: float) -> None:
     """For Muon with AdamW's RMS and AdaMuon, +1/2 is the rate without muP."""
-    change = wrong_rate("hidden", power, factory)
-    found = check(factory, base, rows=4, widths=WIDTHS[:4], change=change)
+    found = check(factory, base, rows=4, widths=WIDTHS[:4], wrong=("hidden", power))
     wrong = [row for row in found.failures() if row.quantity == "spectral"]
-    hidden = {name for name, role in spec_of(factory).roles(factory(WIDTHS[0])).items() if role == "hidden"}
-    assert {f"{row.layer}.weight" for row in wrong} <= hidden
+    hidden, conditions = ({n for n, r in roles_of(factory).items() if r == role} for role in ("hidden", "condition"))
+    assert {f"{row.layer}.weight" for row in wrong} <= hidden | conditions  # FiLM's errors come from what is wrong
     assert len(wrong) > 0.9 * len(hidden)
     assert np.median([row.slope for row in wrong]) == pytest.approx(power, abs=0.15)
 
@@ -206,7 +262,7 @@ def test_activations_alone_would_miss_what_spectral_norms_show() -> None:
 
     Sizes of activations stay; the hidden updates are wrong by width^1/2.
     """
-    found = check(mlp, "muon", change=wrong_rate("hidden", 0.5))
+    found = check(mlp, "muon", wrong=("hidden", 0.5))
     assert all(row.passed for row in found.rows if row.quantity == "activation")
     for quantity in ("spectral", "update"):
         for layer, slope in slopes(found, quantity).items():
@@ -223,6 +279,129 @@ def test_adamuon_needs_its_spectral_scale_where_one_direction_dominates() -> Non
     assert worst is not None
     assert (worst.layer, worst.quantity) == ("modulation", "spectral")
     assert worst.slope == pytest.approx(0.5, abs=0.1)
+
+
+class Logits(nn.Module):
+    """A transformer whose output is its attention's logits, so that a check sees them; its prediction lies aside."""
+
+    def __init__(self, width: int, logits: list[Tensor]) -> None:
+        super().__init__()
+        self.network = transformer(width)
+        self.logits = logits
+
+    def forward(self, *args: Tensor) -> Tensor:
+        self.logits.clear()
+        self.prediction = self.network(*args)
+        return self.logits[-1]
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_an_attention_scale_that_is_not_mups_shows_in_the_logits(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d^-1/2 in place of 1/d: queries and keys that have learnt to agree have a product like d.
+
+    At first they have not, attention is almost uniform, and nothing else in the network tells the two scales apart:
+    hence a higher rate and more steps.
+    """
+    attend, logits = torch.nn.functional.scaled_dot_product_attention, list[Tensor]()
+    power = 0.0
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        scale *= (q.shape[-1] / 8) ** power
+        logits.append(scale * q @ k.mT)
+        return attend(q, k, v, scale=scale)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+
+    def build(width: int) -> tuple[nn.Module, Optimizer]:
+        model = Logits(width, logits)
+        spec_of(transformer).initialize(model)
+        return model, make_optimizer(model, base, lr=0.03, mup=spec_of(transformer))
+
+    def loss(model: Any) -> Tensor:
+        def velocity(*args: Tensor) -> Tensor:
+            model(*args)
+            return model.prediction
+
+        return loss_of(8)(velocity)  # type: ignore[arg-type]
+
+    def exponent() -> float:
+        found = coordinate_check(build, loss, [16, 64, 256], steps=8, seeds=[0, 1], dopr={"damping": 0.01})
+        return slopes(found, "change")[OUTPUT]
+
+    # Narrow layers' queries and keys also agree by chance, which falls like d^-1/2: hence the lower bound.
+    assert -0.3 < exponent() < TOLERANCE
+    power = 0.5
+    assert exponent() > 2 * TOLERANCE
+
+
+def shares_of_eps(factory: Factory, base: str, width: int, **options: Any) -> dict[str, float]:
+    """eps over the size of what it is added to, in the last of a few preconditioned steps."""
+    torch.manual_seed(0)
+    model = spec_of(factory).initialize(factory(width))
+    optimizer = make_optimizer(model, base, lr=3e-3, mup=spec_of(factory), **options)
+    preconditioner, loss = ActivationPreconditioner(model), loss_of(8)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss(model).backward()
+        preconditioner.step()
+        optimizer.step()
+
+    def size(update: Tensor, of_matrix: bool) -> float:
+        return float(update.norm() if of_matrix else update.square().mean().sqrt())
+
+    return {
+        name: group["eps"] / size(parameter.grad, "ns_steps" in group)  # Muon's is for the whole matrix
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+@pytest.mark.parametrize("factory", [mlp, transformer])
+def test_eps_is_far_below_preconditioned_gradients_at_every_width(factory: Factory, base: str) -> None:
+    """Which no coordinate check tells: an eps that is too large at every width slows all of them alike."""
+    for width in WIDTHS:
+        shares = shares_of_eps(factory, base, width)
+        worst = max(shares, key=shares.__getitem__)
+        assert shares[worst] < 0.01, (worst, width)
+
+
+def test_an_eps_that_is_too_large_would_be_seen() -> None:
+    assert max(shares_of_eps(transformer, "adamw", WIDTHS[0], eps=1e-6).values()) > 0.01
+
+
+@pytest.fixture
+def two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder small enough to be as wide as groups of four channels need at the base, and eight times that."""
+    monkeypatch.setattr(image_encoder, "GROUPS", image_encoder.GROUPS[:2])
+    monkeypatch.setattr(image_encoder, "STRIDES", image_encoder.STRIDES[:2])
+
+
+@pytest.mark.usefixtures("two_stages")
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_a_network_with_a_camera_passes(base: str) -> None:
+    """But for few layers, and not by much: of GroupNorms over one or four pixels two seeds say little."""
+    found = check(vision, base, widths=WIDTHS[:4], seeds=2, loss=loss_of_images(4))
+    failures = found.failures()
+    assert len(failures) <= len(found.rows) // 50, failures
+    assert all(row.excess < 0.1 for row in failures), failures
+    assert sum(row.levels_off for row in found.rows) <= len(found.rows) // 20
+    seen = {row.layer for row in found.rows if row.quantity == "spectral" and min(row.values) > 0}
+    for layer in ("conv1", "stages.0.0.conv1", "stages.1.0.downsample.0", "stages.1.1.conv2"):
+        assert f"cameras.front.resnet.{layer}" in seen
+    assert "projections.front" in seen
+
+
+@pytest.mark.usefixtures("two_stages")
+def test_a_first_convolution_drawn_by_its_outputs_is_found() -> None:
+    """As torchvision's ResNet draws it: its weights would shrink with the width."""
+    conv1 = "cameras.front.resnet.conv1"
+    found = check(
+        vision, "adamw", widths=WIDTHS[:4], loss=loss_of_images(4), change=wrong_values(f"{conv1}.weight", -0.5)
+    )
+    (row,) = (row for row in found.rows if (row.layer, row.quantity) == (conv1, "activation"))
+    assert not row.passed
+    assert row.slope == pytest.approx(-0.5, abs=0.15)
 
 
 class Everything(nn.Module):

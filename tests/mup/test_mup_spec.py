@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from dopr_lightning import MupSpec
+from dopr_lightning.optim import parameter_roles
+from dopr_lightning.policies.networks import VisionMLP, VisionUnet1d
 
 Factory = Callable[..., nn.Module]
 
@@ -180,6 +182,55 @@ def test_a_bare_parameter_is_what_it_is_told_to_be(
     assert (growth.fan_out_growth, growth.fan_in_growth) == expected
     # Drawn like fan_in^-1/2, a readout must fall like 1/fan_in.
     assert spec.multiplier_of_initial_values(make(32))["table"] == (0.5 if role == "readout" else 1)
+
+
+SIZES = (5, 2, 2, 4, True)  # observation, action, observations, horizon; it denoises
+CAMERA = {"cameras": ["front"], "crop": 16}
+
+
+def vision_mlp(width: int, encoder_width: int) -> nn.Module:
+    return VisionMLP(*SIZES, **CAMERA, width=width, depth=1, encoder_width=encoder_width)
+
+
+def vision_unet(channels: list[int], condition_dim: int, encoder_width: int) -> nn.Module:
+    own = {"channels": channels, "condition_dim": condition_dim, "kernel_size": 3, "groups": 4}
+    return VisionUnet1d(*SIZES, **CAMERA, **own, encoder_width=encoder_width)
+
+
+@pytest.mark.parametrize(
+    ("factory", "base", "inputs", "projection"),
+    [
+        (vision_mlp, {"width": 16, "encoder_width": 16}, {"input.weight"}, "hidden"),
+        (
+            vision_unet,
+            {"channels": [16, 32], "condition_dim": 16, "encoder_width": 16},
+            {"observation.weight", "time.0.weight", "input.block1.conv1.0.weight", "input.block1.skip.weight"},
+            "condition",
+        ),
+    ],
+)
+def test_what_grows_in_networks_with_cameras(
+    factory: Factory, base: dict[str, Any], inputs: set[str], projection: str
+) -> None:
+    """Only colours, states, actions and time do not: all else is hidden, and grows in outputs and inputs."""
+    spec = MupSpec.from_factory(factory, **base)
+    matrices = {name: shape for name, shape in spec.shapes.items() if len(shape.base) > 1}
+    by_role: dict[str, set[str]] = {}
+    for name, shape in matrices.items():
+        by_role.setdefault(shape.role, set()).add(name)
+        grows = {"input": (True, False), "readout": (False, True)}.get(shape.role, (True, True))
+        assert shape.scales == grows + (False,) * (len(shape.base) - 2), name
+    assert by_role.pop("input") == {*inputs, "cameras.front.resnet.conv1.weight"}
+    assert by_role.pop("readout") == {"readout.weight"}
+    assert by_role.keys() == {"hidden"}
+    vectors = {name: shape.role for name, shape in spec.shapes.items() if len(shape.base) == 1}
+    assert {name for name, role in vectors.items() if role != "vector"} == {"readout.bias"}
+
+    with torch.device("meta"):
+        wide = factory(**{key: [8 * v for v in size] if key == "channels" else 8 * size for key, size in base.items()})
+    growth = spec.growth(wide)
+    assert {(growth[name].fan_out_growth, growth[name].fan_in_growth) for name in by_role["hidden"]} == {(8, 8)}
+    assert parameter_roles(wide, known=spec.roles(wide))["projections.front.weight"] == projection
 
 
 class Pyramid(nn.Module):

@@ -472,6 +472,26 @@ def test_adamuons_updates_of_full_rank_grow_as_its_base_says() -> None:
     assert math.log(norms[1] / norms[0] / said, 8) == pytest.approx(0, abs=0.15)
 
 
+def test_soaps_updates_grow_as_its_base_says_where_they_grow_most() -> None:
+    """Like the width in directions that are new to its eigenbases, where all entries are of one size; not at all in
+    those that it knows, where an entry stands for each. No exponent fits both, and the greater one is safe."""
+
+    def norm(n: int, second: int) -> float:
+        """Of the step for the second gradient, of the same directions as the first or not; the first moves nothing."""
+        parameter = nn.Parameter(torch.zeros(n, n, dtype=torch.float64))
+        optimizer = resolve("soap").algorithm([parameter], lr=1.0)
+        for seed in (0, second):
+            draw = np.random.default_rng(seed).normal
+            parameter.grad = torch.from_numpy(draw(size=(n, 4)) @ draw(size=(4, n)))
+            optimizer.step()
+        return torch.linalg.matrix_norm(parameter.detach(), 2).item()
+
+    said = resolve("soap").growth(MatrixGrowth(256, 256, 8, 8), {})  # type: ignore[misc]
+    known, new = (norm(256, second) / norm(32, second) for second in (0, 1))
+    assert known == pytest.approx(1, rel=0.1)
+    assert new == pytest.approx(said, rel=0.2)
+
+
 def test_the_library_is_imported_when_it_is_asked_for() -> None:
     code = "import sys, dopr_lightning.optim; assert 'pytorch_optimizer' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

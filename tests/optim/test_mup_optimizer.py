@@ -83,6 +83,10 @@ MULTIPLIERS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "adamw": ({}, ADAMW),
     # rows 64, cols 32 and the reverse, at base 16, 8: sqrt(max) grows like M^1/2, and sqrt(out/in) does not.
     "muon": ({}, ADAMW | {"input.weight": M**-0.5, "hidden.weight": M**-0.5}),
+    "signum": ({}, ADAMW),
+    "lion": ({}, ADAMW),
+    "soap": ({}, ADAMW),
+    "adamuon": ({}, ADAMW | {"input.weight": M**-0.5, "hidden.weight": M**-0.5}),
     # torch's original factor is that of the spectral condition up to a constant.
     "original muon": ({"adjust_lr_fn": "original"}, ADAMW | {"input.weight": 1, "hidden.weight": 1}),
     "sgd": (
@@ -105,6 +109,25 @@ def test_rates_and_decays_by_hand(case: str, rule: str, decay: Callable[[float],
     assert groups(model, optimizer, "weight_decay") == pytest.approx(
         {name: 0.0 if name in VECTORS else decay(m) for name, m in expected.items()}
     )
+
+
+@pytest.mark.parametrize("case", MULTIPLIERS)
+@pytest.mark.parametrize("rule", ["independent", "coupled"])
+def test_what_a_step_decays_by_hand(case: str, rule: str) -> None:
+    """Nothing but decay moves a weight whose gradient is 0: by 12 % at every width (independent), or by as many times
+    that as the rate is multiplied (coupled)."""
+    options, multipliers = MULTIPLIERS[case]
+    for width, grown in ((BASE, False), (WIDTH, True)):
+        model, optimizer = start(case.split()[-1], width, lr=0.1, weight_decay=1.2, weight_decay_rule=rule, **options)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _ in range(2 if case == "soap" else 1):  # whose first step only measures
+            optimizer.step()
+        for name, parameter in model.named_parameters():
+            pace = multipliers[name] if grown and rule == "coupled" else 1
+            kept = 1.0 if name in VECTORS else 1 - 0.1 * 1.2 * pace
+            torch.testing.assert_close(parameter.detach(), kept * before[name])
 
 
 @pytest.mark.parametrize("base", ["adamw", "muon"])
@@ -276,12 +299,17 @@ def in_turn(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
     return lr_scheduler.SequentialLR(optimizer, [warmup, lr_scheduler.CosineAnnealingLR(optimizer, 20)], milestones=[5])
 
 
+def cycled(optimizer: Optimizer) -> bool:
+    """Whether all parts have the momentum that the cycles of two schedulers move: Muon and AdamW do not."""
+    return "betas" in optimizer.defaults
+
+
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 20, eta_min=0),
     "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, peaks(o), total_steps=26),
-    "cycle": lambda o: lr_scheduler.CyclicLR(o, [0.1 * lr for lr in peaks(o)], peaks(o), 5),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, peaks(o), total_steps=26, cycle_momentum=cycled(o)),
+    "cycle": lambda o: lr_scheduler.CyclicLR(o, [0.1 * r for r in peaks(o)], peaks(o), 5, cycle_momentum=cycled(o)),
     "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=20),
     "sequential": in_turn,
     "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.5),
@@ -291,10 +319,11 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 }
 
 
+@pytest.mark.parametrize("base", ["adamw", "muon"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_that_scale_each_groups_rate(name: str) -> None:
+def test_schedulers_that_scale_each_groups_rate(name: str, base: str) -> None:
     """To their end and beyond, every rate is the multiplier times what a plain optimizer at the base rate has."""
-    model, optimizer = start(width=3 * BASE)  # thirds: rates differ by rounding
+    model, optimizer = start(base, width=3 * BASE)  # thirds: rates differ by rounding
     plain = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.01)
     schedulers = [SCHEDULERS[name](o) for o in (optimizer, plain)]
     seen = set()
@@ -305,7 +334,7 @@ def test_schedulers_that_scale_each_groups_rate(name: str) -> None:
             scheduler.step(*([0.0] if name == "plateau" else []))
         expected = plain.param_groups[0]["lr"]
         seen.add(expected)
-        for group in optimizer.param_groups:
+        for group in (group for part in optimizer.parts for group in part.param_groups):
             assert group["lr"] == pytest.approx(group["lr_mult"] * expected, rel=1e-6, abs=1e-12)
 
     train(model, optimizer, 25, step)
@@ -342,9 +371,29 @@ def test_schedulers_that_flatten_the_rates_are_refused(name: str) -> None:
         train(model, optimizer, 25, step)
     # Said before the step, not after.
     assert all(torch.equal(value, last[name]) for name, value in model.state_dict().items())
-    plain, standard = Net(WIDTH), make_optimizer(Net(WIDTH), "adamw", lr=0.01)
-    scheduler = FLATTENING[name](standard)
-    train(plain, standard, 3, lambda _: None)  # not our business without muP
+
+
+@pytest.mark.parametrize("name", FLATTENING)
+def test_without_mup_any_scheduler_does(name: str) -> None:
+    """All groups have the rate that it gives a plain optimizer, and steps go on at it."""
+    model = Net(WIDTH)
+    optimizers = [make_optimizer(model, "adamw", lr=0.01, weight_decay=0.1)]
+    optimizers.append(torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.01))
+    schedulers = [FLATTENING[name](o) for o in optimizers]
+    seen, last = set(), copy.deepcopy(model.state_dict())
+
+    def step(loss: Tensor) -> None:
+        assert not torch.equal(model.readout.weight, last["readout.weight"])
+        last.update(copy.deepcopy(model.state_dict()))
+        optimizers[1].step()
+        for scheduler in schedulers:
+            scheduler.step(*([0.0] if name.startswith("plateau") else []))
+        assert set(peaks(optimizers[0])) == set(peaks(optimizers[1]))
+        seen.update(peaks(optimizers[0]))
+
+    train(model, optimizers[0], 25, step)
+    assert len(seen) > 2
+    assert max(seen) > 2 * min(seen)
 
 
 def test_momentum_is_cycled_where_all_parts_have_the_same() -> None:
