@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from multiprocessing.managers import SyncManager
 from queue import Empty
 from typing import Any
 
@@ -83,7 +84,9 @@ def _in_processes(trials: Sequence[Trial], display: Display) -> dict[str, Record
     outcomes: dict[str, Record | str] = {}
     context = multiprocessing.get_context("spawn")
     workers = display.left.parallel
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_the_command)
+    with manager:
         queue: Any = manager.Queue()
         with ProcessPoolExecutor(min(workers, len(trials)), context, initializer=_prepare, initargs=(workers,)) as pool:
             pending = {pool.submit(_attempt, trial, queue): trial.name for trial in trials}
@@ -97,15 +100,21 @@ def _in_processes(trials: Sequence[Trial], display: Display) -> dict[str, Record
 
 
 def _prepare(workers: int) -> None:
-    """Set a worker up: its share of the cores, and an end when the command ends, however it was killed."""
+    """Set a worker up: its share of the cores, and an end."""
     import torch
+
+    _end_with_the_command()
+    torch.set_num_threads(max(1, cores() // workers))
+
+
+def _end_with_the_command() -> None:
+    """End this process when the command ends, however it was killed."""
 
     def follow(parent: Any) -> None:
         parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, args=[multiprocessing.parent_process()], daemon=True).start()
-    torch.set_num_threads(max(1, cores() // workers))
 
 
 def _attempt(trial: Trial, queue: Any) -> Record | str:

@@ -561,9 +561,6 @@ def test_ray_runs_what_is_missing_and_leaves_what_the_other_engine_would(
 SMALL = ("--widths=8", "--parametrizations=mup", "--trainer.max_steps=8")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=subprocess.TimeoutExpired, reason="of what runner starts, the manager of the queue does not end"
-)
 def test_a_killed_command_leaves_no_process_and_is_taken_up_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
