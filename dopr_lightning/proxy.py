@@ -98,6 +98,10 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     network = config["model"]["network"]["init_args"]
     for key, base in found["mup"]["base"].items():
+        if len(sizes(network[key])) != len(sizes(base)):
+            raise UserError(
+                f"{FLAG} {folder}: {key} {network[key]} has not as many entries as the sweep's base, {base}; give as many"
+            )
         if any(size < least for size, least in zip(sizes(network[key]), sizes(base), strict=True)):
             raise UserError(
                 f"{FLAG} {folder}: {key} {network[key]} is narrower than the sweep's base, {base}; widen it"
