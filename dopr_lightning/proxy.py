@@ -100,7 +100,7 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key, base in found["mup"]["base"].items():
         if len(sizes(network[key])) != len(sizes(base)):
             raise UserError(
-                f"{FLAG} {folder}: {key} {network[key]} has not as many entries as the sweep's base, {base}; give as many"
+                f"{FLAG} {folder}: {key} {network[key]} has not as many entries as the sweep's base, {base}"
             )
         if any(size < least for size, least in zip(sizes(network[key]), sizes(base), strict=True)):
             raise UserError(

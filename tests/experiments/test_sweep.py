@@ -441,7 +441,9 @@ def test_lists_of_channels_are_taken_too(tmp_path: Path, monkeypatch: pytest.Mon
         wide("[16,8]", 32, taken)
     with pytest.raises(UserError, match=r"condition_dim 8 is narrower than the sweep's base, 16; widen it"):
         wide("[16,32]", 8, taken)
-    with pytest.raises(UserError, match=r"channels \[16, 32, 64\] has not as many entries as the sweep's base, \[8, 16\]"):
+    with pytest.raises(
+        UserError, match=r"channels \[16, 32, 64\] has not as many entries as the sweep's base, \[8, 16\]"
+    ):
         wide("[16,32,64]", 32, taken)
 
 
