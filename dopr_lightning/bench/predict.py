@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dopr_lightning.bench.machine import LAYER_CALLS, TRACKED, Rates
 from dopr_lightning.bench.plan import Planned
+from dopr_lightning.preconditioner.cost import apply_flops
 from dopr_lightning.preconditioner.distributed import assign
 from dopr_lightning.preconditioner.replay import small_enough
 
@@ -145,7 +146,8 @@ def _apply(layer: Planned, rates: Rates) -> float:
     if layer.method.solver in ("lowrank", "woodbury"):  # in place
         used = layer.method.rank if layer.method.solver == "lowrank" else layer.shape.rows
         columns = -(-used // COLUMNS) * COLUMNS
-        seconds += 4.0 * entries * columns / rates.skinny + entries * rates.touch
+        flops = layer.shape.blocks * apply_flops(layer.shape.m, layer.shape.dim, columns)
+        seconds += flops / rates.skinny + entries * rates.touch
     else:
         speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
         seconds += layer.cost.apply / speed + 3 * 4.0 * entries / rates.bandwidth

@@ -51,10 +51,10 @@ def print_tables(results: Mapping[str, Any]) -> None:
                 _ms(row["base_seconds"]["median"]),
                 _ms(row["dopr_seconds"]["median"]),
                 f"{row['ratio']['median']:.3f}",
-                f"{row['ratio']['low']:.3f} .. {row['ratio']['high']:.3f}",
+                _spread("{:.3f}".format, row["ratio"]),
                 "" if row["goal"] is None else f"{row['goal']:.2f}",
                 _ms(row["overhead_seconds"]["median"]),
-                f"{_ms(row['overhead_seconds']['low'])} .. {_ms(row['overhead_seconds']['high'])}",
+                _spread(_ms, row["overhead_seconds"]),
                 _ms(row["floor_seconds"]),
                 f"{row['overhead_seconds']['median'] / row['floor_seconds']:.1f}",
                 _with_change(_ms, row["predicted"]["seconds"], row["overhead_seconds"]["median"]),
@@ -96,7 +96,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
                 *_name(row),
                 *(_ms(row["exact"][key]["median"]) for key in ("base_seconds", "plain_seconds", "exact_seconds")),
                 f"{row['exact']['ratio']['median']:.3f}",
-                f"{row['exact']['ratio']['low']:.3f} .. {row['exact']['ratio']['high']:.3f}",
+                _spread("{:.3f}".format, row["exact"]["ratio"]),
             )
             for row in rows
         ],
@@ -160,6 +160,10 @@ def _ms(seconds: float) -> str:
 
 def _mib(count: float) -> str:
     return f"{count / 2**20:.1f}"
+
+
+def _spread(text: Callable[[float], str], quartiles: Mapping[str, float]) -> str:
+    return f"{text(quartiles['low'])} .. {text(quartiles['high'])}"
 
 
 def _with_change(text: Callable[[float], str], predicted: float, measured: float) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pages import DOCS
 
-from dopr_lightning.experiments.sweep.transfer import AtWidth, Interval, Transfer, analyse
+from dopr_lightning.experiments.sweep.report import _with_interval
+from dopr_lightning.experiments.sweep.transfer import Interval, Transfer, analyse
 
 FOLDER = DOCS / "results" / "mup"
 NAMES = {"learning rate": "lr", "weight decay": "weight_decay", "damping": "damping"}
@@ -50,35 +51,31 @@ def cells(transfer: Transfer) -> list[str]:
     wide = transfer.widths[-1]
     ends = any(row.at_edge for row in transfer.widths)
     return [
-        ("" if not ends else "grid ends: ") + said(wide.drift, wide.drift_ci95, "{:+.2f}"),
-        said(transfer.max_drift, transfer.max_drift_ci95, "{:.2f}"),
-        said(wide.regret, wide.regret_ci95, "{:.1f}", 100),
-        said(wide.grid_regret, wide.grid_regret_ci95, "{:.1f}", 100),
+        "grid ends: " * ends + _with_interval(wide.drift, wide.drift_ci95, "{:+.2f}"),
+        _with_interval(transfer.max_drift, transfer.max_drift_ci95, "{:.2f}"),
+        percent(wide.regret, wide.regret_ci95),
+        percent(wide.grid_regret, wide.grid_regret_ci95),
         "-" if wide.wasted_compute is None else f"{100 * wide.wasted_compute:.0f}",
         verdict(transfer, ends),
     ]
 
 
-def said(value: float | None, interval: Interval, form: str, factor: int = 1) -> str:
-    assert value is not None
-    text = form.format(factor * value)
-    return text if interval is None else f"{text} ({' .. '.join(form.format(factor * end) for end in interval)})"
+def percent(value: float | None, interval: Interval) -> str:
+    """Its sign stands in the table's head."""
+    return _with_interval(value, interval, "{:.1%}").replace("%", "")
 
 
 def verdict(transfer: Transfer, ends: bool) -> str:
     """Of the point estimates; drift at every width counts."""
     narrow, *_, wide = transfer.widths
     assert transfer.max_drift is not None
+    assert wide.regret is not None
     drift = "drift missed" if transfer.max_drift > DRIFT else "drift open" if ends else "drift met"
-    regret = "regret met" if at_most(wide) else "regret missed"
+    regret = "regret met" if wide.regret <= REGRET else "regret missed"
     factor = wide.width // narrow.width
     short = "" if factor >= FACTOR else f", x{factor} only"
-    said = {("drift met", "regret met"): "met", ("drift missed", "regret missed"): "missed"}
-    return said.get((drift, regret), f"{regret}, {drift}") + short
-
-
-def at_most(row: AtWidth) -> bool:
-    return row.regret is not None and row.regret <= REGRET
+    alike = {("drift met", "regret met"): "met", ("drift missed", "regret missed"): "missed"}
+    return alike.get((drift, regret), f"{regret}, {drift}") + short
 
 
 def line(row: re.Match[str]) -> str:

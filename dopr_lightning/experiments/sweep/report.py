@@ -152,7 +152,6 @@ def print_table(results: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("", "hyperparameter", "by", "note") else "right")
     for transfer in results["transfer"]:
-        count = len(transfer["widths"])
         for index, row in enumerate(transfer["widths"]):
             first = index == 0
             table.add_row(
@@ -166,11 +165,11 @@ def print_table(results: Mapping[str, Any]) -> None:
                 "" if first else _with_interval(row["grid_regret"], None, "{:.2%}"),
                 "" if first else _with_interval(row["wasted_compute"], None, "{:.0%}"),
                 _note(row, transfer["values"]),
-                end_section=index == count - 1 and count <= 2,
             )
-        if count > 2:
+        if len(transfer["widths"]) > 2:
             largest = _with_interval(transfer["max_drift"], transfer["max_drift_ci95"], "{:.2f}")
-            table.add_row("", "", "", "", "largest drift", largest, "", "", "", "", end_section=True)
+            table.add_row("", "", "", "", "largest drift", largest)
+        table.add_section()
     console = Console()
     # Where nobody looks on, lines may be as long as they are.
     (console if console.is_terminal else Console(width=180)).print(table)

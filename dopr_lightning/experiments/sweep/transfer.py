@@ -211,16 +211,16 @@ def _max_drift(narrow: Curve | None, *wider: Curve | None) -> float | None:
 
 
 def _regret(narrow: Curve | None, wide: Curve | None) -> float | None:
-    if narrow is None or wide is None or wide.least == 0:
-        return None
-    return (wide.at(narrow.best) - wide.least) / abs(wide.least)
+    return None if narrow is None or wide is None else _excess(wide.at(narrow.best), wide.least)
 
 
 def _grid_regret(narrow: Curve | None, wide: Curve | None) -> float | None:
-    if narrow is None or wide is None or not np.min(wide.y):
-        return None
-    least = float(np.min(wide.y))
-    return (float(wide.y[np.argmin(narrow.y)]) - least) / abs(least)
+    return None if narrow is None or wide is None else _excess(float(wide.y[np.argmin(narrow.y)]), float(wide.y.min()))
+
+
+def _excess(loss: float, least: float) -> float | None:
+    """Relative to the least loss; None where that is 0."""
+    return (loss - least) / abs(least) if least else None
 
 
 def _wasted(curves: Sequence[Curve | None], compute: Sequence[float]) -> float | None:
