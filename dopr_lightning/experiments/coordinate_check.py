@@ -19,7 +19,7 @@ from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import network_scales, numbers, parse, quiet_building, refuse_ours, seed_numbers
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
-from dopr_lightning.experiments.coordinates import ADAMUON, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
+from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
 from dopr_lightning.experiments.trial import write_json
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> int:
             seeds=task.seeds,
             dopr=subject.dopr,
             tolerance=options.tolerance,
-            bounds=ADAMUON if arm.base == "adamuon" else None,
+            bounds=EXCEPTIONS.get(arm.base),
         )
         checks[arm.name, kind] = found
         print_table(f"{arm.name}, {kind}", found)

@@ -53,14 +53,21 @@ The curve is flat where layers are wider than the batch has rows, so a small bat
 curve: it adds 1/2 to both exponents, and 0.35 is what leaves it no row to hide in, 1/2 less the tolerance.
 """
 
-ADAMUON: dict[Quantity, tuple[float, float]] = {"update": (-0.4, TOLERANCE)}
-"""Exception for AdaMuon with ``scale="spectral"``: the response to inputs may fall with the width.
+EXCEPTIONS: dict[str, dict[Quantity, tuple[float, float]]] = {
+    "adamuon": {"update": (-0.4, TOLERANCE)},
+    "soap": {"spectral": (-0.3, TOLERANCE), "update": (-0.6, TOLERANCE), "change": (-0.4, TOLERANCE)},
+}
+"""Least and greatest exponents that are right for a base optimizer, where they are not those of all.
 
-Its update is one direction on which almost all signs agree, and all others lifted to the same size, but for the
-division entry by entry that follows. The less there is of the first, the more the matrix looks like random signs,
-whose direction of greatest norm is none that inputs have. How much there is hangs on layer and width. So, at a fixed
-spectral norm (judged as for all), dW x was seen to fall like width^-0.34, in a transformer's attention. -0.4 is the
-difference between the exponents of the two kinds, 0.9 and 1/2 (see :class:`~dopr_lightning.optim.adamuon.AdaMuon`).
+AdaMuon with ``scale="spectral"``: the response to inputs may fall with the width. Its update is one direction on which
+almost all signs agree, and all others lifted to the same size, but for the division entry by entry that follows. The
+less there is of the first, the more the matrix looks like random signs, whose direction of greatest norm is none that
+inputs have. How much there is hangs on layer and width. So, at a fixed spectral norm (judged as for all), dW x was seen
+to fall like width^-0.34, in a transformer's attention. -0.4 is the difference between the exponents of the two kinds,
+0.9 and 1/2 (see :class:`~dopr_lightning.optim.adamuon.AdaMuon`).
+
+SOAP: its steps may fall. The norm of its update grows like the width where inputs and errors are new to its eigenbases,
+and not at all where they are known. The rate goes by the former, so that nothing grows; what layers see is partly so.
 """
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -213,7 +220,7 @@ def coordinate_check(
             step. None: the optimizer alone.
         tolerance: Of the exponents, 0.15: an error of parametrisation makes one of at least 1/2, finite widths and
             random initial values make up to 0.1.
-        bounds: Least and greatest exponent of quantities for which something else is right, see :data:`ADAMUON`.
+        bounds: Least and greatest exponent of quantities for which something else is right, see :data:`EXCEPTIONS`.
 
     Raises:
         ValueError: Fewer than three widths, or no seed or step; layers that differ between widths; nothing that trains.

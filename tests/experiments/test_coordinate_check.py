@@ -21,12 +21,11 @@ from toy_task import CONFIG
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.coordinate_check import main
 from dopr_lightning.experiments.coordinates import (
-    ADAMUON,
+    EXCEPTIONS,
     LEVELLING,
     OUTPUT,
     TOLERANCE,
     CoordinateCheck,
-    Quantity,
     Row,
     _row,
     coordinate_check,
@@ -50,14 +49,6 @@ SIZES = (OBSERVATION, ACTION, OBSERVE, HORIZON, True)
 CROP = 8
 
 Factory = Callable[..., nn.Module]
-Bounds = dict[Quantity, tuple[float, float]]
-
-SOAP: Bounds = {"spectral": (-0.3, TOLERANCE), "update": (-0.6, TOLERANCE), "change": (-0.4, TOLERANCE)}
-"""Exception for SOAP: its steps may fall with the width.
-
-The norm of its update grows like the width where inputs and errors are new to its eigenbases, and not at all where they
-are known (test_bases.py). The rate goes by the former, so that nothing grows; what layers see is partly known.
-"""
 
 
 def mlp(width: int) -> nn.Module:
@@ -143,9 +134,10 @@ def check(
             change(model, optimizer, width)
         return model, optimizer
 
-    bounds = {"adamuon": ADAMUON, "soap": SOAP}.get(base)
     dopr = {"damping": 0.01}
-    return coordinate_check(build, loss or loss_of(rows), widths, seeds=range(seeds), dopr=dopr, bounds=bounds)
+    return coordinate_check(
+        build, loss or loss_of(rows), widths, seeds=range(seeds), dopr=dopr, bounds=EXCEPTIONS.get(base)
+    )
 
 
 def slopes(found: CoordinateCheck, quantity: str) -> dict[str, float]:
@@ -657,6 +649,14 @@ class TestCommand:
         assert main(command(tmp_path / "hot", "--optimizers=adamw", "--model.optimizer.lr=1e30")) == 1
         assert "diverged at width 32; lower the learning rate" in capsys.readouterr().out
         assert (tmp_path / "hot" / "coord_check.png").exists()
+
+    def test_a_base_may_have_bounds_of_its_own(self, tmp_path: Path) -> None:
+        main(command(tmp_path / "out", "--optimizers=soap,adamw", "--steps=2"))
+        soap, adamw = (
+            {row["low"] for row in found["rows"] if row["quantity"] == "spectral"}
+            for found in json.loads((tmp_path / "out" / "results.json").read_text())["checks"]
+        )
+        assert (soap, adamw) == ({EXCEPTIONS["soap"]["spectral"][0]}, {-TOLERANCE})
 
     def test_widths_by_default_surround_the_configured_one(self, tmp_path: Path) -> None:
         arguments = ["--config", CONFIG, "--output", str(tmp_path), "--seeds=0", "--steps=1", "--optimizers=adamw"]

@@ -185,9 +185,9 @@ def test_wrong_images_name_shape_and_way_out(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"encoder_width": 6}, "width 6 is not a multiple of 4"),
-        ({"encoder_width": 0}, "width must be at least 1, got 0"),
-        ({"crop": 0}, "crop must be at least 1, got 0"),
+        ({"encoder_width": 6}, "VisionMLP: encoder_width=6, crop=40: ResNet18: width 6 is not a multiple of 4"),
+        ({"encoder_width": 0}, "encoder_width=0, .*width must be at least 1, got 0"),
+        ({"crop": 0}, "crop=0: .*crop must be at least 1, got 0"),
         ({"cameras": ()}, r"one or more different names without dots, got \[\]"),
         ({"cameras": ("a", "a")}, r"different names without dots, got \['a', 'a'\]"),
         ({"cameras": ("observation.images.top",)}, "without dots"),

@@ -55,7 +55,10 @@ class Vision(ActionNetwork):
             raise UserError(
                 f"{type(self).__name__}: cameras must be one or more different names without dots, got {list(cameras)}"
             )
-        encoders = {name: ImageEncoder(encoder_width, crop) for name in cameras}
+        try:
+            encoders = {name: ImageEncoder(encoder_width, crop) for name in cameras}
+        except UserError as error:  # the network has a width of its own
+            raise UserError(f"{type(self).__name__}: encoder_width={encoder_width}, crop={crop}: {error}") from error
         self.cameras = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
             {name: nn.Linear(observe * encoder.features, self.context_dim) for name, encoder in encoders.items()}
