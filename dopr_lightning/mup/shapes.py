@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,13 +14,22 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-_OUT_IN = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+from dopr_lightning.preconditioner.layers import public_name
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_OUT_IN = (nn.Linear, _ConvNd, nn.MultiheadAttention, *_RECURRENT)
 _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 _IN_OUT = (_ConvTransposeNd, *_EMBEDDING)
 
 LEAST_PER_GROUP = 4
 """Channels of a GroupNorm's group in the base model. With two, the best rate of a 1-D U-Net was an octave lower than
 with four or more, from where on it stayed (docs/results/mup)."""
+
+_LOGIT_SCALES = ("scale", "scaling")
+"""Attributes in which attention modules keep the factor of their logits (diffusers and timm, transformers)."""
+
+DELTA = 2
+"""The model that tells which dimensions scale is this many times as wide as the base model."""
 
 _Told = Literal["input", "readout", "embedding"]
 
@@ -79,6 +89,13 @@ def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
             "head_dim^-1/2 where muP needs 1/head_dim; let the number of heads grow instead, or call "
             "scaled_dot_product_attention with a scale"
         )
+    for attribute in _LOGIT_SCALES:
+        ours, wider = (getattr(m, attribute, None) for m in (module, wide))
+        if isinstance(ours, float) and isinstance(wider, float) and math.isclose(wider, ours * DELTA**-0.5):
+            raise ValueError(
+                f"{name}: its {attribute} falls like width^-1/2, as that of attention with growing heads; muP needs "
+                "logits scaled by 1/head_dim. Let the number of heads grow instead"
+            )
 
 
 def read_shape(
@@ -117,8 +134,8 @@ def read_shape(
             f"{name} is shared by layers that muP scales differently ({', '.join(s.role for s in seen)}); "
             "give each its own"
         )
-    like = [_drawn_like(model, path) for path, attribute in _owners(model, name) if attribute == "bias"]
-    return replace(seen[0], drawn_like=like[0]) if like and seen[0].fan_in is None else seen[0]
+    like = next(filter(None, (_drawn_like(model, *owner) for owner in _owners(model, name))), None)
+    return replace(seen[0], drawn_like=like) if seen[0].fan_in is None else seen[0]
 
 
 def _owned(
@@ -140,6 +157,8 @@ def _owned(
     if isinstance(owner, nn.MultiheadAttention):
         drawn = (0, 1) if attribute.endswith("weight") else (2,)  # what Xavier's rule adds up
         role = role or (None if attribute.endswith("weight") else "embedding")
+    if isinstance(owner, _RECURRENT) and not attribute.startswith("weight_hr"):
+        drawn = (0,)  # all by the hidden state's size, of which the rows are a multiple
     if sum(scales) == 1 and role is None and (fans is None or not (scales[0] or scales[1])):
         raise ValueError(
             f"{name}, of shape {sizes}: is it an input, a readout or an embedding? {type(owner).__name__} does not "
@@ -186,18 +205,23 @@ def _owners(model: nn.Module, name: str) -> Iterator[tuple[str, str]]:
     parameter = model.get_parameter(name)
     for alias, other in model.named_parameters(remove_duplicate=False):
         if other is parameter:
-            # A parametrized weight is held by a list below the module it belongs to.
-            path, _, attribute = alias.replace("parametrizations.", "").rpartition(".")
-            if "parametrizations." in alias:
-                path, _, attribute = path.rpartition(".")
-            yield path, attribute
+            path, _, attribute = alias.rpartition(".")
+            layer, parametrized, weight = path.rpartition("parametrizations.")
+            # A parametrized weight is held by a list below the layer it belongs to; what a parametrization has besides
+            # is its own.
+            yield (
+                (layer.rstrip("."), weight) if parametrized and attribute.startswith("original") else (path, attribute)
+            )
 
 
-def _drawn_like(model: nn.Module, path: str) -> str | None:
+def _drawn_like(model: nn.Module, path: str, attribute: str) -> str | None:
     """The weight by whose inputs torch scaled the initial bias of the layer at ``path``, parametrized or not."""
     layer = model.get_submodule(path)
-    if not isinstance(layer, nn.Linear | _ConvNd):
+    if isinstance(layer, _RECURRENT) and attribute.startswith("bias"):
+        weights = {id(getattr(layer, attribute.replace("bias", "weight")))}
+    elif isinstance(layer, nn.Linear | _ConvNd) and attribute == "bias":
+        held = [*layer.parameters(recurse=False), *getattr(layer, "parametrizations", nn.Module()).parameters()]
+        weights = {id(p) for p in held if p.shape == layer.weight.shape}
+    else:
         return None
-    held = [*layer.parameters(recurse=False), *getattr(layer, "parametrizations", nn.Module()).parameters()]
-    weights = {id(p) for p in held if p.shape == layer.weight.shape}
-    return next((name for name, p in model.named_parameters() if id(p) in weights), None)
+    return next((public_name(name) for name, p in model.named_parameters() if id(p) in weights), None)

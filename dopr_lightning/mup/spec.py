@@ -12,14 +12,10 @@ from mup.shape import zip_infshapes
 from torch import Tensor, nn
 
 from dopr_lightning.mup import rules
+from dopr_lightning.mup.declared import declared_roles
 from dopr_lightning.mup.rules import MatrixGrowth
-from dopr_lightning.mup.shapes import Shape, check_module, read_shape
-
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation checkpointing put into parameter names."""
-
-DELTA = 2
-"""The model that tells which dimensions scale is this many times as wide as the base model."""
+from dopr_lightning.mup.shapes import DELTA, Shape, check_module, read_shape
+from dopr_lightning.preconditioner.layers import public_name
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,8 @@ class MupSpec:
                         "base width that divides"
                     )
             scales = tuple(dim.isinf() for dim in infshape)
-            shapes[name] = read_shape(narrow, wide, name, sizes, scales, (roles or {}).get(name))
+            plain = public_name(name)  # the factory may compile or checkpoint parts
+            shapes[plain] = read_shape(narrow, wide, name, sizes, scales, (roles or {}).get(plain))
         if unknown := [name for name in roles or {} if name not in shapes]:
             raise ValueError(f"roles name {_some(unknown)}, which {type(narrow).__name__} does not have")
         if not any(any(shape.scales) for shape in shapes.values()):
@@ -99,13 +96,15 @@ class MupSpec:
     def initialize(self, model: nn.Module, *, zero_readouts: bool = False) -> nn.Module:
         """Rescale the initial values of a freshly built model, in place, and return it.
 
-        Do this once, before training or loading: readouts shrink to fan_in^-1, biases stay as large as in the base
-        model, all else is right as it was drawn.
+        Do this once, before training or loading: readouts shrink to fan_in^-1, biases that torch drew stay as large as
+        in the base model, all else is right as it is. So are biases that were set: a constant, or entries that torch's
+        draw cannot give (a forget gate's 1, a detector's prior).
 
         Args:
             model: A new model of the family.
-            zero_readouts: Set the readouts' weights to 0 instead. A random readout's share in outputs and gradients
-                falls with the width, so narrow models start unlike wide ones (Tensor Programs V, Appendix D.2).
+            zero_readouts: Set the weights of :meth:`last_readouts` to 0 instead. A random readout's share in outputs
+                and gradients falls with the width, so narrow models start unlike wide ones (Tensor Programs V,
+                Appendix D.2).
 
         Raises:
             ValueError: The model is not of this family, has no values yet, or was initialised before.
@@ -120,12 +119,27 @@ class MupSpec:
         if without := [full for full, (_, parameter) in named.items() if parameter.is_meta]:
             raise ValueError(f"{_some(without)}: on the meta device there is nothing to rescale yet; draw values first")
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                zero = zero_readouts and self.shapes[name].role == "readout"
-                parameter.mul_(0.0 if zero else self._initial(name, parameters))
+            zero = self.last_readouts(model) if zero_readouts else set()
+            for full, (name, parameter) in named.items():
+                factor = 0.0 if full in zero else self._initial(name, parameters)
+                like = self.shapes[name].drawn_like
+                if like is None:
+                    parameter.mul_(factor)
+                else:
+                    parameter.mul_(torch.where(self._drawn_bias(parameter, like, parameters[like]), factor, 1.0))
         for module in model.modules():  # of which any may be handed over, alone or in a wrapper
             setattr(module, _DONE, True)
         return model
+
+    def last_readouts(self, model: nn.Module) -> set[str]:
+        """The readouts that end the model, by their names there: those that its modules declare, or the last one.
+
+        Not every matrix from the width to a fixed size is one. The others are bottlenecks, low-rank adapters say, and
+        a layer between two zeros never learns.
+        """
+        readouts = [full for full, role in self.roles(model).items() if role == "readout"]
+        declared = {name for name, role in declared_roles(model).items() if role == "readout"}
+        return {full for full in readouts if public_name(full) in declared} or set(readouts[-1:])
 
     def multiplier_of_initial_values(self, model: nn.Module) -> dict[str, float]:
         """What :meth:`initialize` multiplies each of the model's parameters by."""
@@ -185,6 +199,13 @@ class MupSpec:
             return 1.0
         return sum(parameter.shape[dim] for dim in shape.drawn_by) / sum(shape.base[dim] for dim in shape.drawn_by)
 
+    def _drawn_bias(self, bias: Tensor, like: str, weight: Tensor) -> Tensor:
+        """Which entries of a bias may be from torch's draw, within the inverse square root of some size."""
+        # Of recurrent layers it is the hidden state's, of which the rows are up to four times as many.
+        size = weight.shape[0] / 4 if self.shapes[like].drawn_by == (0,) else weight[0].numel()
+        constant = bias.numel() > 1 and bool((bias == bias.flatten()[0]).all())
+        return (bias.abs() <= 1.01 * size**-0.5) & (not constant)  # a hundredth for rounding, to bfloat16 say
+
     def _initial(self, name: str, parameters: Mapping[str, Tensor]) -> float:
         shape = self.shapes[name]
         if shape.drawn_like is not None:
@@ -198,7 +219,7 @@ class MupSpec:
 
     def _match(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
         """The model's parameter names to ours, wherever in it the family's model sits."""
-        parameters = {name: (_plain(name), p) for name, p in model.named_parameters()}
+        parameters = {name: (public_name(name), p) for name, p in model.named_parameters()}
         plain = dict(parameters.values())
         first = next(iter(self.shapes))
         prefixes = [name.removesuffix(first) for name in plain if name == first or name.endswith(f".{first}")]
@@ -259,7 +280,7 @@ def _on_meta(factory: Callable[..., nn.Module], keywords: Mapping[str, Any]) -> 
 def _times(key: str, value: Any, factor: int) -> Any:
     """``value``, a number or numbers, as many times as large."""
     if isinstance(value, list | tuple) and value:
-        return [_times(key, v, factor) for v in value]
+        return type(value)(_times(key, v, factor) for v in value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key}={value!r} cannot scale with the width: it must be a positive whole number, or several")
     return value * factor
@@ -277,12 +298,6 @@ def _check_alike(narrow: nn.Module, wide: nn.Module) -> None:
 
 def _listed(value: Any) -> Any:
     return [_listed(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _plain(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _some(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 _RATIO_TOLERANCE = 1e-6
@@ -62,7 +63,7 @@ class CompositeOptimizer(Optimizer):
         Raises:
             ValueError: They do not. Rates that are tensors are not looked at: reading them would wait for the device.
         """
-        groups = [group for group in self.param_groups if "lr_mult" in group and isinstance(group["lr"], float)]
+        groups = [group for group in self.param_groups if "lr_mult" in group and not isinstance(group["lr"], Tensor)]
         rates = [group["lr"] / group["lr_mult"] for group in groups]
         if rates and max(rates) - min(rates) > _RATIO_TOLERANCE * self._peak:
             low, high = rates.index(min(rates)), rates.index(max(rates))

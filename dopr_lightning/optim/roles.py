@@ -8,6 +8,9 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from dopr_lightning.mup.declared import declared_roles
+from dopr_lightning.preconditioner.layers import public_name
+
 Role = Literal["hidden", "condition", "input", "readout", "vector", "embedding"]
 
 
@@ -38,19 +41,15 @@ def parameter_roles(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     roles: dict[str, Role] = {name: "vector" if p.dim() < 2 else "hidden" for name, p in parameters.items()}
+    plain = {public_name(name): name for name in roles}
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            roles.update((name, "embedding") for name in roles if name == _join(prefix, "weight"))
+        if isinstance(module, nn.Embedding) and (name := plain.get(public_name(_join(prefix, "weight")))):
+            roles[name] = "embedding"
 
-    declared = {
-        _join(prefix, name): role
-        for prefix, module in model.named_modules()
-        if callable(own := getattr(module, "parameter_roles", None))
-        for name, role in own().items()
-    }
+    declared = declared_roles(model)
     matrices = [name for name, role in roles.items() if role == "hidden"]
     if declared:
-        roles.update((name, role) for name, role in declared.items() if name in roles)
+        roles.update((plain[name], role) for name, role in declared.items() if name in plain)  # type: ignore[misc]
     elif len(matrices) > 1:
         roles[matrices[-1]] = "readout"
         if "embedding" not in roles.values():  # else the embedding is the input

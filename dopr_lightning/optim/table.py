@@ -39,12 +39,13 @@ def mup_table(
         The table. Its columns are role; whether the base or AdamW steps it; how many parameters (tensors) and one of
         them; multipliers of learning rate, weight decay, eps and initial values.
     """
+    zero = mup.last_readouts(model) if zero_readouts else set()
     kinds: dict[tuple[Any, ...], list[Assignment]] = {}
     for entry in plan(
         model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
     ):
         decay = entry.weight_decay if entry.decays else 0.0
-        initial = 0.0 if zero_readouts and entry.role == "readout" else entry.initial_value
+        initial = 0.0 if entry.name in zero else entry.initial_value
         kinds.setdefault((entry.role, entry.main, entry.lr, decay, entry.eps, initial), []).append(entry)
     name = base if isinstance(base, str) else base.__name__
     rows = [("role", "by", "tensors", "for example", "lr", "weight decay", "eps", "initial value")]

@@ -43,6 +43,32 @@ class Held(nn.Module):
         self.table = nn.Parameter(torch.randn(sizes))
 
 
+class Attention(nn.Module):
+    """Holds the factor of its logits, as diffusers, timm and transformers do."""
+
+    def __init__(self, width: int, power: float) -> None:
+        super().__init__()
+        self.scale = width**power
+        self.qkv = nn.Linear(width, 3 * width)
+
+
+class LowRank(nn.Module):
+    """A parametrization with matrices of its own: W + BA."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(2, width, bias=False), nn.Linear(width, 2, bias=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up.weight @ self.down.weight
+
+
+def low_rank(width: int) -> nn.Module:
+    layer = nn.Linear(width, width)
+    nn.utils.parametrize.register_parametrization(layer, "weight", LowRank(width))
+    return layer
+
+
 class Adapted(nn.Module):
     """A Linear and its low-rank correction."""
 
@@ -98,6 +124,24 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], dict[str, str]]] = {
         Adapted,
         {"linear.weight": "hidden", "linear.bias": "vector", "down.weight": "readout", "up.weight": "input"},
     ),
+    "low-rank parametrization": (
+        low_rank,
+        {
+            "bias": "vector",
+            "parametrizations.weight.original": "hidden",
+            "parametrizations.weight.0.up.weight": "input",
+            "parametrizations.weight.0.down.weight": "readout",
+        },
+    ),
+    "lstm": (
+        lambda w: nn.LSTM(5, w),
+        {"weight_ih_l0": "input", "weight_hh_l0": "hidden", "bias_ih_l0": "vector", "bias_hh_l0": "vector"},
+    ),
+    "gru cell": (
+        lambda w: nn.GRUCell(w, w),
+        {"weight_ih": "hidden", "weight_hh": "hidden", "bias_ih": "vector", "bias_hh": "vector"},
+    ),
+    "attention that is muP's": (lambda w: Attention(w, -1), {"qkv.weight": "hidden", "qkv.bias": "vector"}),
     "weight_norm": (
         lambda w: parametrizations.weight_norm(nn.Linear(w, w)),
         {
@@ -256,6 +300,12 @@ def test_several_keys_and_lists_of_sizes() -> None:
     assert one == MupSpec.from_factory(Pyramid, channels=[4, 8])
 
 
+def test_sizes_keep_their_kind() -> None:
+    """A factory may add to a tuple, which a list would not go with."""
+    spec = MupSpec.from_factory(lambda sizes: nn.Linear(*((3,) + sizes)), sizes=(8,))  # noqa: RUF005
+    assert spec.shapes["weight"].role == "input"
+
+
 def test_models_of_any_size_need_no_memory() -> None:
     def factory(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(9, width), nn.Linear(width, width), nn.Linear(width, 2))
@@ -309,6 +359,17 @@ EXPONENTS: dict[str, tuple[Callable[[int], nn.Module], dict[str, float]]] = {
             "bias_v": 0,
         },
     ),
+    "lstm": (
+        lambda w: nn.LSTM(50, w, proj_size=w // 2),
+        {
+            "weight_ih_l0": 0,
+            "weight_hh_l0": -0.5,
+            "weight_hr_l0": -0.5,
+            "bias_ih_l0": 0,
+            "bias_hh_l0": 0,
+        },
+    ),
+    "rnn cell": (lambda w: nn.RNNCell(50, w), {"weight_ih": 0, "weight_hh": -0.5, "bias_ih": 0, "bias_hh": 0}),
     "weight_norm": (
         lambda w: parametrizations.weight_norm(nn.Linear(w, w)),
         {"bias": 0, "parametrizations.weight.original1": -0.5},
@@ -367,6 +428,69 @@ def test_readouts_may_start_at_zero() -> None:
     for name, value in model.named_parameters():
         expected = torch.zeros_like(value) if name == "readout.weight" else value
         assert torch.equal(zeroed.get_parameter(name), expected), name
+
+
+class Bottleneck(nn.Module):
+    """Narrow in the middle, and at its end a declared readout, which is not the last to be registered."""
+
+    def __init__(self, width: int, says: bool) -> None:
+        super().__init__()
+        self.readout = nn.Linear(width, 3)
+        self.down, self.up = nn.Linear(width, 2), nn.Linear(2, width)
+        if says:
+            self.parameter_roles = lambda: {"readout.weight": "readout"}
+
+
+@pytest.mark.parametrize(("says", "zero"), [(True, "readout.weight"), (False, "down.weight")])
+def test_only_the_last_readout_or_those_declared_start_at_zero(says: bool, zero: str) -> None:
+    """The others are bottlenecks: between two zeros nothing ever learns."""
+    spec = MupSpec.from_factory(partial(Bottleneck, says=says), width=8)
+    model = Bottleneck(16, says)
+    model.readout = torch.compile(model.readout)
+    spec.initialize(model, zero_readouts=True)
+    plain = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+    assert [name for name, p in plain.items() if not p.any()] == [zero]
+
+
+def test_biases_that_were_set_stay_as_they_are() -> None:
+    def factory(width: int) -> nn.Module:
+        model = nn.ModuleDict(
+            {
+                "gate": nn.LSTM(4, width),
+                "level": nn.Linear(width, width),
+                "drawn": nn.Linear(width, width),
+                "prior": nn.Linear(width, 1),
+            }
+        )
+        nn.init.constant_(model["level"].bias, 0.01)
+        nn.init.constant_(model["prior"].bias, -4.6)
+        with torch.no_grad():
+            model["gate"].bias_ih_l0[width : 2 * width] = 1  # the forget gate
+        return model
+
+    torch.manual_seed(0)
+    model = factory(64)
+    before = copy.deepcopy(model.state_dict())
+    MupSpec.from_factory(factory, width=16).initialize(model)
+    ratio = {name: model.get_parameter(f"{name}") / before[name] for name in before if "bias" in name}
+    assert (ratio["level.bias"] == 1).all()
+    assert (ratio["prior.bias"] == 1).all()
+    assert (ratio["drawn.bias"] == 2).all()
+    assert (ratio["gate.bias_hh_l0"] == 2).all()
+    gates = ratio["gate.bias_ih_l0"].unflatten(0, (4, 64))
+    assert (gates[1] == 1).all()
+    assert (gates[[0, 2, 3]] == 2).all()
+
+
+def test_a_factory_may_compile_parts() -> None:
+    def factory(width: int) -> nn.Module:
+        return nn.Sequential(torch.compile(nn.Linear(3, width)), nn.Linear(width, 2))
+
+    spec = MupSpec.from_factory(factory, width=8)
+    assert list(spec.shapes) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    plain = nn.Sequential(nn.Linear(3, 32), nn.Linear(32, 2))
+    assert list(spec.multiplier_of_initial_values(factory(32)).values()) == [1, 1, 0.5, 2]
+    assert list(spec.multiplier_of_initial_values(plain).values()) == [1, 1, 0.5, 2]
 
 
 def test_a_bias_follows_its_weight_where_that_is_shared() -> None:
@@ -508,6 +632,11 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
         layers(attention=lambda w: nn.MultiheadAttention(w, 2)),
         {"width": 8},
         r"attention: the heads of nn\.MultiheadAttention grow.*1/head_dim; let the number of heads grow",
+    ),
+    "growing heads of another library": (
+        layers(attention=lambda w: Attention(w, -0.5)),
+        {"width": 8},
+        r"attention: its scale falls like width\^-1/2.*1/head_dim\. Let the number of heads grow",
     ),
     "growing groups": (
         layers(norm=lambda w: nn.GroupNorm(w // 4, w)),

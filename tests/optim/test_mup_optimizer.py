@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -166,11 +167,13 @@ def test_a_roles_rate_scales_its_step() -> None:
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
 
 
-def test_roles_rates_are_not_flattened_unseen() -> None:
-    """Without muP too."""
+@pytest.mark.parametrize("kind", [float, np.float32, int])
+def test_roles_rates_are_not_flattened_unseen(kind: Callable[[float], Any]) -> None:
+    """Without muP too, and by a hand-written schedule of any kind of number."""
     model = Net(WIDTH)
     optimizer = make_optimizer(model, "adamw", lr=0.01, lr_by_role={"readout": 0.5})
-    lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=25)
+    for group in optimizer.param_groups:
+        group["lr"] = kind(1.0)
     with pytest.raises(ValueError, match="no longer have the ratio that muP, or lr_by_role, gave them"):
         train(model, optimizer, 1)
 

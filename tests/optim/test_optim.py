@@ -2,10 +2,12 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dopr_lightning.optim import CompositeOptimizer, make_optimizer, parameter_roles
 from dopr_lightning.optim.muon import Muon
@@ -68,6 +70,16 @@ def test_roles_declared_by_a_submodule_and_overrides_win() -> None:
     roles = parameter_roles(nn.ModuleDict({"policy": net}), {"policy.hidden.*": "readout"})
     assert (roles["policy.conv.weight"], roles["policy.input.weight"]) == ("input", "hidden")
     assert (roles["policy.hidden.weight"], roles["policy.readout.weight"]) == ("readout", "hidden")
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_declared_roles_hold_behind_what_wraps_a_part_or_the_whole(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = Net()
+    net.parameter_roles = lambda: {"hidden.weight": "condition"}
+    plain = parameter_roles(net)
+    net.hidden = wrap(net.hidden)
+    assert list(parameter_roles(net).values()) == list(plain.values())
+    assert list(parameter_roles(wrap(net)).values()) == list(plain.values())
 
 
 def test_shapes_say_hidden_of_what_is_declared_a_condition() -> None:
