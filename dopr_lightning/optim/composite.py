@@ -48,7 +48,7 @@ class CompositeOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every part; ``closure``, if any, is evaluated once, before them."""
-        self._check_rates()
+        self._check_ratios()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -57,22 +57,33 @@ class CompositeOptimizer(Optimizer):
             part.step()
         return loss
 
-    def _check_rates(self) -> None:
-        """Refuse rates that no longer have their ratios, which many schedulers and tools silently destroy.
+    def _check_ratios(self) -> None:
+        """Refuse rates and decays that no longer have their ratios, which many schedulers and tools silently destroy.
 
         Raises:
-            ValueError: They do not. Rates that are tensors are not looked at: reading them would wait for the device.
+            ValueError: They do not. What is a tensor is not looked at: reading it would wait for the device.
         """
-        groups = [group for group in self.param_groups if "lr_mult" in group and not isinstance(group["lr"], Tensor)]
-        rates = [group["lr"] / group["lr_mult"] for group in groups]
-        if rates and max(rates) - min(rates) > _RATIO_TOLERANCE * self._peak:
-            low, high = rates.index(min(rates)), rates.index(max(rates))
+        if strayed := self._strayed("lr", "lr_mult", self._peak):
             raise ValueError(
-                f"the learning rates of {groups[low]['param_names'][0]} and {groups[high]['param_names'][0]} no longer "
-                "have the ratio that muP, or lr_by_role, gave them. What set them must scale each group's own rate: "
-                "LambdaLR does; OneCycleLR needs max_lr=[group['lr'] for group in optimizer.param_groups], "
-                "CosineAnnealingLR eta_min=0, ReduceLROnPlateau min_lr=0 and eps=0; lr_find cannot"
+                f"the learning rates of {strayed} no longer have the ratio that muP, or lr_by_role, gave them. What "
+                "set them must scale each group's own rate: LambdaLR does; OneCycleLR needs max_lr=[group['lr'] for "
+                "group in optimizer.param_groups], CosineAnnealingLR eta_min=0, ReduceLROnPlateau min_lr=0 and eps=0; "
+                "lr_find cannot"
             )
+        if strayed := self._strayed("weight_decay", "wd_mult", 0.0):
+            raise ValueError(
+                f"the weight decays of {strayed} no longer have the ratio that muP gave them; what set them must "
+                "multiply by each group's own wd_mult"
+            )
+
+    def _strayed(self, key: str, multiplier: str, peak: float) -> str:
+        """Two parameters whose groups' values have another ratio than their multipliers; empty where all have it."""
+        groups = [group for group in self.param_groups if multiplier in group and not isinstance(group[key], Tensor)]
+        values = [group[key] / group[multiplier] for group in groups]
+        if not values or max(values) - min(values) <= _RATIO_TOLERANCE * max(peak, *values, 0.0):
+            return ""
+        low, high = (groups[values.index(end(values))]["param_names"][0] for end in (min, max))
+        return f"{low} and {high}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave.

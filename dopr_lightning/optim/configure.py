@@ -42,7 +42,8 @@ def make_optimizer(
         weight_decay: For matrices; biases, norms and other vectors are never decayed.
         roles: Overrides of :func:`~dopr_lightning.optim.roles.parameter_roles`, globs on parameter names to roles.
         mup: Scale rates, weight decay and eps with the width, so that those of the base width serve at any. The groups
-            carry their multiplier as ``"lr_mult"``. None: standard parametrisation, the same numbers for all.
+            carry their multipliers as ``"lr_mult"`` and ``"wd_mult"``. None: standard parametrisation, the same numbers
+            for all.
         weight_decay_rule: How weight decay follows the learning rate under muP, see
             :func:`~dopr_lightning.mup.rules.weight_decay`.
         lr_by_role: Multipliers of the learning rate by role, ``{"input": 0.25}``, beside muP's, or without it: one rate
@@ -76,6 +77,8 @@ def make_optimizer(
                 "weight_decay": 0.0 if vectors else weight_decay * decay_mult,
             }
             scaled = {"lr_mult": lr_mult, "eps_mult": members[0].eps} if mup or lr_by_role else {}
+            if mup and group["weight_decay"]:
+                scaled["wd_mult"] = decay_mult
             groups.append(group | scaled)
         try:
             made = [algorithm(groups, lr=lr, **defaults)] if groups else []

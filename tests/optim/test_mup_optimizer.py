@@ -178,6 +178,21 @@ def test_roles_rates_are_not_flattened_unseen(kind: Callable[[float], Any]) -> N
         train(model, optimizer, 1)
 
 
+def test_decays_are_not_flattened_unseen() -> None:
+    """As schedules of weight decay do that know of one value; those that scale each group's, and none at all, pass."""
+    model = Net(WIDTH)
+    optimizer = make_optimizer(model, "adamw", lr=0.01, weight_decay=0.1, mup=SPEC)
+    for decay in (0.05, 0.0):
+        for group in optimizer.param_groups:
+            group["weight_decay"] = decay * group.get("wd_mult", 0.0)
+        train(model, optimizer, 1)
+    for group in optimizer.param_groups:
+        if "wd_mult" in group:
+            group["weight_decay"] = 0.04
+    with pytest.raises(ValueError, match=r"the weight decays of \S+ and \S+ no longer have the ratio .*own wd_mult"):
+        train(model, optimizer, 1)
+
+
 @pytest.mark.parametrize(
     ("by_role", "message"),
     [
