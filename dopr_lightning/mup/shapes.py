@@ -120,10 +120,11 @@ def read_shape(
             f"{sizes} scale with the width, and muP has rules for the rows and columns of a matrix, dimensions 0 and "
             "1; split it into matrices"
         )
-    if role is not None and (role not in get_args(_Told) or len(sizes) < 2 or sum(scales) != 1):
+    tells = role in get_args(_Told) if len(sizes) > 1 else role == "readout"  # of one output, as of a value
+    if role is not None and (not tells or sum(scales) != 1):
         raise ValueError(
             f"roles call {name}, of shape {sizes}, {role!r}; they can tell {', '.join(get_args(_Told))} of a matrix "
-            "with one dimension that scales"
+            "with one dimension that scales, and readout of a vector"
         )
     seen = [
         _owned(model.get_submodule(path), wide.get_submodule(path), attribute, name, sizes, scales, role)
@@ -148,6 +149,8 @@ def _owned(
     role: str | None,
 ) -> Shape:
     """What one owner says."""
+    if len(sizes) < 2 and role is not None:
+        return Shape(sizes, scales, role, 1, 0, (0,))
     if len(sizes) < 2:
         return Shape(sizes, scales, "vector" if any(scales) else "fixed")
     if not any(scales):

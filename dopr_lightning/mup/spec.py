@@ -54,7 +54,8 @@ class MupSpec:
         Args:
             factory: Builds a model; called with ``base`` and with every number in it doubled.
             roles: ``"input"``, ``"readout"`` or ``"embedding"`` by name, for parameters of which one dimension scales,
-                held by modules whose kind is unknown here (a learned position embedding, say).
+                held by modules whose kind is unknown here (a learned position embedding, say); of a vector,
+                ``"readout"`` (a value's weights).
             **base: The keywords that scale, at the base width: ``width=64``, or ``channels=[16, 32],
                 condition_dim=32``.
 

@@ -212,6 +212,7 @@ def test_growth_goes_by_outputs_and_inputs() -> None:
         (("w", 3), "embedding", (4, 1)),
         ((1, 7, "w"), "embedding", (4, 1)),
         (("w", 1, 1), "embedding", (4, 1)),
+        (("w",), "readout", (1, 4)),  # of one value
     ],
 )
 def test_a_bare_parameter_is_what_it_is_told_to_be(
@@ -687,7 +688,10 @@ def test_refused_by_name_and_with_the_way_out(case: str) -> None:
         ),
         ({"table": "hidden"}, r"'hidden'; they can tell"),
         ({"tables": "input"}, r"roles name tables, which ModuleDict does not have"),
-        ({"gain.table": "readout"}, r"roles call gain\.table, of shape \(8,\), 'readout'; .* of a matrix with one"),
+        (
+            {"gain.table": "input"},
+            r"roles call gain\.table, of shape \(8,\), 'input'; .* of a matrix with one .* vector",
+        ),
         ({"square.table": "readout"}, r"of a matrix with one dimension that scales"),
     ],
 )
