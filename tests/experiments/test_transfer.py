@@ -54,6 +54,35 @@ def test_values_further_than_an_octave_do_not_bend_the_parabola() -> None:
     assert curve.best == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize("cliff", [2.0, 5.0, 50.0, 1e4])
+def test_a_cliff_within_an_octave_does_not_bend_the_parabola(cliff: float) -> None:
+    """Over the whole octave it would have its vertex 0.3 octave lower, at a loss of 0.84 or, with 50, of -6.6."""
+    slope = [1.3, 1.15, 1.05, 1.0, 0.98]
+    curve = fit_curve(VALUES[2:11], np.array([*slope, 1.0, cliff, 2 * cliff, 4 * cliff])[:, None])
+    assert curve is not None
+    assert curve.parabola is not None
+    assert curve.best == pytest.approx(0.0)
+    assert curve.least == pytest.approx(0.98)
+    assert curve.at(-0.75) == pytest.approx(1.025)  # beyond the neighbours straight, as beyond an octave elsewhere
+    assert curve.at(1.0) == pytest.approx(cliff)
+    # Next to the best value, it leaves nothing to fit.
+    curve = fit_curve(VALUES[2:11], np.array([*slope, cliff, 2 * cliff, 4 * cliff, 8 * cliff])[:, None])
+    assert curve is not None
+    assert (curve.best, curve.least, curve.parabola, curve.at_edge) == (0.0, 0.98, None, False)
+
+
+def test_a_noisy_basin_is_fitted_over_the_whole_octave() -> None:
+    """Over more than the best value's neighbours, whose three numbers leave noise its way."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        y = parabola(rng.uniform(-1, 1), 1.0) + rng.normal(0, 0.02, len(VALUES))
+        curve = fit_curve(VALUES, y[:, None])
+        assert curve is not None
+        assert curve.parabola is not None
+        _, centre, low, high = curve.parabola
+        assert (low, high) == pytest.approx((centre - 1, centre + 1))
+
+
 @pytest.mark.parametrize(("best", "end"), [(-9.0, -3.0), (9.0, 3.0)])
 def test_a_best_value_at_the_end_of_the_grid_is_said_to_be_there(best: float, end: float) -> None:
     curve = fit_curve(VALUES, seeds(parabola(best, 1.0)))

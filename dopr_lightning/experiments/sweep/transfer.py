@@ -19,6 +19,12 @@ REACH = 1.01
 """Octaves on either side of the best value of the grid within which a parabola is fitted; a value exactly an octave
 away belongs to them. A wider one would be bent by the cliff that losses have at large learning rates."""
 
+DIP = 0.08
+"""How far below the grid's lowest loss a parabola's vertex may lie: a share of that loss, per squared octave between
+values, since what a basin hides between two of them grows like that square; at half octaves, 2 %. Losses that were
+measured ask for less than half of it, means of few rollouts for up to nine tenths. What falls further was bent by a
+cliff."""
+
 RESAMPLES = 1000
 
 Interval = tuple[float, float] | None
@@ -36,7 +42,7 @@ class Curve:
         at_edge: The best value of the grid is its first or last one: the true one may lie beyond, and ``best`` says
             only on which side.
         parabola: Coefficients in (x - best of the grid), and the ends of the x it was fitted to. None where the loss
-            is not seen to rise on both sides: at an edge, or beside values that diverged.
+            is not seen to rise on both sides: at an edge, or beside values that diverged or lie up a cliff.
     """
 
     x: Array
@@ -64,6 +70,9 @@ class Curve:
 def fit_curve(values: Sequence[float], losses: Array) -> Curve | None:
     """The curve of one width, its best value by least squares on a parabola around the best value of the grid.
 
+    Where a cliff bends that parabola (:data:`DIP`), one through the best value and its neighbours alone; where it bends
+    that one too, none.
+
     Args:
         values: Of the hyperparameter: positive, increasing.
         losses: (values, seeds); NaN or infinity where a run diverged, which condemns the value.
@@ -80,15 +89,19 @@ def fit_curve(values: Sequence[float], losses: Array) -> Curve | None:
     grid = Curve(x, y, float(x[i]), float(y[i]), at_edge, None)
     if at_edge or not np.isfinite(y[i - 1 : i + 2]).all():
         return grid
-    near = np.abs(x - x[i]) <= REACH
-    near[i - 1 : i + 2] = True
-    near &= np.isfinite(y)
-    coefficients = np.polyfit(x[near] - x[i], y[near], 2)
-    if not coefficients[0] > 0:
-        return grid
-    best = float(np.clip(x[i] - coefficients[1] / (2 * coefficients[0]), x[i - 1], x[i + 1]))
-    window = (coefficients, float(x[i]), float(x[near].min()), float(x[near].max()))
-    return Curve(x, y, best, float(np.polyval(coefficients, best - x[i])), False, window)
+    central = np.zeros_like(x, dtype=bool)
+    central[i - 1 : i + 2] = True
+    step = max(x[i] - x[i - 1], x[i + 1] - x[i])
+    for near in (((np.abs(x - x[i]) <= REACH) | central) & np.isfinite(y), central):
+        coefficients = np.polyfit(x[near] - x[i], y[near], 2)
+        if not coefficients[0] > 0:
+            return grid
+        best = float(np.clip(x[i] - coefficients[1] / (2 * coefficients[0]), x[i - 1], x[i + 1]))
+        least = float(np.polyval(coefficients, best - x[i]))
+        if least >= y[i] - DIP * step**2 * abs(y[i]):
+            window = (coefficients, float(x[i]), float(x[near].min()), float(x[near].max()))
+            return Curve(x, y, best, least, False, window)
+    return grid
 
 
 @dataclass(frozen=True)
