@@ -357,13 +357,12 @@ def _measure(
             values[label, "initial"] = _natural_norm(owner, before[name])
             values[label, "spectral"] = _natural_norm(owner, change)
             if owner is not None and label in calls:
-                values[label, "update"] = _rms(_without_bias(owner, change, args) for args, _ in calls[label])
+                values[label, "update"] = _rms(_without_bias(owner, change, call) for call in calls[label])
         for name, made in calls.items():
-            outputs = [output for _, output in made]
-            sizes[_outputs(name)] = tuple(outputs[0].shape)
-            values[name, "activation"] = _rms(outputs)
+            sizes[_outputs(name)] = tuple(made[0].output.shape)
+            values[name, "activation"] = _rms(call.output for call in made)
             values[name, "change"] = _rms(
-                now - then for now, (_, then) in zip(outputs, calls_before[name], strict=True)
+                now.output - then.output for now, then in zip(made, calls_before[name], strict=True)
             )
     return _Measured(values, sizes, {name for name in loose if loose[name].dim() > 1})
 
@@ -378,27 +377,38 @@ def _outputs(layer: str) -> str:
     return f"outputs of {layer}"
 
 
-_Calls = dict[str, list[tuple[tuple[Any, ...], Tensor]]]
+@dataclass(frozen=True)
+class _Call:
+    """Of a module: what it got and gave, copied, since what follows may work in place."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
 
 
-def _calls(model: nn.Module, loss: Callable[[Any], Tensor]) -> _Calls:
-    """Arguments and outputs of each module with parameters of its own, one entry per call; and the last of all."""
-    calls: _Calls = {}
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _calls(model: nn.Module, loss: Callable[[Any], Tensor]) -> dict[str, list[_Call]]:
+    """Those of each module with parameters of its own; and the last of all."""
+    calls: dict[str, list[_Call]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Tensor):
-                calls.setdefault(name, []).append((args, output))
+                arguments = tuple(map(_copied, args)), {key: _copied(value) for key, value in kwargs.items()}
+                calls.setdefault(name, []).append(_Call(*arguments, output.clone()))
 
         return hook
 
     def keep_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor):
-            calls[OUTPUT] = [(args, output)]  # the outermost module returns last
+            calls[OUTPUT] = [_Call((), {}, output.clone())]  # the outermost module returns last
 
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     watched = [(name, module) for name, module in model.named_modules() if name and name in owners]
-    handles = [module.register_forward_hook(keep(name)) for name, module in watched]
+    handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched]
     handles += [module.register_forward_hook(keep_last) for module in model.modules()]
     training = model.training
     model.eval()  # dropout would be taken for a change
@@ -412,10 +422,10 @@ def _calls(model: nn.Module, loss: Callable[[Any], Tensor]) -> _Calls:
     return calls
 
 
-def _without_bias(layer: nn.Module, weight: Tensor, args: tuple[Any, ...]) -> Tensor:
-    """What the layer gives for ``args`` with this weight and no bias: through its own forward, whatever its kind."""
+def _without_bias(layer: nn.Module, weight: Tensor, call: _Call) -> Tensor:
+    """What the layer gives in a call with this weight and no bias: through its own forward, whatever its kind."""
     replaced = {name: weight if name == "weight" else torch.zeros_like(p) for name, p in layer.named_parameters()}
-    return functional_call(layer, replaced, args)
+    return functional_call(layer, replaced, call.args, call.kwargs)
 
 
 def _natural_norm(owner: nn.Module | None, weight: Tensor) -> float:

@@ -484,6 +484,64 @@ def test_quantities_are_what_they_are_called() -> None:
     assert rows["linear", "activation"].low == rows["conv", "change"].low == -0.15
 
 
+class InPlace(nn.Module):
+    """Works in place on what layers give and on what they get, or does the same with copies."""
+
+    def __init__(self, width: int, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.input, self.first, self.second = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.readout = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        raised = self.first(x)
+        y = self.second(raised.relu_() if self.in_place else raised.relu())
+        # In training autograd would refuse it: the layer's input is needed.
+        x = x.add_(y) if self.in_place and not torch.is_grad_enabled() else x + y
+        y = self.readout(x)
+        return y.tanh_() if self.in_place else y.tanh()
+
+
+def test_work_in_place_is_not_taken_for_what_layers_get_and_give() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+    def found(in_place: bool) -> tuple[Row, ...]:
+        def build(width: int) -> tuple[nn.Module, Optimizer]:
+            model = InPlace(width, in_place)
+            return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+        return coordinate_check(build, lambda model: model(x).square().mean(), [2, 4, 8], seeds=[0]).rows
+
+    assert found(True) == found(False)
+
+
+class ByKeyword(nn.Module):
+    """Calls a layer by position, or by keyword."""
+
+    def __init__(self, width: int, keyword: bool) -> None:
+        super().__init__()
+        self.keyword = keyword
+        self.input, self.readout = nn.Linear(3, width), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        return self.readout(input=x) if self.keyword else self.readout(x)
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    def found(keyword: bool) -> tuple[Row, ...]:
+        def build(width: int) -> tuple[nn.Module, Optimizer]:
+            model = ByKeyword(width, keyword)
+            return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+        return coordinate_check(
+            build, lambda model: mse_loss(model(torch.ones(4, 3)), torch.ones(4, 1)), [2, 4, 8]
+        ).rows
+
+    assert found(True) == found(False)
+
+
 def test_exponents_of_power_laws() -> None:
     widths = [64, 128, 512, 1024]
     for slope in (-1.0, -0.15, 0.0, 0.5):
