@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -53,6 +53,14 @@ The curve is flat where layers are wider than the batch has rows, so a small bat
 curve: it adds 1/2 to both exponents, and 0.35 is what leaves it no row to hide in, 1/2 less the tolerance.
 """
 
+ROUNDING = 1e-6
+"""Of the median parameter's gradient: what is below it at every width is rounding, whose exponent means nothing.
+
+The bias of keys has such a gradient, since softmax is the same for shifted logits: in float32 5e-9 at most was seen.
+Adam makes steps of ordinary size of it, as far as eps lets it. Gradients that are meant differ between layers by powers
+of the width, which is far from 1e6 at the narrowest.
+"""
+
 EXCEPTIONS: dict[str, dict[Quantity, tuple[float, float]]] = {
     "adamuon": {"update": (-0.4, TOLERANCE)},
     "soap": {"spectral": (-0.3, TOLERANCE), "update": (-0.6, TOLERANCE), "change": (-0.4, TOLERANCE)},
@@ -87,6 +95,7 @@ class Row:
         low: Least exponent that is right.
         high: Greatest.
         note: Why there is no exponent.
+        verdict: Whether that is right; None where there is one.
     """
 
     layer: str
@@ -97,12 +106,13 @@ class Row:
     low: float
     high: float
     note: str = ""
+    verdict: bool | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the exponent is right. What is 0 at every width has none, and is right: zero initial values."""
-        if math.isnan(self.slope):
-            return not any(self.values)
+        """Whether the exponent is right, or that there is none."""
+        if self.verdict is not None:
+            return self.verdict
         return self.low <= self.slope <= self.high or self.levels_off
 
     @property
@@ -206,7 +216,8 @@ def coordinate_check(
     since a smaller value does no harm and is what muP asks for: ``initial`` (a readout may begin at 0; how fast muP's
     weights start is not judged twice, as they show in ``activation``), and ``activation`` where the number of outputs
     does not grow (a readout's, and so the network's, begin at size width^-1/2, on top of which training adds what is
-    judged as ``change``).
+    judged as ``change``). What is 0 at every width is right, zero initial values say, but for a parameter that no
+    gradient moves. One that the loss does not use, or whose gradient is but rounding (:data:`ROUNDING`), is not judged.
 
     Args:
         build: Width to a model of that width and its optimizer, without schedule or warm-up. Called under
@@ -255,7 +266,8 @@ def coordinate_check(
         if quantity == "initial" or fixed_outputs:
             low = -math.inf
         values = [[found[width, seed].values[key] for seed in seeds] for width in widths]
-        rows.append(_row(layer, quantity, widths, values, low, high))
+        gradients = [[found[width, seed].gradients for seed in seeds] for width in widths]
+        rows.append(_unless_unmoved(_row(layer, quantity, widths, values, low, high), gradients, steps))
     if not any(row.quantity in ("spectral", "entries") and any(row.values) for row in rows):
         raise ValueError("training moved no parameter; is the learning rate 0, or everything frozen?")
     rows.sort(key=lambda row: get_args(Quantity).index(row.quantity))  # stable: layers stay in the model's order
@@ -285,7 +297,24 @@ def _row(
         half = _wider_half(widths)
         slope, tail = fit_slope(widths, means), fit_slope(widths[half:], means[half:])
         return Row(layer, quantity, tuple(means), slope, tail, low, high)
-    return Row(layer, quantity, tuple(means), math.nan, math.nan, low, high, note)
+    return Row(layer, quantity, tuple(means), math.nan, math.nan, low, high, note, len(zero) == len(widths))
+
+
+def _unless_unmoved(row: Row, gradients: Sequence[Sequence[Mapping[str, float]]], steps: int) -> Row:
+    """The row; without its exponent where gradients, which are per width, per seed, are 0 or rounding alone."""
+    own = [[of.get(row.layer) for of in at_width] for at_width in gradients]
+    if row.quantity not in ("spectral", "entries", "update") or any(None in at_width for at_width in own):
+        return row
+    # Not by the row's values alone: with weight decay, what is dead moves all the same.
+    dead = all(0 in at_width for at_width in own)
+    if row.quantity != "update" and (dead or not any(row.values)):
+        taken = f"{steps} step{'s' * (steps > 1)}"
+        note = f"no gradient moved it in {taken}, at any width; it is dead, or behind zeros, which more steps fill"
+        return replace(row, slope=math.nan, tail=math.nan, note=note, verdict=False)
+    small = (of[row.layer] < ROUNDING * np.median(list(of.values())) for at_width in gradients for of in at_width)
+    if not dead and all(small):
+        return replace(row, slope=math.nan, tail=math.nan, note="its gradient is rounding; not judged", verdict=True)
+    return row
 
 
 def _wider_half(widths: Sequence[float]) -> int:
@@ -296,11 +325,15 @@ def _wider_half(widths: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One training: values; the shapes of parameters and outputs; parameters whose module says nothing of fan-in."""
+    """One training: values; the shapes of parameters and outputs; parameters whose module says nothing of fan-in.
+
+    And, under the names that values have, the RMS of the gradients that the optimizer got, where it got any.
+    """
 
     values: dict[tuple[str, Quantity], float]
     sizes: dict[str, tuple[int, ...]]
     unknown: set[str]
+    gradients: dict[str, float]
 
 
 def _train(
@@ -330,11 +363,16 @@ def _measure(
     weights = _weights(model)
     loose = {name: p for name, p in parameters.items() if name not in weights}
     squares = dict.fromkeys(loose, 0.0)
+    gradients: dict[str, float] = {}
     for _ in range(steps):
         optimizer.zero_grad()
         loss(model).backward()
         if preconditioner is not None:
             preconditioner.step()
+        for name, p in parameters.items():
+            if p.grad is not None:
+                label = weights.get(name, name)
+                gradients[label] = math.hypot(gradients.get(label, 0.0), _rms([p.grad]) / math.sqrt(steps))
         last = {name: p.detach().clone() for name, p in loose.items()}
         optimizer.step()
         for name, p in loose.items():
@@ -364,7 +402,7 @@ def _measure(
             values[name, "change"] = _rms(
                 now.output - then.output for now, then in zip(made, calls_before[name], strict=True)
             )
-    return _Measured(values, sizes, {name for name in loose if loose[name].dim() > 1})
+    return _Measured(values, sizes, {name for name in loose if loose[name].dim() > 1}, gradients)
 
 
 def _weights(model: nn.Module) -> dict[str, str]:

@@ -28,6 +28,7 @@ from dopr_lightning.experiments.coordinates import (
     CoordinateCheck,
     Row,
     _row,
+    _unless_unmoved,
     coordinate_check,
     fit_slope,
 )
@@ -540,6 +541,105 @@ def test_layers_may_be_called_by_keyword() -> None:
         ).rows
 
     assert found(True) == found(False)
+
+
+class Branches(nn.Module):
+    """A layer beside which is one that is dead, ReLU's inputs being far below 0, and one that the loss does not use."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input, self.readout = nn.Linear(3, width), nn.Linear(width, 1)
+        self.bottleneck, self.unused = nn.Linear(width, 2), nn.Linear(width, 2)
+        nn.init.constant_(self.bottleneck.bias, -100.0)
+        self.back = nn.Linear(2, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        return self.readout(x + self.back(self.bottleneck(x).relu()))
+
+
+def branches(weight_decay: float) -> Callable[[int], tuple[nn.Module, Optimizer]]:
+    def build(width: int) -> tuple[nn.Module, Optimizer]:
+        model = Branches(width)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=weight_decay)
+
+    return build
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_no_gradient_moves_is_not_taken_for_right(weight_decay: float) -> None:
+    """Nor is what has none at all taken for wrong."""
+    x = torch.ones(4, 3)
+    found = coordinate_check(branches(weight_decay), lambda model: (model(x) - 1).square().mean(), [2, 4, 8])
+    still = [row for row in found.rows if "no gradient moved it in 4 steps" in row.note]
+    assert {(row.layer, row.quantity) for row in still} == {
+        ("bottleneck", "spectral"),
+        ("bottleneck.bias", "entries"),
+        ("back", "spectral"),
+    }
+    assert not any(row.passed or row.levels_off for row in still)
+    assert all(row in found.failures() for row in still)
+    assert "bottleneck: ||dW||: no gradient moved it" in " ".join(row.diagnosis for row in still)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["passed"] is False
+    unused = [row for row in found.rows if row.layer.startswith("unused") and row.quantity != "initial"]
+    assert [row.passed for row in unused] == [True, True]
+
+
+def test_what_lies_behind_zeros_takes_more_steps() -> None:
+    x = torch.ones(4, 3)
+
+    def build(width: int) -> tuple[nn.Module, Optimizer]:
+        model, optimizer = linear_build(0.1)(width)
+        nn.init.zeros_(model.get_parameter("1.weight"))
+        return model, optimizer
+
+    def still(steps: int) -> set[str]:
+        found = coordinate_check(build, lambda model: (model(x) - 1).square().mean(), [2, 4, 8], steps=steps)
+        return {row.layer for row in found.rows if f"in {steps} step" in row.note and "behind zeros" in row.note}
+
+    assert still(1) == {"0", "0.bias"}
+    assert still(2) == set()
+
+
+class Attention(nn.Module):
+    """With projections of its own for queries, keys and values."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input, self.readout = nn.Linear(3, width), nn.Linear(width, 2)
+        self.queries, self.keys, self.values = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        scores = self.queries(x) @ self.keys(x).mT / x.shape[-1]
+        return self.readout(x + scores.softmax(-1) @ self.values(x))
+
+
+def test_gradients_of_rounding_are_not_judged() -> None:
+    """A bias of keys adds one number to all logits of a query: softmax takes no notice, and Adam all the more."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    x, y = draw(4, 8, 3), draw(4, 8, 2)
+    spec = MupSpec.from_factory(Attention, width=16)
+
+    def build(width: int) -> tuple[nn.Module, Optimizer]:
+        model = spec.initialize(Attention(width))
+        return model, make_optimizer(model, "adamw", lr=3e-3, mup=spec)
+
+    found = coordinate_check(build, lambda model: mse_loss(model(x), y), [32, 64, 128, 256], seeds=[0, 1])
+    assert found.passed, found.failures()
+    assert [row.layer for row in found.rows if "rounding" in row.note] == ["keys.bias"]
+
+
+def test_small_gradients_are_judged_where_they_are_no_rounding() -> None:
+    known = row([1, 2, 4, 8, 16])
+
+    def judged(*own: float) -> Row:
+        return _unless_unmoved(known, [[{"layer": size, "one": 1.0, "more": 2.0}] for size in own], 4)
+
+    assert judged(1e-8, 1e-8, 1e-8, 1e-8, 1e-8).passed
+    assert judged(1e-8, 1e-8, 0.0, 1e-8, 1e-8).passed  # a rounding's rounding
+    for own in ((1e-5,) * 5, (1e-5, 1e-8, 1e-8, 1e-8, 1e-8), (1e-8, 1e-8, 1e-8, 1e-8, math.nan)):
+        assert judged(*own) is known
 
 
 def test_exponents_of_power_laws() -> None:
