@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dopr_lightning.errors import UserError
 
@@ -13,8 +16,14 @@ FLAG = "--mup.from_sweep"
 RESULTS = "results.json"
 OVERLAY = "recommended.yaml"
 
-SETS = ("--model.mup", "--model.optimizer.lr", "--model.optimizer.weight_decay", "--trainer.callbacks.damping")
-"""Options whose values the sweep gives."""
+SETS = (
+    "model.mup",
+    "model.optimizer.lr",
+    "model.optimizer.lr_by_role",
+    "model.optimizer.weight_decay",
+    "trainer.callbacks.damping",
+)
+"""Settings whose values the sweep gives."""
 
 LINKED = ("observation_dim", "action_dim", "observe", "horizon", "act")
 """What a policy takes from the data."""
@@ -108,6 +117,40 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             )
     shares = found.get("lr_by_role", {})  # older results say nothing of it, which was 1 for all
     return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")} | {"lr_by_role": shares}
+
+
+def refuse_given(args: Sequence[str]) -> None:
+    """Refuse arguments of ``dopr fit`` that say what the sweep says, each in any of its forms.
+
+    Raises:
+        UserError: Names the option.
+    """
+    for arg, following in pairwise((*args, "")):
+        flag, equals, value = arg.partition("=")
+        if not flag.startswith("--"):
+            continue
+        for key in (flag, *(f"{flag}.{inner}" for inner in _keys(value if equals else following))):
+            name = _plain_name(key.removeprefix("--"))
+            if any(f"{name}.".startswith(f"{ours}.") for ours in SETS):
+                within = "" if key == flag else f", which sets {name},"
+                raise UserError(
+                    f"{flag}{within} and {FLAG} say the same thing; leave one out, or change the sweep's {OVERLAY} and "
+                    "stack that"
+                )
+
+
+def _keys(text: str) -> list[str]:
+    """Dotted names of what a value on the command line sets, where it is a mapping or a list of them."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # it may be anything: a date that there is not
+        return []
+    return [key for key, _ in _flat(value) if key]
+
+
+def _plain_name(key: str) -> str:
+    """Without what says only where in a list of classes: ``trainer.callbacks+.0.init_args.damping``."""
+    return ".".join(part for part in key.replace("+", "").split(".") if part != "init_args" and not part.isdigit())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:

@@ -131,12 +131,7 @@ class CLI(LightningCLI):
 
     def _take_from_sweep(self, config: Namespace, args: Sequence[str]) -> None:
         """Put a sweep's numbers into the configuration, which then no longer depends on the sweep's folder."""
-        for flag in (arg.partition("=")[0] for arg in args):
-            if flag.startswith(proxy.SETS):
-                raise UserError(
-                    f"{flag} and {proxy.FLAG} say the same thing; leave one out, or change the sweep's "
-                    f"{proxy.OVERLAY} and stack that"
-                )
+        proxy.refuse_given(args)
         folder = Path(config["mup.from_sweep"])
         found = proxy.recommended(folder, self.plain_config())
         config["mup.from_sweep"] = None

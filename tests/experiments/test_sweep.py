@@ -515,6 +515,38 @@ def test_a_sweep_of_another_configuration_is_refused(more: tuple[str, ...], mess
         resolve([f"--config={CONFIG}", *undamped, f"--mup.from_sweep={finished}"])
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--model.optimizer={lr: 0.5}",), "--model.optimizer, which sets model.optimizer.lr,"),
+        (("--model.optimizer", "{warmup_steps: 1, weight_decay: 0.5}"), "sets model.optimizer.weight_decay,"),
+        (("--model.optimizer={lr_by_role: {input: 0.5}}",), "sets model.optimizer.lr_by_role.input,"),
+        (("--model={optimizer: {lr: 0.5}}",), "--model, which sets model.optimizer.lr,"),
+        (("--trainer.callbacks.init_args.damping=0.5",), "--trainer.callbacks.init_args.damping"),
+        (
+            ("--trainer.callbacks=[{class_path: dopr_lightning.DoPr, init_args: {damping: 0.5}}]",),
+            "--trainer.callbacks, which sets trainer.callbacks.damping,",
+        ),
+        (
+            ("--trainer.callbacks+={class_path: dopr_lightning.DoPr, init_args: {damping: 0.5}}",),
+            r"--trainer.callbacks\+, which sets trainer.callbacks.damping,",
+        ),
+    ],
+)
+def test_what_the_sweep_gives_is_refused_in_every_form(more: tuple[str, ...], said: str, finished: Path) -> None:
+    with pytest.raises(UserError, match=f"{said} and --mup.from_sweep say the same thing; leave one out"):
+        resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
+
+
+def test_other_options_of_the_same_things_are_taken(finished: Path) -> None:
+    """They are the sweep's; what begins with the name of what it gives is another option."""
+    recommended = json.loads((finished / "results.json").read_text())["recommended"]
+    more = ("--trainer.callbacks.damping_scale=trace", "--model.optimizer={base: adamw, warmup_steps: 2}")
+    config = resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
+    assert config["model"]["optimizer"]["lr"] == recommended["lr"]
+    assert config["trainer"]["callbacks"][0]["init_args"]["damping"] == recommended["damping"]
+
+
 def test_a_folder_that_is_no_finished_sweep(finished: Path, tmp_path: Path) -> None:
     def take(folder: Path) -> None:
         resolve([f"--config={CONFIG}", *DAMPED[:1], f"--mup.from_sweep={folder}"])
