@@ -25,6 +25,9 @@ SETS = (
 )
 """Settings whose values the sweep gives."""
 
+STEPPING = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm"}
+"""Options of the trainer that change what a step is, and their defaults."""
+
 LINKED = ("observation_dim", "action_dim", "observe", "horizon", "act")
 """What a policy takes from the data."""
 
@@ -40,6 +43,7 @@ def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]
         scales: The network's keywords that scale with its width.
     """
     model, network, dopr = config["model"], config["model"]["network"], dopr_of(config)
+    stepping = {key: config["trainer"].get(key) for key in STEPPING}
     return {
         "classes": config.get("classes", {}),
         "data": _without(config["data"], "seed", "num_workers"),
@@ -56,7 +60,9 @@ def identity(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]
             "gradient_clip_val": config["trainer"].get("gradient_clip_val"),
             "callbacks": "no DoPr" if dopr is None else "DoPr",
             "dopr": _without(dopr or {}, "damping", "log_every"),
-        },
+        }
+        # Older results have none of these, and mean the same.
+        | {key: value for key, value in stepping.items() if value not in (None, STEPPING[key])},
     }
 
 

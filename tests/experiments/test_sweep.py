@@ -504,6 +504,8 @@ def test_the_dampings_best_is_taken_too(finished: Path, tmp_path: Path) -> None:
         ((*DAMPED, *UNET), "class_path: .*ResidualMLP -> .*ConditionalUnet1d"),
         ((*DAMPED, "--data.source.observation_dim=3"), "data.source.init_args.observation_dim: 2 -> 3"),
         ((*DAMPED, "--trainer.callbacks.update_every=3"), "trainer.dopr.update_every: 1 -> 3"),
+        ((*DAMPED, "--trainer.accumulate_grad_batches=16"), "trainer.accumulate_grad_batches: unset -> 16"),
+        ((*DAMPED, "--trainer.gradient_clip_algorithm=value"), "trainer.gradient_clip_algorithm: unset -> value"),
         ((*DAMPED, "--model.network.width=4"), "width 4 is narrower than the sweep's base, 8"),
         ((*DAMPED, "--model.optimizer.lr=1e-3"), "--model.optimizer.lr and --mup.from_sweep say the same thing"),
         (("--trainer.callbacks+=dopr_lightning.DoPr", "--model.mup.base={width: 8}"), "--model.mup.base and"),
@@ -539,9 +541,10 @@ def test_what_the_sweep_gives_is_refused_in_every_form(more: tuple[str, ...], sa
 
 
 def test_other_options_of_the_same_things_are_taken(finished: Path) -> None:
-    """They are the sweep's; what begins with the name of what it gives is another option."""
+    """They are the sweep's, or a default's; what begins with the name of what it gives is another option."""
     recommended = json.loads((finished / "results.json").read_text())["recommended"]
     more = ("--trainer.callbacks.damping_scale=trace", "--model.optimizer={base: adamw, warmup_steps: 2}")
+    more += ("--trainer.accumulate_grad_batches=1", "--trainer.gradient_clip_algorithm=norm")
     config = resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
     assert config["model"]["optimizer"]["lr"] == recommended["lr"]
     assert config["trainer"]["callbacks"][0]["init_args"]["damping"] == recommended["damping"]
