@@ -272,6 +272,14 @@ def test_an_error_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(stamps(tmp_path)) == 5
     assert run(tmp_path, *few)["recommended"] is not None
 
+    # What was recommended before an error is so no longer.
+    assert (tmp_path / "recommended.yaml").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "attempt", lambda trial, report: "OSError: no space")
+        with pytest.raises(UserError, match="2 of 8 runs failed"):
+            run(tmp_path, *few, "--learning-rates", "0.005,0.01,0.02,0.04")
+    assert not (tmp_path / "recommended.yaml").exists()
+
     # Workers that were killed say nothing of their hyperparameters: what there was stays.
     before = (tmp_path / "results.json").read_bytes()
     monkeypatch.setattr(runner, "attempt", lambda trial, report: KILLED)

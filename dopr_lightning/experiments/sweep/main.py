@@ -202,7 +202,9 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "recommended": None,
         "trials": trial_results(outcomes),
     }
-    if best is not None:
+    if best is None:
+        (output / OVERLAY).unlink(missing_ok=True)  # an earlier sweep's in this folder
+    else:
         config = resolve(plan.arguments(recommended_keywords, "mup", best), project)
         results["recommended"] = {
             "width": wide,
