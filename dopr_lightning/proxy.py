@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -121,8 +122,20 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"{FLAG} {folder}: {key} {network[key]} is narrower than the sweep's base, {base}; widen it"
             )
+    if ends := grid_ends(found):
+        warnings.warn(f"{FLAG} {folder}: {ends}", stacklevel=2)
     shares = found.get("lr_by_role", {})  # older results say nothing of it, which was 1 for all
     return {key: found[key] for key in ("lr", "weight_decay", "damping", "mup")} | {"lr_by_role": shares}
+
+
+def grid_ends(found: Mapping[str, Any]) -> str:
+    """Which recommended values lie at an end of their grid, in a line; empty if none does. Older results do not say.
+
+    Args:
+        found: The results' ``"recommended"``.
+    """
+    ends = ", ".join(f"{name} {found[name]:g}" for name in found.get("at_edge", []))
+    return f"{ends}: at the grid's end, so better may lie beyond; sweep a wider grid" if ends else ""
 
 
 def refuse_given(args: Sequence[str]) -> None:

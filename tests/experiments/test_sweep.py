@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "damping": 0.01,
         "lr_by_role": {},
         "mup": {"base": {"width": 8}, "weight_decay": "independent", "zero_readouts": True},
+        "at_edge": ["lr"] if results["transfer"][0]["widths"][-1]["at_edge"] else [],
     }
 
     # The same again: nothing is trained. One more width and seed: only theirs. Fewer: refused.
@@ -453,6 +455,41 @@ def test_lists_of_channels_are_taken_too(tmp_path: Path, monkeypatch: pytest.Mon
         UserError, match=r"channels \[16, 32, 64\] has not as many entries as the sweep's base, \[8, 16\]"
     ):
         wide("[16,32,64]", 32, taken)
+
+
+def test_a_best_value_at_its_grids_end_is_pointed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the widest width, whose best is recommended; the narrower one's rate lies within its grid."""
+
+    def losses(config: dict[str, Any]) -> float:
+        best = {8: 0.01, 16: 0.04}[config["model"]["network"]["init_args"]["width"]]
+        damping = config["trainer"]["callbacks"][0]["init_args"]["damping"]
+        return 1 + math.log2(config["model"]["optimizer"]["lr"] / best) ** 2 + math.log2(damping / 0.1) ** 2
+
+    monkeypatch.setattr(sweep, "attempt_all", made_up(losses, []))
+    few = ("--widths=8,16", "--optimizer=dopr-adamw", "--parametrizations=mup")
+
+    def taken() -> str:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            resolve([f"--config={CONFIG}", *DAMPED[:1], f"--mup.from_sweep={tmp_path}"])
+        return "".join(str(warning.message) for warning in seen if "LightningCLI" not in str(warning.message))
+
+    rates = "--learning-rates=0.005,0.01,0.02"
+    results = run(tmp_path, *few, rates, "--dampings=0.05,0.1,0.2", "--weight-decays=1e-5")
+    said = "lr 0.02: at the grid's end, so better may lie beyond; sweep a wider grid"
+    assert results["recommended"]["at_edge"] == ["lr"]  # of the one weight decay there is no more to say
+    assert f"warning: {said}\n" in capsys.readouterr().out
+    assert taken() == f"--mup.from_sweep {tmp_path}: {said}"
+    del results["recommended"]["at_edge"]  # as in older results
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert taken() == ""
+
+    results = run(tmp_path, *few, f"{rates},0.04,0.08", "--dampings=0.05,0.1,0.2", "--weight-decays=1e-5")
+    assert results["recommended"]["at_edge"] == []
+    assert "warning: " not in capsys.readouterr().out
+    assert taken() == ""
 
 
 def test_rates_of_roles_are_swept_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

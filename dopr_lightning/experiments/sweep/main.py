@@ -36,10 +36,17 @@ from dopr_lightning.experiments.sweep.grid import (
     points,
     scaled,
 )
-from dopr_lightning.experiments.sweep.report import best_point, plot, print_table, transfer_results, trial_results
+from dopr_lightning.experiments.sweep.report import (
+    at_edge,
+    best_point,
+    plot,
+    print_table,
+    transfer_results,
+    trial_results,
+)
 from dopr_lightning.experiments.trial import Trial, check_settings, load_record, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
-from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, identity
+from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 
 OURS = {
     "--seed_everything": "--seeds",
@@ -212,6 +219,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             **best.values,
             "lr_by_role": config["model"]["optimizer"]["lr_by_role"],
             "mup": config["model"]["mup"],
+            "at_edge": at_edge(transfers),
         }
         _write_overlay(config, output / OVERLAY, project.command)
     write_json(results, output / RESULTS)
@@ -229,6 +237,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         print(f"{len(failed)} of {len(outcomes)} runs diverged: infinitely bad, and not run again")
     if best is not None:
         print(f"the run it recommends, {best.name} at width {wide}: stack {output / OVERLAY} on the configuration")
+        if ends := grid_ends(results["recommended"]):
+            print(f"warning: {ends}")
 
 
 def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:

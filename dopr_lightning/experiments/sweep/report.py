@@ -126,14 +126,25 @@ def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point) -> Point |
 
     Those that were not swept are the centre's. None where muP trained at no width.
     """
-    found: dict[str, float] = {}
-    ours = [t for t in transfers if t["parametrization"] == "mup" and t["metric"] == "val_loss"]
-    for transfer in ours:
-        bests = [row["best"] for row in transfer["widths"] if row["best"] is not None]
-        if not bests:
-            return None
-        found[transfer["hyperparameter"]] = float(f"{bests[-1]:.4g}")
-    return replace(centre, **found) if ours else None
+    found = _trained(transfers)
+    if not found or not all(found.values()):
+        return None
+    return replace(centre, **{name: float(f"{rows[-1]['best']:.4g}") for name, rows in found.items()})
+
+
+def at_edge(transfers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The hyperparameters of :func:`best_point` that lie at an end of their grid, of several values."""
+    found = _trained(transfers)
+    return [name for name, rows in found.items() if rows[-1]["at_edge"] and len(rows[-1]["numbers"]) > 1]
+
+
+def _trained(transfers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """What validation loss says of each hyperparameter under muP, at the widths that trained, narrowest first."""
+    return {
+        t["hyperparameter"]: [row for row in t["widths"] if row["best"] is not None]
+        for t in transfers
+        if t["parametrization"] == "mup" and t["metric"] == "val_loss"
+    }
 
 
 def print_table(results: Mapping[str, Any]) -> None:
