@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -29,6 +29,7 @@ from dopr_lightning.preemption import Preemption
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.environments import make
+from dopr_lightning.saving import LastCheckpoint
 
 __all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
 
@@ -180,7 +181,7 @@ class CLI(LightningCLI):
         """Add the callbacks every run has, and tie together what must agree."""
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(RolloutEvaluation, "rollout")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_argument(
             proxy.FLAG,
             type=str | None,
@@ -194,7 +195,8 @@ class CLI(LightningCLI):
             default=False,
             help="go on from a checkpoint that was trained with another version of the simulator",
         )
-        # The last state to resume from, at every validation: rollouts are noisy, so choosing the best is left to you.
+        # The last state to resume from, at every validation and at the end. Rollouts are noisy, so choosing the best is
+        # left to you.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
         for name in ("observation_dim", "action_dim"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
@@ -286,5 +288,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*recommended to use `self.log\('rollout/.*")
     warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
+    # Its last.ckpt is refused, of a run that does not go on with it.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")

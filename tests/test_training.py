@@ -39,7 +39,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Trained weights, their average, and all that the next step depends on."""
     for checkpoint in (one, other):  # where the files lie, not what was learnt
-        checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "ModelCheckpoint" not in k}
+        checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "LastCheckpoint" not in k}
     parts = ("epoch", "global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states")
     for part in (*parts, "lr_schedulers", "callbacks"):
         a, b = flat(one[part], part), flat(other[part], part)
@@ -95,6 +95,41 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, options: tuple[str,
             assert not torch.equal(value, whole["state_dict"][name]), name
     assert ("DoPr" in whole["callbacks"]) == (DOPR[0] in options)
     assert whole["lr_schedulers"][0]["_last_lr"][0] < 1e-2
+
+
+CONSTANT = ("--model.optimizer.schedule=constant", "--trainer.check_val_every_n_epoch=30", *DOPR)
+
+
+@pytest.mark.parametrize("end", [18, 20], ids=["in the middle of an epoch", "between epochs"])
+def test_the_last_checkpoint_is_what_a_run_ends_with_and_a_longer_one_goes_on_from(tmp_path: Path, end: int) -> None:
+    """Also where the last validation was before, and where there was none: what is reported is what can be loaded."""
+    ended = train(tmp_path / "part", *CONSTANT, f"--trainer.max_steps={end}", "--trainer.check_val_every_n_epoch=3")
+    last = saved(tmp_path / "part")
+    assert last["global_step"] == end
+    judged = ended.model.state_dict()
+    assert all(torch.equal(value, judged[name]) for name, value in last["state_dict"].items())
+
+    train(tmp_path / "whole", *CONSTANT, "--trainer.max_steps=24")
+    train(tmp_path / "none", *CONSTANT, f"--trainer.max_steps={end}")
+    train(tmp_path / "more", *CONSTANT, "--trainer.max_steps=24", resume=tmp_path / "none" / "last.ckpt")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "more"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, workers: int) -> None:
+    """Where workers would draw in advance, from another epoch's order."""
+    options = (*CONSTANT, f"--data.num_workers={workers}", "--checkpoint.every_n_train_steps=7")
+    train(tmp_path / "whole", *options, "--checkpoint.save_top_k=-1")
+    train(tmp_path / "resumed", *options, resume=tmp_path / "whole" / "step=7.ckpt")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
+
+
+def test_another_runs_last_checkpoint_is_not_left_beside(tmp_path: Path) -> None:
+    train(tmp_path, "--trainer.max_steps=4")
+    before = saved(tmp_path)
+    with pytest.raises(UserError, match=r"last\.ckpt is of another run; go on with it by --ckpt_path .*last\.ckpt, or"):
+        train(tmp_path, "--trainer.max_steps=8")
+    assert_same(before, saved(tmp_path))
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:

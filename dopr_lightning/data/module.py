@@ -156,13 +156,16 @@ class DemonstrationData(L.LightningDataModule):
             seed=self.seed,
             drop_last=True,
         )
+        if self.trainer:
+            # Lightning does so too, but where an epoch is resumed only after workers have drawn from another.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return self._loader(dataset, sampler=sampler, drop_last=True)
 
     def _done(self, batches: int) -> int:
         """How many of an epoch's batches a resumed run has trained on; Lightning knows, and begins the epoch anew."""
         if not self.trainer:
             return 0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         return done if done < batches and self.trainer.fit_loop.restarting else 0
 
     def val_dataloader(self) -> DataLoader[Batch]:

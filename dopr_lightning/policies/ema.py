@@ -136,6 +136,11 @@ class EMA(WeightAveraging):
         """Leave the average in the model, and keep the trained weights for a checkpoint that is saved later."""
         self._swap_models(pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same where a checkpoint of a finished run left nothing to train, which no ``on_train_end`` ends."""
+        if not self._average_is_in_model:
+            self._swap_models(pl_module)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

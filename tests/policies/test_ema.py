@@ -164,6 +164,14 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, saved: str) -> None
     assert_same(*(torch.load(tmp_path / f, weights_only=True) for f in ("whole.ckpt", "resumed.ckpt")))
 
 
+def test_a_finished_run_that_is_resumed_ends_with_the_average(tmp_path: Path) -> None:
+    first = trainer(2, tmp_path, EMA(0.9))
+    average = fit(first, Model()).weight()
+    first.save_checkpoint(tmp_path / "finished.ckpt")
+    again = fit(trainer(2, tmp_path, EMA(0.9)), Model(), ckpt_path=tmp_path / "finished.ckpt")
+    np.testing.assert_array_equal(again.weight(), average)
+
+
 def test_checkpoint_holds_the_average_for_whoever_loads_it(tmp_path: Path) -> None:
     run = trainer(2, tmp_path, EMA())
     model = fit(run, Model())

@@ -1,0 +1,54 @@
+"""When is a run's last state written, and how does a longer run go on from it?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dopr_lightning.errors import UserError
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves the state that a run ends with, too: Lightning saves at validations, and few runs end at one.
+
+    Then ``last.ckpt`` holds the weights that the final rollouts judge. It resumes like one of a validation, also into a
+    longer run that goes on in the middle of an epoch.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the folder is free: not in ``setup``, which does not know yet whether a run is resumed.
+
+        Raises:
+            UserError: It holds another run's last checkpoint, beside which this one's would get another name.
+        """
+        last = Path(self.dirpath or "") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        if self.save_last and trainer.ckpt_path is None and last.is_file():
+            raise UserError(
+                f"{last} is of another run; go on with it by --ckpt_path {last}, or choose another --checkpoint.dirpath"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save unless the last step's state was saved."""
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """When training has ended, describe its last epoch as one to go on with, or the next as one to begin.
+
+        Lightning counts as complete what ``max_steps`` cut short, and would repeat a batch of a whole epoch without
+        validation.
+        """
+        loop = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+        if not epochs["total"]["ready"] == epochs["total"]["completed"] > 0:
+            return
+        if batches["is_last_batch"]:
+            batches["is_last_batch"] = False
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+        else:
+            for counts in epochs.values():
+                counts["processed"] -= 1
+                counts["completed"] -= 1
