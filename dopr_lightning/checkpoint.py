@@ -60,7 +60,7 @@ def describe(
         ema: The callback that averages the weights, if any.
 
     Raises:
-        UserError: A keyword of the environment is no plain value.
+        UserError: A keyword of the environment, or what the data says of itself, is no plain value.
     """
     convention, spec = data.convention(), data.environment
     simulators = spec.simulators if spec else ()
@@ -75,9 +75,9 @@ def describe(
             "observation_normalizer": policy.observation_normalizer.mode,
             "action_normalizer": policy.action_normalizer.mode,
         },
-        "data": {"class": _path(type(data)), **data.provenance},
+        "data": _plain({"class": _path(type(data)), **data.provenance}, "what the data says of itself"),
         "observation": {
-            "keys": list(convention.observation_keys),
+            "keys": _plain(list(convention.observation_keys), "Convention.observation_keys"),
             "dim": policy.observation_dim,
             "cameras": {camera: list(size) for camera, size in data.image_sizes.items()},
         },
@@ -85,8 +85,8 @@ def describe(
             "dim": policy.action_dim,
             "kind": convention.actions,
             "rotation": convention.rotation,
-            "low": None if convention.low is None else list(convention.low),
-            "high": None if convention.high is None else list(convention.high),
+            "low": None if convention.low is None else _plain(list(convention.low), "Convention.low"),
+            "high": None if convention.high is None else _plain(list(convention.high), "Convention.high"),
         },
         "environment": _plain(asdict(spec), f"environment {spec.id!r}") if spec else None,
         "versions": {"python": platform.python_version()} | versions([*LIBRARIES, *simulators]),
@@ -268,18 +268,23 @@ class SelfDescription(Callback):
         Raises:
             UserError: One would be saved so.
         """
-        self._record = None
         if any(saver.save_weights_only for saver in _of_type(trainer, ModelCheckpoint)):
             raise UserError(
                 "checkpoint.save_weights_only=true would save the weights as they are trained, in place of their "
                 "average, and without a record of what they are; leave it out"
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the record, which stays the same while a run lasts.
+
+        Raises:
+            UserError: It would hold what a checkpoint cannot; now, before anything is trained.
+        """
+        ema = next(iter(_of_type(trainer, EMA)), None)
+        self._record = describe(pl_module, trainer.datamodule, self.config, ema)  # type: ignore[arg-type, attr-defined]
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the record."""
-        if self._record is None:  # it stays the same while a run lasts
-            ema = next(iter(_of_type(trainer, EMA)), None)
-            self._record = describe(pl_module, trainer.datamodule, self.config, ema)  # type: ignore[arg-type, attr-defined]
         checkpoint[KEY] = self._record
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toy_task import CONFIG, DOPR, ToyTask, train
@@ -241,6 +242,23 @@ def test_an_environment_that_no_checkpoint_can_hold(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Walked, "environment", spec)
     with pytest.raises(UserError, match=r"'DoprToy-v0' holds tensor.*use plain values"):
         train(tmp_path, WALKED, "--trainer.max_steps=4", "--rollout.episodes=0")
+
+
+def test_numbers_of_numpy_in_the_record_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = {"low": tuple(np.float32([-1])), "high": np.float32([1])}
+    monkeypatch.setattr(Walked, "convention", lambda self: Convention(**bounds))
+    train(tmp_path, WALKED, "--trainer.max_steps=4", "--rollout.episodes=0")
+    assert checkpoint.read(tmp_path / "last.ckpt")["dopr"]["action"]["low"] == [-1.0]
+
+
+def test_data_that_no_checkpoint_can_hold_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Walked.load
+    monkeypatch.setattr(Walked, "load", lambda self: replace(load(self), source=tmp_path))
+    with pytest.raises(UserError, match=r"what the data says of itself holds .*Path.*use plain values"):
+        train(tmp_path, WALKED, "--trainer.max_steps=4", "--rollout.episodes=0")
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_the_data_module_is_that_of_the_record(trained: Path) -> None:
