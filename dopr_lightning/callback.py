@@ -97,8 +97,9 @@ class DoPr(pl.Callback):
         self.options: dict[str, Any] = {**checked, "bias": bias}
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
-        # What a checkpoint held, until a fit uses it; what a fit ended with, for a checkpoint saved after it.
-        self._state: dict[str, Any] = {}
+        # What a checkpoint held, until training starts; what a fit ended with, for a checkpoint saved after it. None
+        # in between, when the preconditioners have it.
+        self._state: dict[str, Any] | None = {}
 
     @contextmanager
     def mask(self, mask: Tensor) -> Iterator[None]:
@@ -118,6 +119,11 @@ class DoPr(pl.Callback):
                     stack.enter_context(preconditioner.mask(mask))
             yield
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier fit; the checkpoint of this one, if there is one, is loaded after this."""
+        if stage == "fit":
+            self._state = {}
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it."""
         self.preconditioners = [ActivationPreconditioner(pl_module, **self.options)]
@@ -127,9 +133,9 @@ class DoPr(pl.Callback):
         if len(trainer.optimizers) > 1:
             self._remove()
             self.preconditioners = [self._for(optimizer, pl_module) for optimizer in trainer.optimizers]
-        if self._state and trainer.ckpt_path is not None:
+        if self._state:
             self._load(self._state["preconditioners"])
-        self._state = {}
+        self._state = None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -161,13 +167,19 @@ class DoPr(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint, during a fit or after it."""
-        if not self.preconditioners:
+        if self._state is not None:
             return self._state
         return {"preconditioners": [None if p is None else p.state_dict() for p in self.preconditioners]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning calls this while a fit starts; the state is put to use in ``on_train_start``."""
-        self._state = state_dict
+        """Lightning calls this while a fit starts: the state is put to use in ``on_train_start``.
+
+        Its finders of rates and batch sizes also do in the middle of training, to undo their search.
+        """
+        if self._state is None:
+            self._load(state_dict["preconditioners"])
+        else:
+            self._state = state_dict
 
     def _for(self, optimizer: Optimizer, model: pl.LightningModule) -> ActivationPreconditioner | None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -190,6 +190,37 @@ def test_a_checkpoint_saved_after_fit_holds_the_covariances(tmp_path: Path) -> N
     (preconditioner,) = state["preconditioners"]
     assert preconditioner["steps"] == 3
     assert preconditioner["layers"]["layer.weight"]["tensors"]["covariance"].abs().sum() > 0
+
+
+def saved_steps(path: Path) -> int:
+    (state,) = torch.load(path, weights_only=True)["callbacks"].values()
+    return state["preconditioners"][0]["steps"]
+
+
+def test_a_finished_run_that_is_resumed_and_saved_keeps_its_statistics(tmp_path: Path) -> None:
+    options = {"max_steps": 3, "enable_checkpointing": False}
+    first = trainer(tmp_path, DoPr(), **options)
+    first.fit(Boring())
+    first.save_checkpoint(tmp_path / "done.ckpt")
+    again = trainer(tmp_path, DoPr(), **options)
+    again.fit(Boring(), ckpt_path=tmp_path / "done.ckpt")  # nothing is left to train
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    assert saved_steps(tmp_path / "again.ckpt") == 3
+
+
+def test_a_fit_does_not_take_up_the_statistics_of_an_earlier_one(tmp_path: Path) -> None:
+    plain = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=1, logger=False)
+    plain.fit(Boring())
+    dopr, steps = DoPr(), []
+
+    class Starts(Boring):
+        def on_train_batch_start(self, *args: Any) -> None:
+            steps.append(dopr.state_dict()["preconditioners"][0]["steps"])
+
+    trainer(tmp_path, dopr, max_steps=3, enable_checkpointing=False).fit(Boring())
+    checkpoint = plain.checkpoint_callback.best_model_path  # of a run without DoPr
+    trainer(tmp_path, dopr, max_steps=2, enable_checkpointing=False).fit(Starts(), ckpt_path=checkpoint)
+    assert steps == [0]
 
 
 # What the optimizer is given, against a closed form in float64.
@@ -519,6 +550,29 @@ def test_validation_and_weight_averaging_leave_the_statistics_alone(tmp_path: Pa
     assert len(after.seen) == 4
     for raw, m, x in zip(before.seen, after.seen, batches, strict=True):
         assert distance(m["first.weight"], rewritten(raw["first.weight"], x)) < 1e-4
+
+
+def test_a_search_in_the_middle_of_training_leaves_no_trace(tmp_path: Path) -> None:
+    """Its callbacks replace the trainer's, so DoPr takes no step and is given its state back afterwards."""
+
+    class FineTune(LearningRateFinder):
+        def on_fit_start(self, *args: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 0:
+                self.lr_find(trainer, pl_module)
+
+    finder = FineTune(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+    dopr, batches = DoPr(damping=GAMMA, ema=0.5), [draw(step, 9, 6) for step in range(5)]
+    states, rows = [], []
+    for callbacks in ([], [finder]):
+        model = TwoLayers()
+        fit(tmp_path, model, dopr, batches, callbacks=callbacks, max_epochs=2)
+        states.append(dopr.state_dict())
+        rows.append(len(model.inputs))
+    assert rows == [10, 13]
+    assert_same(states[1], states[0])
 
 
 class Metrics(DummyLogger):

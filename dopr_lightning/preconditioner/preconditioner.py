@@ -254,7 +254,7 @@ class ActivationPreconditioner:
         return {"steps": self._steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`. Rows counted since the last step are forgotten.
 
         Raises:
             ValueError: The state was saved for other layers, shapes or solvers.
@@ -265,6 +265,7 @@ class ActivationPreconditioner:
             difference = ", ".join(sorted(saved.keys() ^ known))
             raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
         self._steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
+        self.discard()
         if not saved:
             return
         for stack in list(self._stacks):
