@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -141,9 +141,11 @@ class DoPr(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Rewrite the gradients."""
-        index = 0 if len(trainer.optimizers) == 1 else [id(o) for o in trainer.optimizers].index(id(optimizer))
-        preconditioner = self.preconditioners[index]
-        if preconditioner is None:
+        preconditioner = self._of(optimizer, trainer)
+        if preconditioner is None or trainer.fit_loop._skip_backward:  # weight averaging counts batches for its norms
+            return
+        if all(parameter.grad is None for parameter in _parameters(optimizer)):  # training_step returned None
+            preconditioner.discard()
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and _will_skip(scaler, optimizer):
@@ -156,6 +158,12 @@ class DoPr(pl.Callback):
             metrics = _metrics(preconditioner)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=steps)
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Forget the rows of gradients that never came to a step."""
+        preconditioner = self._of(optimizer, trainer)
+        if preconditioner is not None:
+            preconditioner.discard()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hooks off."""
@@ -182,11 +190,14 @@ class DoPr(pl.Callback):
             self._state = state_dict
 
     def _for(self, optimizer: Optimizer, model: pl.LightningModule) -> ActivationPreconditioner | None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         try:
-            return ActivationPreconditioner(model, parameters=parameters, **self.options)
+            return ActivationPreconditioner(model, parameters=_parameters(optimizer), **self.options)
         except NothingToPreconditionError:
             return None
+
+    def _of(self, optimizer: Optimizer, trainer: pl.Trainer) -> ActivationPreconditioner | None:
+        index = 0 if len(trainer.optimizers) == 1 else [id(o) for o in trainer.optimizers].index(id(optimizer))
+        return self.preconditioners[index]
 
     def _load(self, states: list[dict[str, Any] | None]) -> None:
         if len(states) != len(self.preconditioners):
@@ -210,6 +221,10 @@ class DoPr(pl.Callback):
             if preconditioner is not None:
                 preconditioner.remove()
         self.preconditioners = []
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _will_skip(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -289,7 +289,8 @@ class Gradients(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.seen.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if id(p) in held})
+        named = [(name, p.grad) for name, p in pl_module.named_parameters() if id(p) in held]
+        self.seen.append({name: gradient.clone() for name, gradient in named if gradient is not None})
 
 
 def fit(
@@ -384,6 +385,42 @@ def test_a_short_last_window_of_accumulated_batches_counts_its_own_rows(tmp_path
         for layer, name in enumerate(("first.weight", "second.weight")):
             rows = torch.cat([model.inputs[i][layer] for i in window])
             assert distance(after[step][name], rewritten(before[step][name], rows)) < 1e-4, (step, name)
+
+
+def test_gradients_set_to_zero_without_a_step_take_their_rows_along(tmp_path: Path) -> None:
+    class EverySecond(TwoLayers):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+            if batch_idx % 2 == 0:
+                optimizer.step(closure=closure)
+            else:
+                closure()
+
+    batches = [draw(step, 9, 6) for step in range(3)]
+    before, after = fit(tmp_path, EverySecond(), DoPr(damping=GAMMA), batches)
+    assert len(after) == 2
+    for raw, m, x in zip(before, after, batches[::2], strict=True):
+        assert distance(m["first.weight"], rewritten(raw["first.weight"], x)) < 1e-4
+
+
+class Skips(Fused):
+    """Has no loss for a batch of NaN."""
+
+    def training_step(self, x: Tensor) -> Tensor | None:
+        return None if x.isnan().any() else super().training_step(x)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_batch_without_a_loss_leaves_no_trace(mixed: bool, tmp_path: Path) -> None:
+    runs = []
+    for skipped in ([], [0], [2]):
+        dopr, batches = DoPr(damping=GAMMA, update_every=2), [draw(step, 8, 6) for step in range(4)]
+        for place in skipped:
+            batches.insert(place, torch.full((8, 6), torch.nan))
+        fit(tmp_path, Skips(), dopr, batches, **({"plugins": scaled()} if mixed else {}))
+        runs.append(dopr.state_dict()["preconditioners"][0])
+    assert runs[0]["steps"] == 4
+    for state in runs[1:]:
+        assert_same(state, runs[0])
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -573,6 +610,15 @@ def test_a_search_in_the_middle_of_training_leaves_no_trace(tmp_path: Path) -> N
         rows.append(len(model.inputs))
     assert rows == [10, 13]
     assert_same(states[1], states[0])
+
+
+def test_the_pass_that_renews_batch_norms_of_averaged_weights_is_no_step(tmp_path: Path) -> None:
+    model, dopr = TwoLayers(), DoPr()
+    model.second = nn.Sequential(nn.BatchNorm1d(5), model.second)
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    fit(tmp_path, model, dopr, [draw(step, 9, 6) for step in range(2)], callbacks=[averaging], max_epochs=2)
+    assert len(model.inputs) == 6
+    assert dopr.state_dict()["preconditioners"][0]["steps"] == 4
 
 
 class Metrics(DummyLogger):
