@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from logging import getLogger
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +14,12 @@ from torch.optim import Optimizer
 
 from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
-from dopr_lightning.preconditioner.coverage import NothingToPreconditionError
-from dopr_lightning.preconditioner.layers import ConvCovariance
+from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, check_still_frozen
+from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.preconditioner import check_options
 from dopr_lightning.preconditioner.solvers import Solver
+
+log = getLogger(__name__)
 
 
 class DoPr(pl.Callback):
@@ -97,6 +100,7 @@ class DoPr(pl.Callback):
         self.options: dict[str, Any] = {**checked, "bias": bias}
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
+        self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition
         # What a checkpoint held, until training starts; what a fit ended with, for a checkpoint saved after it. None
         # in between, when the preconditioners have it.
         self._state: dict[str, Any] | None = {}
@@ -126,6 +130,7 @@ class DoPr(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it."""
+        self._remove()  # where another callback's on_exception kept an earlier fit from it
         self.preconditioners = [ActivationPreconditioner(pl_module, **self.options)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,7 +147,10 @@ class DoPr(pl.Callback):
     ) -> None:
         """Rewrite the gradients."""
         preconditioner = self._of(optimizer, trainer)
-        if preconditioner is None or trainer.fit_loop._skip_backward:  # weight averaging counts batches for its norms
+        if trainer.fit_loop._skip_backward:  # weight averaging renews its batch norms
+            return
+        if preconditioner is None:
+            check_still_frozen(self._frozen)
             return
         if all(parameter.grad is None for parameter in _parameters(optimizer)):  # training_step returned None
             preconditioner.discard()
@@ -151,19 +159,29 @@ class DoPr(pl.Callback):
         if scaler is not None and _will_skip(scaler, optimizer):
             preconditioner.discard()
             return
-        steps = trainer.fit_loop.epoch_loop._batches_that_stepped  # the x axis of all that Lightning logs
-        measure = self.log_every is not None and steps % self.log_every == 0
+        # Not the trainer's count, which under manual optimization is of batches: it may pass over every multiple.
+        measure = self.log_every is not None and preconditioner.steps % self.log_every == 0
         preconditioner.step(measure=measure)
         if measure and trainer.is_global_zero:
             metrics = _metrics(preconditioner)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=steps)
+            for logger in trainer.loggers:  # on the x axis of all that Lightning logs
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Forget the rows of gradients that never came to a step."""
         preconditioner = self._of(optimizer, trainer)
         if preconditioner is not None:
             preconditioner.discard()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if no step came by."""
+        batches = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if batches and not pl_module.automatic_optimization and not any(p.steps for p in self.preconditioners if p):
+            log.warning(
+                "DoPr rewrote no gradient in %d batches of manual optimization: no step of an optimizer came by. Step "
+                "what self.optimizers() returns; use_pl_optimizer=False keeps Lightning's hooks out.",
+                batches,
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hooks off."""
@@ -179,6 +197,12 @@ class DoPr(pl.Callback):
             return self._state
         return {"preconditioners": [None if p is None else p.state_dict() for p in self.preconditioners]}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have the options alone: a module that is given the callback may keep it among its hyperparameters."""
+        lent = ("log", "log_dict")  # the module's own methods, which Lightning puts here
+        own = {name: value for name, value in self.__dict__.items() if name not in lent}
+        return {**own, "preconditioners": [], "_frozen": (), "_state": {}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this while a fit starts: the state is put to use in ``on_train_start``.
 
@@ -192,7 +216,8 @@ class DoPr(pl.Callback):
     def _for(self, optimizer: Optimizer, model: pl.LightningModule) -> ActivationPreconditioner | None:
         try:
             return ActivationPreconditioner(model, parameters=_parameters(optimizer), **self.options)
-        except NothingToPreconditionError:
+        except NothingToPreconditionError as error:
+            self._frozen = error.frozen
             return None
 
     def _of(self, optimizer: Optimizer, trainer: pl.Trainer) -> ActivationPreconditioner | None:
@@ -220,7 +245,7 @@ class DoPr(pl.Callback):
         for preconditioner in self.preconditioners:
             if preconditioner is not None:
                 preconditioner.remove()
-        self.preconditioners = []
+        self.preconditioners, self._frozen = [], ()
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

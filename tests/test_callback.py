@@ -182,6 +182,36 @@ def test_nothing_is_left_on_the_model_after_an_exception(tmp_path: Path) -> None
     assert not model.layer._forward_hooks
 
 
+def test_hooks_that_an_exception_left_behind_go_with_the_next_fit(tmp_path: Path) -> None:
+    class Raises(L.Callback):
+        def on_exception(self, *args: Any) -> None:
+            raise OSError("no room for a last checkpoint")
+
+    model, dopr = Fails(), DoPr()
+    failing = trainer(tmp_path, dopr, max_steps=2, enable_checkpointing=False)
+    failing.callbacks.insert(0, Raises())
+    with pytest.raises(OSError, match="no room"):
+        failing.fit(model)
+    assert model.layer._forward_hooks
+    trainer(tmp_path, dopr, max_steps=1, enable_checkpointing=False).fit(Boring())
+    assert not model.layer._forward_hooks
+
+
+def test_a_module_may_keep_the_callback_among_its_hyperparameters(tmp_path: Path) -> None:
+    class Keeps(Boring):
+        def __init__(self, dopr: DoPr) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    dopr = DoPr(damping=GAMMA)
+    first = trainer(tmp_path, dopr, max_steps=1)
+    first.fit(Keeps(dopr))
+    saved = torch.load(first.checkpoint_callback.best_model_path, weights_only=False)["hyper_parameters"]["dopr"]
+    assert saved.options == dopr.options
+    assert not saved.preconditioners
+    assert not saved.state_dict()  # the statistics are in the checkpoint once, as the callback's
+
+
 def test_a_checkpoint_saved_after_fit_holds_the_covariances(tmp_path: Path) -> None:
     fit = trainer(tmp_path, DoPr(ema=0.9), max_steps=3, enable_checkpointing=False)
     fit.fit(Boring())
@@ -566,6 +596,51 @@ def test_an_optimizer_with_nothing_to_precondition_is_left_alone(tmp_path: Path)
     assert dopr.state_dict()["preconditioners"][1] is None
 
 
+def test_an_optimizer_whose_layers_are_all_unfrozen_later_is_named(tmp_path: Path) -> None:
+    class WarmUp(Game):
+        def __init__(self) -> None:
+            super().__init__()
+            self.critic.requires_grad_(False)
+
+        def training_step(self, x: Tensor, index: int) -> None:
+            if index == 2:
+                self.critic.requires_grad_(True)
+            for optimizer in self.optimizers()[: 1 + (index >= 2)]:
+                self.toggle_optimizer(optimizer)
+                self.manual_backward(self.critic(self.generator(x)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                self.untoggle_optimizer(optimizer)
+
+    with pytest.raises(RuntimeError, match=r"critic\.weight: was frozen when the preconditioner was made"):
+        fit(tmp_path, WarmUp(), DoPr(), [draw(step, 9, 6) for step in range(4)])
+
+
+class Manual(TwoLayers):
+    """Steps after every fourth batch, itself."""
+
+    def __init__(self, use_pl_optimizer: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization, self.use_pl_optimizer = False, use_pl_optimizer
+
+    def training_step(self, x: Tensor, index: int) -> None:
+        optimizer = self.optimizers(self.use_pl_optimizer)
+        self.manual_backward(super().training_step(x))
+        if index % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("use_pl_optimizer", [True, False])
+def test_steps_that_lightning_does_not_see_are_reported(
+    use_pl_optimizer: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Manual(use_pl_optimizer)
+    before, _ = fit(tmp_path, model, DoPr(), [draw(step, 9, 6) for step in range(4)])
+    assert len(before) == use_pl_optimizer
+    assert ("DoPr rewrote no gradient in 4 batches" in caplog.text) is not use_pl_optimizer
+
+
 # Beside other callbacks and loggers.
 
 
@@ -700,6 +775,12 @@ def test_a_window_of_accumulated_batches_is_logged_once(tmp_path: Path) -> None:
     options = {"accumulate_grad_batches": 2, "logger": logger}
     fit(tmp_path, TwoLayers(), DoPr(log_every=1), [draw(s, 9, 6) for s in range(5)], **options)
     assert [step for step, _ in logger.given] == [0, 1, 2]
+
+
+def test_steps_of_manual_optimization_are_logged_at_their_own_interval(tmp_path: Path) -> None:
+    logger = Metrics()
+    fit(tmp_path, Manual(), DoPr(log_every=2), [draw(s, 9, 6) for s in range(16)], logger=logger)
+    assert [step for step, _ in logger.given] == [3, 11]  # the first step and the third, of four batches each
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,15 @@ FROZEN = "the weight is frozen (requires_grad=False)"
 
 
 class NothingToPreconditionError(ValueError):
-    """No parameter of the model, or of the chosen ones, can be preconditioned."""
+    """No parameter of the model, or of the chosen ones, can be preconditioned.
+
+    Attributes:
+        frozen: Layers left out because their weight is frozen.
+    """
+
+    def __init__(self, message: str, frozen: Sequence[Layer] = ()) -> None:
+        super().__init__(message)
+        self.frozen = frozen
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,15 @@ class Coverage:
         """For sorting: the parameter's position in the model; a part's is that of the whole."""
         return self.positions.get(parameter.partition("[")[0], len(self.positions))
 
-    def check_still_frozen(self) -> None:
-        """Raise RuntimeError if a weight was unfrozen: its rows are not captured."""
-        for layer in self.frozen:
-            if layer.weight.requires_grad and layer.weight.grad is not None:
-                raise RuntimeError(
-                    f"{layer.name}: was frozen when the preconditioner was made, and now has a gradient; make a new "
-                    "preconditioner after unfreezing, or exclude the module"
-                )
+
+def check_still_frozen(layers: Sequence[Layer]) -> None:
+    """Raise RuntimeError if the weight of a layer that was left out as frozen was unfrozen: no row is captured."""
+    for layer in layers:
+        if layer.weight.requires_grad and layer.weight.grad is not None:
+            raise RuntimeError(
+                f"{layer.name}: was frozen when the preconditioner was made, and now has a gradient; make a new "
+                "preconditioner after unfreezing, or exclude the module"
+            )
 
 
 def find_coverage(
@@ -113,7 +122,7 @@ def find_coverage(
     if not covered:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NothingToPreconditionError(
-            f"nothing to precondition in {type(root).__name__} ({listed or 'it has no parameters'})"
+            f"nothing to precondition in {type(root).__name__} ({listed or 'it has no parameters'})", frozen
         )
     positions = {public_name(name): i for i, (name, _) in enumerate(root.named_parameters())}
     taken = {name for layer in covered for name in layer.parameter_names}

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from dopr_lightning.preconditioner.audit import GradientAudit
 from dopr_lightning.preconditioner.capture import Capture
 from dopr_lightning.preconditioner.covariance import DampingScale
-from dopr_lightning.preconditioner.coverage import find_coverage
+from dopr_lightning.preconditioner.coverage import check_still_frozen, find_coverage
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
@@ -81,6 +81,7 @@ class ActivationPreconditioner:
 
     Attributes:
         bytes_sent: Bytes this rank has handed to collectives so far.
+        steps: Calls of :meth:`step` so far.
 
     Raises:
         ValueError: An argument is out of range, a weight is sharded in a way that would need its gradient gathered, or
@@ -133,7 +134,7 @@ class ActivationPreconditioner:
         self.update_every = update_every
         self._solver: Solver = solver
         self._max_failures = max_failures
-        self._steps = 0
+        self.steps = 0
         self._due = False
         self._unused: set[str] = set()  # layers without an inverse for whom an early refresh was in vain
         reshard(model)
@@ -160,9 +161,9 @@ class ActivationPreconditioner:
     @property
     def collecting(self) -> bool:
         """Whether rows are being counted, that is, whether the next :meth:`step` refreshes the inverses."""
-        if self._steps % self.update_every == 0 or self._due:
+        if self.steps % self.update_every == 0 or self._due:
             return True
-        return self._steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
+        return self.steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
 
     @torch.no_grad()
     def step(self, *, measure: bool = False) -> None:
@@ -178,7 +179,7 @@ class ActivationPreconditioner:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;
                 or its inverse has failed ``max_failures`` times in a row.
         """
-        self._coverage.check_still_frozen()
+        check_still_frozen(self._coverage.frozen)
         with torch.autocast(self._stacks[0].device.type, enabled=False):
             refreshed = self.collecting
             if refreshed:
@@ -191,7 +192,7 @@ class ActivationPreconditioner:
             if measure:
                 self._alignment = self._compare(before)
         self._plan(refreshed)
-        self._steps += 1
+        self.steps += 1
 
     def discard(self) -> None:
         """Forget the rows counted since the last step, instead of :meth:`step` when the optimizer skips its own.
@@ -251,7 +252,7 @@ class ActivationPreconditioner:
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""
         layers = {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
-        return {"steps": self._steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
+        return {"steps": self.steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows counted since the last step are forgotten.
@@ -264,7 +265,7 @@ class ActivationPreconditioner:
         if saved and saved.keys() != known:
             difference = ", ".join(sorted(saved.keys() ^ known))
             raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
-        self._steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
+        self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         self.discard()
         if not saved:
             return
@@ -283,7 +284,7 @@ class ActivationPreconditioner:
 
     def _plan(self, refreshed: bool) -> None:
         """A layer first used between refreshes must not wait for the next one."""
-        if self._steps % self.update_every == 0:
+        if self.steps % self.update_every == 0:
             self._unused.clear()
         without = [
             layer
@@ -365,7 +366,7 @@ class ActivationPreconditioner:
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
         for stack in list(stacks):
             # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
-            for failure in stack.accept(outcomes[stack].tolist(), self._steps):
+            for failure in stack.accept(outcomes[stack].tolist(), self.steps):
                 _report(failure, self._max_failures)
             for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
                 if rows == 0:
