@@ -269,4 +269,4 @@ def _trainable(module: nn.Module, path: str) -> Location | None:
     prefix, _, attribute = path.rpartition(".")
     owner = module.get_submodule(prefix)
     bias = owner._parameters.get(attribute)
-    return Location(owner, attribute, path) if bias is not None and bias.requires_grad else None
+    return Location(owner, attribute, path, tuple(bias.shape)) if bias is not None and bias.requires_grad else None

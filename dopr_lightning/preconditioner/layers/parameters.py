@@ -26,18 +26,26 @@ class NotCoveredError(Exception):
 class Location(NamedTuple):
     """Where a parameter is: an attribute of a module, looked up anew at each :meth:`get`.
 
-    ``load_state_dict(assign=True)`` and FSDP replace the parameter object itself.
+    ``load_state_dict(assign=True)`` and FSDP replace the parameter object itself, and pruning or a parametrization that
+    comes later moves it.
     """
 
     owner: nn.Module
     attribute: str
     name: str
     """The parameter as seen from the covered module, ``"parametrizations.weight.original1"``."""
+    shape: tuple[int, ...] = ()
+    """By which it is found again if it moves."""
 
     def get(self) -> nn.Parameter:
         # First where getattr() arrives at last: every step asks several times per layer.
         found = self.owner._parameters.get(self.attribute)
-        return getattr(self.owner, self.attribute) if found is None else found
+        return self._moved() if found is None else found
+
+    def _moved(self) -> nn.Parameter:
+        candidates = [location.get() for location in _candidates(self.owner, self.attribute)]
+        found = [parameter for parameter in candidates if parameter.shape == self.shape]
+        return found[0] if len(found) == 1 else getattr(self.owner, self.attribute)
 
 
 def locate(module: nn.Module, path: str, shape: tuple[int, ...]) -> Location:
@@ -72,7 +80,7 @@ def locate(module: nn.Module, path: str, shape: tuple[int, ...]) -> Location:
         raise NotCoveredError(names, "M leaves the range of float16; use 16-mixed or bf16")
     if not dtype.is_floating_point:
         raise NotCoveredError(names, f"its dtype is {dtype}; only real floating-point weights are covered")
-    return found[0]
+    return found[0]._replace(shape=shape)
 
 
 def _candidates(module: nn.Module, path: str) -> list[Location]:

@@ -81,6 +81,28 @@ def test_others_are_covered_through_their_original(wrap, name: str, damped_solve
     assert not_covered("fc", module, [layer]) == {}
 
 
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (parametrizations.weight_norm, "parametrizations.weight.original1"),
+        (lambda m: old(nn.utils.weight_norm, m), "weight_v"),
+        (lambda m: prune.random_unstructured(m, "weight", amount=2), "weight_orig"),
+    ],
+    ids=["new", "old", "pruned"],
+)
+def test_a_weight_that_is_computed_only_later_stays_covered(wrap, name: str, attach, damped_solve) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(5, 4).double()
+    preconditioner, x = attach(module), torch.randn(30, 5, dtype=torch.double)
+    for put_on in (lambda m: m, wrap):
+        module.zero_grad()
+        put_on(module)(x).pow(3).sum().backward()
+        weight = dict(module.named_parameters()).get(name, module.weight)
+        expected = damped_solve(weight.grad, x)
+        preconditioner.step()
+        torch.testing.assert_close(weight.grad, expected)
+
+
 @pytest.mark.parametrize("kind", ["conv", "embedding", "attention"])
 def test_every_layer_type_can_be_parametrized(kind: str) -> None:
     module, weight = {
