@@ -22,6 +22,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.effects import EffectType
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -178,10 +179,25 @@ class _CountRows(torch.autograd.Function):
         else:
             (x,) = ctx.saved_tensors
             ctx.tap.capture.show_audit(ctx.tap.layer, x, gradient)
-            if not ctx.counted:  # a graph may be walked back twice (retain_graph)
+            if not ctx.counted and _gets_gradient(ctx.tap.layer.weight):  # a graph may be walked back twice
                 ctx.counted = True
                 ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask)
         return gradient, None, None, None, None
+
+
+def _gets_gradient(weight: nn.Parameter) -> bool:
+    """Whether the backward under way, or a later one through its graph, adds to a weight's ``.grad``.
+
+    ``torch.autograd.grad`` of an adversarial input does not, nor ``backward(inputs=...)`` of another network.
+    """
+    # A graph that is kept may be walked for the weights later (retain_graph, create_graph, zero-bubble pipelines). Of a
+    # DTensor the graph has another tensor.
+    if torch._C._autograd._get_current_graph_task_keep_graph() or type(weight) is not nn.Parameter:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # torch.autograd.grad of the weight itself, or the weight was frozen after the forward
+        return True
 
 
 @torch.library.custom_op("dopr_lightning::count_rows", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])

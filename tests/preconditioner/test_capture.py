@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils.checkpoint import checkpoint
 
 from dopr_lightning import ActivationPreconditioner
@@ -126,6 +127,30 @@ def test_a_gradient_penalty_counts_once_and_keeps_its_gradient() -> None:
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_a_backward_that_leaves_the_weight_out_counts_nothing() -> None:
+    """Of an adversarial example, or of another network that learns through this one."""
+    module, rows = linear(), Rows()
+    layer, x = Watched([module]), batch(7, 5).requires_grad_()
+    rows.capture(layer)
+    (direction,) = torch.autograd.grad(module(x).square().sum(), x)
+    module(x).sum().backward(inputs=[x])
+    assert not rows.calls
+    adversarial = (x + direction.sign()).detach()
+    module(adversarial).square().sum().backward()
+    torch.testing.assert_close(rows.of(layer), adversarial)
+
+
+def test_the_two_halves_of_a_zero_bubble_backward_count_once() -> None:
+    module, rows = linear(), Rows()
+    layer, x = Watched([module]), batch(7, 5).requires_grad_()
+    rows.capture(layer)
+    y = module(x)
+    _, groups = stage_backward_input([y], [torch.ones_like(y)], [x], module.parameters())
+    stage_backward_weight(module.parameters(), groups)
+    torch.testing.assert_close(module.weight.grad, x.sum(0).expand(4, 5))
+    torch.testing.assert_close(rows.of(layer), x)
 
 
 def test_only_forwards_of_training_backwards_count() -> None:
