@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from dopr_lightning.optim.plan import Assignment, plan
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 
@@ -122,12 +123,19 @@ def configure_optimizers(
         weight_decay: For matrices only.
         schedule: ``"constant"`` or ``"cosine"`` (to 0 at the last step), after ``warmup_steps`` of linear warm-up.
         warmup_steps: Optimizer steps.
-        total_steps: Optimizer steps of the whole training. None: the Trainer's own estimate.
+        total_steps: Optimizer steps of the whole training. None: the Trainer's own estimate, if the cosine needs one.
         roles: Overrides of the parameters' roles.
         mup: Scale rates, weight decay and eps with the width.
         weight_decay_rule: How weight decay follows the learning rate under muP.
         lr_by_role: Multipliers of the learning rate by role, ``{"input": 0.25}``.
         **options: Further keywords of the base's algorithm.
+
+    Returns:
+        The optimizer alone where nothing moves its rate, so that a rate which Lightning's finder sets is kept.
+
+    Raises:
+        ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative warm-up, or a cosine whose end is not
+            known.
 
     Example:
         >>> class Model(LightningModule):  # doctest: +SKIP
@@ -145,6 +153,30 @@ def configure_optimizers(
         lr_by_role=lr_by_role,
         **options,
     )
-    steps = module.trainer.estimated_stepping_batches if total_steps is None else total_steps
-    scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
+    if schedule == "constant" and warmup_steps == 0:
+        return optimizer
+    end: float = math.inf if total_steps is None else total_steps
+    if schedule == "cosine" and total_steps is None:
+        end = _estimate(module.trainer)
+    scheduler = make_scheduler(optimizer, schedule, warmup_steps, end)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _estimate(trainer: Trainer) -> float:
+    """How many steps the trainer is going to take.
+
+    Raises:
+        ValueError: A callback changes the batches of a step, or of an epoch, after this.
+    """
+    from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+
+    if trainer.max_epochs != -1:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # The Tuner's own finder exits after its search.
+            searches = isinstance(callback, BatchSizeFinder) and not callback._early_exit
+            if searches or isinstance(callback, GradientAccumulationScheduler):
+                raise ValueError(
+                    f"a cosine schedule must know its end, and {type(callback).__name__} moves it; set "
+                    "Trainer(max_steps=...) without max_epochs, or total_steps"
+                )
+    return trainer.estimated_stepping_batches

@@ -3,13 +3,15 @@
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from dopr_lightning.optim import CompositeOptimizer, make_optimizer, parameter_roles
+from dopr_lightning.optim import CompositeOptimizer, configure_optimizers, make_optimizer, parameter_roles
 from dopr_lightning.optim.muon import Muon
 from dopr_lightning.optim.schedules import make_scheduler
 
@@ -200,6 +202,22 @@ def test_cosine_with_warm_up_keeps_the_ratio_of_the_groups_rates() -> None:
 def test_bad_schedules(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1), *arguments)
+
+
+def test_a_constant_rate_is_left_to_whoever_sets_it() -> None:
+    """Lightning's finder of rates, say: a scheduler would set it back after a step."""
+    assert isinstance(configure_optimizers(Net(), lr=0.1), CompositeOptimizer)
+
+
+@pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 8}), BatchSizeFinder()])
+def test_a_cosine_whose_end_a_callback_moves_is_refused(callback: Callback) -> None:
+    model, options = Net(), {"lr": 0.1, "schedule": "cosine"}
+    model.trainer = SimpleNamespace(max_epochs=4, callbacks=[callback], estimated_stepping_batches=8)
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} moves it; .* or total_steps"):
+        configure_optimizers(model, **options)
+    assert configure_optimizers(model, **options, total_steps=8)
+    model.trainer.max_epochs = -1  # as it is in a fit of so many steps
+    assert configure_optimizers(model, **options)
 
 
 @pytest.mark.parametrize(
