@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning.preconditioner.layers import (
@@ -84,8 +83,8 @@ def find_coverage(
         ValueError: A weight is sharded such that its gradient would have to be gathered.
     """
     root = model
-    while isinstance(root, (DistributedDataParallel, OptimizedModule)):
-        root = root.module if isinstance(root, DistributedDataParallel) else root._orig_mod
+    while (inside := _inside(root)) is not None:
+        root = inside
     chosen = None if parameters is None else {id(parameter) for parameter in parameters}
     reasons: dict[str, str] = {}
     frozen: list[Layer] = []
@@ -128,6 +127,13 @@ def find_coverage(
     taken = {name for layer in covered for name in layer.parameter_names}
     reasons = {name: reason for name, reason in reasons.items() if name in positions and name not in taken}
     return Coverage(covered, frozen, reasons, positions)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """The model that DistributedDataParallel, ``torch.compile`` or Fabric wrapped; None if ``model`` is no wrapper."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    return next((child for name, child in model.named_children() if not public_name(name)), None)
 
 
 def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -395,9 +396,11 @@ def test_an_excluded_layer_may_be_unfrozen() -> None:
 def test_names_are_the_models_own_however_it_is_wrapped(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = torch.compile(nn.parallel.DistributedDataParallel(mlp(5, 4, 3)), backend="eager")
-        ap = ActivationPreconditioner(wrapped, exclude=["0"])
-        assert [row.parameter for row in ap.summary() if row.covered] == ["2.weight"]
+        parallel = nn.parallel.DistributedDataParallel(mlp(5, 4, 3))
+        fabric = Fabric(accelerator="cpu", devices=1)
+        for wrapped in (torch.compile(parallel, backend="eager"), fabric.setup(parallel), fabric.setup(mlp(5, 4, 3))):
+            ap = ActivationPreconditioner(wrapped, exclude=["0"])
+            assert [row.parameter for row in ap.summary() if row.covered] == ["2.weight"]
     finally:
         torch.distributed.destroy_process_group()
 

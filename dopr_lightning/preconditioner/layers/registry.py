@@ -28,8 +28,8 @@ _LAYER_TYPES: dict[type[nn.Module], tuple[type[Layer], ...]] = {
     nn.MultiheadAttention: (Query, Key, Value, AttentionOutput),
 }
 
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
-"""Modules that ``torch.compile`` and activation checkpointing put around others."""
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module"}
+"""Modules that ``torch.compile``, activation checkpointing and Lightning Fabric put around others."""
 
 BIAS = "the base optimizer takes it: bias=False, or a bias that no homogeneous coordinate fits"
 OTHER = "the base optimizer takes it: it multiplies none of the layer's rows"
@@ -159,7 +159,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def public_name(name: str) -> str:
-    """A module's or parameter's name without what ``torch.compile`` and checkpointing put into it."""
+    """A module's or parameter's name without what ``torch.compile``, checkpointing and Fabric put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
