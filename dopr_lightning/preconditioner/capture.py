@@ -2,7 +2,8 @@ r"""Which rows did a training backward go through?
 
 A forward hook puts a node behind each layer's output that is the identity and whose backward hands the layer's input
 on. So rows are counted when a gradient reaches them: each training row exactly once, also under gradient accumulation
-and activation checkpointing, and forwards without a backward (validation, rollouts, target networks) not at all.
+and activation checkpointing, and forwards without a backward (validation, rollouts, target networks) not at all. Nor
+are they in a backward that leaves the weight out, unless it is compiled.
 
 ``torch.compile`` traces the hooks into its graphs, without graph breaks. There the node's backward is the opaque
 operator ``dopr_lightning::count_rows``, so that whatever changes from step to step is asked when the graph runs.
