@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dopr_lightning.errors import Parser, UserError, did_you_mean
 from dopr_lightning.optim.schedules import check_schedule
+from dopr_lightning.proxy import dopr_of
 
 if TYPE_CHECKING:
     from dopr_lightning.data.environment import EnvironmentSpec
@@ -83,6 +84,19 @@ def refuse_ours(overrides: Sequence[str], ours: Mapping[str, str], what: str) ->
     for flag in (override.partition("=")[0] for override in overrides):
         if flag in ours:
             raise UserError(f"{flag} is what {what} sets itself; use {ours[flag]}")
+
+
+def refuse_dopr(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration with DoPr where arms differ in having it.
+
+    Args:
+        config: The whole configuration, as plain values.
+
+    Raises:
+        UserError: It is there.
+    """
+    if dopr_of(config) is not None:
+        raise UserError("the configuration brings DoPr; leave it out there, --optimizers says which are to have it")
 
 
 def quiet_building() -> None:

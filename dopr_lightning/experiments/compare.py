@@ -17,6 +17,7 @@ from dopr_lightning.experiments.command import (
     numbers,
     parse,
     quiet_building,
+    refuse_dopr,
     refuse_ours,
     seed_numbers,
     task_of,
@@ -58,10 +59,13 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
 
     from dopr_lightning.training import find_config, resolve
 
+    quiet_building()
     base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]
+    config = resolve(base, project)
+    refuse_dopr(config)
     task = _check(base, arms, options.damping, project)
     output: Path = options.output
-    settings = {"config": resolve(base, project), "episodes": options.episodes, "damping": options.damping}
+    settings = {"config": config, "episodes": options.episodes, "damping": options.damping}
     check_settings(output, settings)
     _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
@@ -184,7 +188,6 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
     from dopr_lightning.training import CLI
 
-    quiet_building()
     # One arm per set of DoPr's options is enough: names and damping are checked, and all else they share.
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():

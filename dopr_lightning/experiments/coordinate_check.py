@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 
 from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import network_scales, numbers, parse, quiet_building, refuse_ours, seed_numbers
+from dopr_lightning.experiments.command import (
+    network_scales,
+    numbers,
+    parse,
+    quiet_building,
+    refuse_dopr,
+    refuse_ours,
+    seed_numbers,
+)
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.report import versions
@@ -203,7 +211,6 @@ class _Subject:
 
 def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
     """Everything that can be wrong without building anything."""
-    from dopr_lightning.proxy import dopr_of
     from dopr_lightning.training import find_config, resolve
 
     arms = parse_arms(options.optimizers)
@@ -221,8 +228,7 @@ def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
         f"--data.batch_size={options.windows}",
     )
     config = resolve([*base, "--model.mup=null"], project)
-    if dopr_of(config) is not None:
-        raise UserError("the configuration brings DoPr; leave it out there, --optimizers says which are to have it")
+    refuse_dopr(config)
     network = config["model"]["network"]
     scales = network_scales(network["class_path"])
     configured = size(network["init_args"][scales[0]])
