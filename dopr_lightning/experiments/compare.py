@@ -31,6 +31,7 @@ OURS = {
     "--seed_everything": "--seeds",
     "--model.optimizer.base": "--optimizers",
     "--rollout.report_episodes": "--episodes",
+    "--rollout.first_seed": "the first_seed of the environment that the source names",
 }
 """Options of ``dopr fit`` that a comparison sets itself, and how it is told."""
 

@@ -398,6 +398,7 @@ def test_the_report_says_what_the_losses_do(grid: str, tmp_path: Path, monkeypat
         (("--optimizer=dopr-adamw", *DAMPED), "DoPr"),
         (("--parametrizations=mup,sp",), "mup, standard, or mup,standard"),
         (("--model.mup.base={width: 4}",), "--model.mup.base is what a sweep sets itself; use --widths"),
+        (("--rollout.first_seed=500",), "--rollout.first_seed is what a sweep sets itself; use the first_seed of"),
         (("--gpus-per-trial=0.25",), "add --engine ray"),
         (("--recommend-width=4",), "--recommend-width 4 is less than the narrowest"),
         (("--episodes=-1",), "--episodes -1"),

@@ -51,6 +51,7 @@ from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 OURS = {
     "--seed_everything": "--seeds",
     "--rollout.report_episodes": "--episodes",
+    "--rollout.first_seed": "the first_seed of the environment that the source names",
     "--model.mup": "--parametrizations",
     "--model.mup.base": "--widths (the narrowest is the base)",
     "--mup.from_sweep": "a sweep's results in dopr fit",
