@@ -17,6 +17,9 @@ from dopr_lightning.errors import UserError, import_extra
 if TYPE_CHECKING:
     from minari import MinariDataset
 
+WATCHING = ("RecordEpisodeStatistics", "RecordVideo")
+"""Wrappers of Gymnasium's that change nothing."""
+
 
 class Minari(Source):
     """Episodes of a local Minari dataset with flat observations and actions.
@@ -39,13 +42,21 @@ class Minari(Source):
         """The environment the dataset says it was recorded in.
 
         Raises:
-            UserError: The dataset is missing, or does not say which, or for how long an episode lasts.
+            UserError: The dataset is missing, or does not say which, or for how long an episode lasts; or wrappers
+                were around it, which change what its numbers mean.
         """
         spec = self._open().spec.env_spec
         if spec is None or spec.max_episode_steps is None:
             raise UserError(
                 f"Minari dataset {self.dataset_id!r} does not say in which environment, or for how many steps, it was "
                 "recorded; choose a dataset with an env_spec that has max_episode_steps"
+            )
+        names = [wrapper.name for wrapper in spec.additional_wrappers if wrapper.name not in WATCHING]
+        if names:
+            raise UserError(
+                f"Minari dataset {self.dataset_id!r} was recorded in {spec.id} within {', '.join(names)}, and rollouts "
+                "would be without; register an environment that has them with Gymnasium, and take a subclass of Minari "
+                "whose 'environment' names it, or is None for no rollouts"
             )
         return EnvironmentSpec(
             id=spec.id,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -110,4 +111,15 @@ def test_the_environment_must_be_named(tmp_path: Path, monkeypatch: pytest.Monke
     spec = json.loads(json.loads((shared_data("minari") / ID / "data" / "metadata.json").read_text())["env_spec"])
     copy_with(tmp_path, monkeypatch, env_spec=json.dumps(spec | {"max_episode_steps": None}))
     with pytest.raises(UserError, match="max_episode_steps"):
+        _ = Minari(ID).environment
+
+
+def test_wrappers_around_the_environment_are_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.make("Humanoid-v5"))
+    for wrapped in (env, gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)):
+        assert wrapped.spec is not None
+        copy_with(tmp_path / wrapped.class_name(), monkeypatch, env_spec=wrapped.spec.to_json())
+        if wrapped is env:  # it only watches
+            assert Minari(ID).environment.id == "Humanoid-v5"
+    with pytest.raises(UserError, match="recorded in Humanoid-v5 within RescaleAction, and rollouts would be without"):
         _ = Minari(ID).environment
