@@ -24,7 +24,7 @@ from dopr_lightning.experiments.command import (
 )
 from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
-from dopr_lightning.experiments.trial import Record, Trial, check_settings, note_settings, write_json
+from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
 
 OURS = {
@@ -66,7 +66,12 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     refuse_dopr(config)
     task = _check(base, arms, options.damping, project)
     output: Path = options.output
-    settings = {"config": config, "episodes": options.episodes, "damping": options.damping}
+    settings = {
+        "config": config,
+        "episodes": options.episodes,
+        "damping": options.damping,
+        DATA: task["data"]["sha256"],
+    }
     check_settings(output, settings)
     _keep_results(output / "results.json", arms, seeds)
     note_settings(output, settings)

@@ -21,6 +21,9 @@ from dopr_lightning.proxy import differences
 SETTINGS = "settings.json"
 DIVERGED = "diverged.json"
 
+DATA = "data_sha256"
+"""Key of the demonstrations' digest in settings."""
+
 
 class DivergedError(UserError):
     """The numbers left the range of floats: a result, of which the same run would only give the same."""
@@ -120,8 +123,15 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     old = json.loads(path.read_text())
-    if (changed := _changed(old, settings)) and (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
+    if not (any(folder.rglob("*.ckpt")) or any(folder.rglob("record.json"))):
+        return
+    if changed := _changed(old, settings):
         raise _other_settings(folder, changed)
+    if DATA in old and old[DATA] != settings[DATA]:  # older folders do not say
+        raise UserError(
+            f"{folder} holds runs on demonstrations with sha256 {old[DATA][:12]}, and here they have "
+            f"{settings[DATA][:12]}: the data changed; choose another --output"
+        )
 
 
 def note_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -133,7 +143,7 @@ def note_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs, in a few words; an option that is new and empty, as one of a later version may be, does not."""
     # The configuration's keys are known by their own names, "model.optimizer.lr".
-    return differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config",))
+    return differences(old | old.get("config", {}), new | new.get("config", {}), ignore=("config", DATA))
 
 
 def _other_settings(folder: Path, changed: str) -> UserError:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from toy_task import CONFIG, FIRST_SEED
+from toy_task import CONFIG, FIRST_SEED, ToyTask
 
 from dopr_lightning.cli import main
 from dopr_lightning.experiments import compare
@@ -173,6 +174,31 @@ def test_tuning_picks_by_rollouts_on_seeds_that_are_not_reported(
         assert [entry["lr"] for entry in arm["tuning"]] == [1e-3, 3e-3, 1e-2]
         assert max(arm["tuning"], key=lambda entry: entry["mean"])["lr"] == arm["lr"]
         assert {entry["mean"] for entry in arm["tuning"]} == {6.0, 1.5}
+
+
+def test_runs_on_other_demonstrations_are_not_taken_for_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The configuration names the same file, in which there is something else now."""
+
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record]:
+        for trial in wanted:
+            trial.folder.mkdir(parents=True, exist_ok=True)
+            (trial.folder / "record.json").touch()
+        return [Record(1.0, [1.0, 2.0], 1.0, trial.settings) for trial in wanted]
+
+    monkeypatch.setattr(compare, "run_all", made_up)
+    command = arguments(tmp_path / "out", "--optimizers", "adamw", "--seeds=0")
+    assert main(command) == 0
+    whole, settings = ToyTask.load, tmp_path / "out" / "settings.json"
+    monkeypatch.setattr(ToyTask, "load", lambda self: replace(whole(self), sha256="def"))
+    assert main(command) == 2
+    said = "holds runs on demonstrations with sha256 abc, and here they have def: the data changed; choose another"
+    assert said in capsys.readouterr().err
+    old = json.loads(settings.read_text())
+    del old["data_sha256"]  # as a folder of an earlier version
+    settings.write_text(json.dumps(old))
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize("order", ["adamw,dopr-adamw", "dopr-adamw,adamw"])

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 from PIL import Image
 from sweep_tasks import shares_in
 from toy_environment import Toy
-from toy_task import CONFIG, FIRST_SEED, arguments, train
+from toy_task import CONFIG, FIRST_SEED, ToyTask, arguments, train
 from toy_views import VIEWS
 
 from dopr_lightning.cli import main as cli
@@ -408,6 +409,15 @@ def test_mistakes_show_before_anything_trains(more: tuple[str, ...], message: st
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", *("--widths", "8,16"), *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_of_other_demonstrations_is_left_alone(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ToyTask.load
+    monkeypatch.setattr(ToyTask, "load", lambda self: replace(whole(self), sha256="def"))
+    before = stamps(finished)
+    with pytest.raises(UserError, match="with sha256 abc, and here they have def: the data changed"):
+        run(finished, *GRID, "--optimizer", "dopr-adamw", "--parametrizations", "mup")
+    assert stamps(finished) == before
 
 
 def test_a_wide_run_takes_the_numbers_of_the_sweep(finished: Path, tmp_path: Path) -> None:

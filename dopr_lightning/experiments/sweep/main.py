@@ -44,7 +44,7 @@ from dopr_lightning.experiments.sweep.report import (
     transfer_results,
     trial_results,
 )
-from dopr_lightning.experiments.trial import Trial, check_settings, load_record, note_settings, write_json
+from dopr_lightning.experiments.trial import DATA, Trial, check_settings, load_record, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 
@@ -137,14 +137,15 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         engine = ray_engine(options.ray_address, options.cpus_per_trial, options.gpus_per_trial)
 
     output: Path = options.output.absolute()
+    task = _check(plan, rollouts=options.episodes > 0)
     settings = {
         "config": _constant(plan.config, plan.scales),
         "base_width": min(plan.keywords),
         "episodes": options.episodes,
+        DATA: task["data"]["sha256"],
     }
     check_settings(output, settings)
     _keep_results(output / RESULTS, plan)
-    task = _check(plan, rollouts=options.episodes > 0)
     note_settings(output, settings)
 
     from dopr_lightning.training import resolve
