@@ -47,6 +47,8 @@ LIBRARIES = ("dopr-lightning", "torch", "lightning", "gymnasium")
 # How an environment is found and called, and which seeds are asked of it, is no part of what it is.
 _ELSEWHERE = ("extra", "module", "first_seed", "simulators", "name")
 
+_SPLIT = ("train_episodes", "train_steps", "validation_episodes", "validation_steps")
+
 
 def describe(
     policy: PolicyModule, data: DemonstrationData, config: Mapping[str, Any], ema: EMA | None
@@ -198,13 +200,20 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
     """Compare a checkpoint with the demonstrations here.
 
     Raises:
-        UserError: They are others, or their numbers mean something else.
+        UserError: They are others, other episodes of them are held out, or their numbers mean something else.
     """
     theirs, ours = record["data"]["sha256"], data.provenance["sha256"]
     if theirs != ours:
         raise UserError(
             f"the checkpoint was trained on {record['data']['source']} with sha256 {theirs[:12]}, and this is "
             f"{data.provenance['source']} with {ours[:12]}; give the demonstrations that it was trained on"
+        )
+    here = data.provenance
+    recorded = {name: record["data"][name] for name in _SPLIT if name in record["data"] and name in here}
+    if changed := differences(recorded, {name: here[name] for name in recorded}):
+        raise UserError(
+            f"the checkpoint was trained on another split ({changed}), and may have seen what is held out here; give "
+            "--data.episodes and --data.validation_episodes as they were"
         )
     convention = data.convention()
     _refuse_other("observes", record["observation"]["keys"], list(convention.observation_keys))

@@ -174,6 +174,21 @@ def test_what_it_was_not_trained_for_is_refused(
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_another_split_is_refused(way: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Held out would be what it was trained on."""
+    line = refusal([*commands(trained)[way], "--data.validation_episodes=3"], capsys)
+    assert "on another split (train_episodes: 5 -> 3, train_steps: 60 -> 36, validation_episodes: 1 -> 3, 1 " in line
+    assert "--data.validation_episodes as they were" in line
+
+
+def test_a_checkpoint_that_says_nothing_of_the_split(trained: Path, tmp_path: Path) -> None:
+    held = torch.load(trained, weights_only=True)
+    held["dopr"]["data"] = {name: held["dopr"]["data"][name] for name in ("class", "source", "sha256")}
+    torch.save(held, tmp_path / "old.ckpt")
+    assert main(commands(tmp_path / "old.ckpt")["test --ckpt"]) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_another_version_of_the_simulator_must_be_accepted(
     way: str,
     trained: Path,
