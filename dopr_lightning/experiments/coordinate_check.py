@@ -189,7 +189,7 @@ class _Subject:
 
         policy = self._policy(width)
         for what in ("observation", "action"):
-            getattr(policy, f"{what}_normalizer").fit(self._statistics[what])
+            getattr(policy, f"{what}_normalizer").fit(self._statistics[what], what)
         policy.to(self._device)
         return policy, make_optimizer(policy, **policy.optimizer_arguments)
 

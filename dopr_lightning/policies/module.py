@@ -190,8 +190,8 @@ class PolicyModule(L.LightningModule):
         self._check_cameras(getattr(data, "cameras", ()))
         if stage == "fit" and not self.observation_normalizer.fitted:
             statistics = data.statistics()
-            self.observation_normalizer.fit(statistics["observation"])
-            self.action_normalizer.fit(statistics["action"])
+            self.observation_normalizer.fit(statistics["observation"], "observation")
+            self.action_normalizer.fit(statistics["action"], "action")
 
     def _check_cameras(self, there: Sequence[str]) -> None:
         name = type(self.network).__name__

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dopr_lightning.errors import UserError
@@ -58,12 +59,15 @@ class Normalizer(nn.Module):
         """Whether :meth:`fit` or a checkpoint has filled the map."""
         return self._fitted
 
-    def fit(self, statistics: Mapping[str, Tensor]) -> None:
+    def fit(self, statistics: Mapping[str, Tensor], what: str = "data") -> None:
         """Fill the map from per-dimension statistics of the training data.
+
+        Warns of a dimension that counts as constant and is not.
 
         Args:
             statistics: Tensors of shape (dim,): ``min`` and ``max`` for ``"minmax"``, ``mean`` and ``std``
                 for ``"standard"``. Other keys are left alone.
+            what: The data, for the warning: ``"action"``.
 
         Raises:
             UserError: A statistic is missing, of another size, or not finite.
@@ -77,6 +81,16 @@ class Normalizer(nn.Module):
         self.offset.copy_(offset)
         self.scale.copy_(torch.where(spread < CONSTANT, torch.ones_like(scale), scale))
         self._fitted = True
+        # What float32 cannot tell from the offset is rounding.
+        small = ((spread < CONSTANT) & (spread > offset.abs() * torch.finfo(torch.float32).eps)).nonzero().flatten()
+        if small.numel():
+            which = ", ".join(f"{index} (by {spread[index].item():.2g})" for index in small[:3].tolist())
+            more = f" and {small.numel() - 3} more" if small.numel() > 3 else ""
+            rank_zero_warn(
+                f"Normalizer: {what} dimension {which}{more} varies by less than {CONSTANT:g} and counts as constant: "
+                "it is not stretched, so to the network it is as good as 0; if it means something, rescale the data, "
+                "metres to millimetres say"
+            )
 
     def _statistic(self, statistics: Mapping[str, Tensor], name: str) -> Tensor:
         if name not in statistics:

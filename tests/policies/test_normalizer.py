@@ -47,6 +47,19 @@ def test_constant_dimension_maps_to_zero_and_stays_tame(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["minmax", "standard"])
+def test_a_dimension_that_only_counts_as_constant_is_told(mode: Mode, recwarn: pytest.WarningsRecorder) -> None:
+    """One that is constant is not, up to the rounding of its statistics."""
+    x = data()
+    statistics_ = statistics(x)
+    statistics_["std"][3] = 1e-8
+    Normalizer(4, mode).fit(statistics_)
+    assert not recwarn.list
+    x[:, 1] *= 1e-5
+    with pytest.warns(UserWarning, match=r"action dimension 1 \(by .*e-05\) varies by less than 0.0001 .* rescale the"):
+        Normalizer(4, mode).fit(statistics(x), "action")
+
+
+@pytest.mark.parametrize("mode", ["minmax", "standard"])
 def test_inverse(mode: Mode) -> None:
     normalizer = fitted(mode)
     x = data().double().unflatten(0, (5, 100))
