@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -102,8 +103,8 @@ class RolloutEvaluation(Callback):
         """Refuse a run whose rollouts would be of the wrong weights, or nowhere.
 
         Raises:
-            UserError: A weight averaging callback is listed after this one, the data module names no environment, or
-                there is no encoder for videos.
+            UserError: A weight averaging callback is listed after this one, the data module names no environment, a
+                checkpoint is to be chosen where there are no rollouts, or there is no encoder for videos.
         """
         after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in after:
@@ -115,6 +116,8 @@ class RolloutEvaluation(Callback):
                     f"RolloutEvaluation would see the raw weights: list {type(callback).__name__} before it in the "
                     "trainer's callbacks"
                 )
+        if stage == "fit":
+            self._check_monitors(trainer)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "environment"):
             raise UserError(
@@ -129,6 +132,20 @@ class RolloutEvaluation(Callback):
             )
         if self.videos:
             require_encoder()
+
+    def _check_monitors(self, trainer: L.Trainer) -> None:
+        """Refuse checkpoints by rollouts in epochs that have none: Lightning would stop at the first of these."""
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or not (callback.monitor or "").startswith("rollout/"):
+                continue
+            # 0 where steps or time decide.
+            if saved := callback.every_n_epochs:
+                validated = trainer.check_val_every_n_epoch or 1
+                if math.lcm(saved, validated) % self.every_n_epochs:
+                    raise UserError(
+                        f"checkpoints are chosen by {callback.monitor!r} every {saved} epochs, and rollouts are every "
+                        f"{self.every_n_epochs}; set checkpoint.every_n_epochs to {self.every_n_epochs} too"
+                    )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Roll out on the seeds that choose a checkpoint."""

@@ -14,7 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from scipy.stats import binomtest
@@ -269,6 +269,28 @@ def test_every_other_epoch(tmp_path: Path) -> None:
     run = trainer(tmp_path / "alone", [RolloutEvaluation(episodes=3, every_n_epochs=2)])
     run.validate(Constant(), datamodule=data(), verbose=False)  # asked for: always
     assert len(records(tmp_path / "alone")) == 3
+
+
+@pytest.mark.parametrize(("saved", "validated"), [(None, 1), (3, 1), (4, 1), (None, 2)])
+def test_checkpoints_by_rollouts_are_where_rollouts_are(tmp_path: Path, saved: int | None, validated: int) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="rollout/return", every_n_epochs=saved)
+    run = trainer(
+        tmp_path,
+        [RolloutEvaluation(episodes=1, every_n_epochs=2), checkpoint],
+        max_epochs=4,
+        enable_checkpointing=True,
+        check_val_every_n_epoch=validated,
+    )
+    model = Constant()
+    if saved == 4 or validated == 2:
+        run.fit(model, datamodule=data())
+        assert checkpoint.best_model_path
+    else:
+        with pytest.raises(
+            UserError, match=r"every \d epochs, and rollouts are every 2; set checkpoint.every_n_epochs"
+        ):
+            run.fit(model, datamodule=data())
+        assert model.weight == 0
 
 
 def test_training_is_not_disturbed(tmp_path: Path) -> None:
