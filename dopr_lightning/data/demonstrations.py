@@ -25,6 +25,7 @@ class Demonstrations:
             memory maps of files larger than memory.
         image_rows: (N,), which row of the images each step has; by default its own, and M is N. It lets a part of
             the demonstrations share the images of the whole. Stored as int64.
+        numbers: (E,), which episode of the whole each one is, for errors; by default its own. A part has them.
 
     Raises:
         UserError: The arrays do not fit together, or hold a value that is not finite.
@@ -37,6 +38,7 @@ class Demonstrations:
     sha256: str
     images: Mapping[str, npt.NDArray[np.uint8]] | None = None
     image_rows: npt.NDArray[np.int64] | None = None
+    numbers: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         name = f"demonstrations {self.source!r}"
@@ -152,4 +154,5 @@ class Demonstrations:
             actions=self.actions[rows],
             episode_ends=np.cumsum(lengths),
             image_rows=None if self.image_rows is None else self.image_rows[rows],
+            numbers=episodes if self.numbers is None else self.numbers[episodes],
         )

@@ -59,8 +59,9 @@ class WindowDataset(Dataset[Batch]):
         counts = (ends - starts) + (observe - 1) + (act - 1) - horizon + 1
         if counts.min() < 1:
             episode = int(np.argmin(counts))
+            number = episode if demonstrations.numbers is None else demonstrations.numbers[episode]
             raise UserError(
-                f"demonstrations {demonstrations.source!r}: episode {episode} has {ends[episode] - starts[episode]} "
+                f"demonstrations {demonstrations.source!r}: episode {number} has {ends[episode] - starts[episode]} "
                 f"steps, too few for a window of horizon={horizon}; shorten the horizon or remove that episode"
             )
         window_episode = np.repeat(np.arange(len(ends)), counts)

@@ -81,6 +81,14 @@ def test_a_short_episode_is_named() -> None:
     assert len(WindowDataset(demonstrations([8]), 2, 16, 8)) == 1
 
 
+@pytest.mark.parametrize("short", range(6))
+def test_a_short_episode_of_a_part_is_named_as_in_the_whole(short: int) -> None:
+    train, validation = demonstrations([7 if episode == short else 20 for episode in range(6)]).split(2, seed=0)
+    held_out = 7 in np.diff(validation.episode_ends, prepend=0)
+    with pytest.raises(UserError, match=rf"episode {short} has 7 steps"):
+        WindowDataset(validation if held_out else train.take(4), 2, 16, 8)
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"), [((2, 8, 8), "use horizon=9"), ((0, 4, 1), "at least 1"), ((1, 1, 0), "at least 1")]
 )
