@@ -114,6 +114,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ([*FIT, "--data.batch_size=1000", "--trainer.enable_model_summary=false"], ["batch_size=1000", "55"]),
     ([*COMPARE, "--data.batch_size=1000"], ["batch_size=1000", "55"]),
     ([*FIT, "--rollout.episodes=-1"], ["episodes=-1"]),
+    ([*COMPARE, "--data.source.observation_dim=3"], ["observations of shape (3,)", "but DoprToy-v0 has (2,) and (1,)"]),
     ([*COMPARE, "--seeds", "0,1,0"], ["--seeds 0,1,0", "twice"]),
     ([*COMPARE, "--seeds", "a"], ["--seeds a"]),
     ([*COMPARE, "--seeds", ""], ["--seeds"]),

@@ -128,19 +128,19 @@ def judge(cli: Any, what: str) -> EnvironmentSpec:
     """The environment in which a command judges, which is there.
 
     Args:
-        cli: With the data.
+        cli: With the policy and the data.
         what: The command, ``"a comparison"``.
 
     Raises:
-        UserError: The source names none, or it is not installed.
+        UserError: The source names none, it is not installed, or the data do not fit it.
     """
-    from dopr_lightning.rollout.environments import make
+    from dopr_lightning.rollout.evaluate import check_fit
 
     environment: EnvironmentSpec | None = cli.datamodule.environment
     if environment is None:
         source = type(cli.datamodule.source).__name__
         raise UserError(f"{what} judges by rollouts, and {source} names no environment; give it one to roll out in")
-    make(environment).close()
+    check_fit(cli.model, environment, getattr(cli.datamodule, "image_sizes", {}))
     return environment
 
 

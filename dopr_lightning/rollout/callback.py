@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.evaluate import Episode, Policy, evaluate
+from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, evaluate
 from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
 from dopr_lightning.rollout.video import Film, animation, best_and_worst, film, require_encoder, write_mp4
 
@@ -132,6 +132,22 @@ class RolloutEvaluation(Callback):
             )
         if self.videos:
             require_encoder()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse an environment that the data do not fit now, and not at the first rollouts.
+
+        Raises:
+            UserError: It has other sizes, or cannot be made.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data.environment is not None and (self.episodes or self.report_episodes):
+            check_fit(
+                cast(Policy, pl_module),
+                data.environment,
+                getattr(data, "image_sizes", {}),
+                workers=self.workers,
+                timeout_s=self.timeout_s,
+            )
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
         """Refuse checkpoints by rollouts in epochs that have none: Lightning would stop at the first of these."""

@@ -166,6 +166,37 @@ def evaluate(
     return [finished[seed] for seed in seeds]
 
 
+def check_fit(
+    policy: Policy,
+    spec: EnvironmentSpec,
+    image_sizes: Mapping[str, tuple[int, int]],
+    *,
+    workers: int = 0,
+    timeout_s: float = 60.0,
+) -> None:
+    """Make the environment, and compare its sizes with the policy's and the data's before that is trained on.
+
+    Args:
+        policy: As for `evaluate`, and so are the others.
+        spec: Of the environment.
+        image_sizes: Height and width of the data's images, by camera.
+        workers: 0 to make it in this process.
+        timeout_s: Of a worker.
+
+    Raises:
+        UserError: It cannot be made, or has other sizes.
+    """
+    with seats(spec, 1, policy.observe, workers=min(1, workers), timeout_s=timeout_s) as environments:
+        found = environments.describe()
+    _check_fit(policy, spec, found)
+    for camera, size in image_sizes.items():
+        if camera in found.image_sizes and found.image_sizes[camera] != size:
+            raise UserError(
+                f"images of camera {camera!r} are {' x '.join(map(str, size))} in the data and "
+                f"{' x '.join(map(str, found.image_sizes[camera]))} in {spec.id}; make one of them like the other"
+            )
+
+
 class _Running:
     """One episode under way."""
 
@@ -221,7 +252,8 @@ def _check_fit(policy: Policy, spec: EnvironmentSpec, environment: Description) 
     if (policy.observation_dim,) != sees or (policy.action_dim,) != does:
         raise UserError(
             f"the policy maps observations of shape ({policy.observation_dim},) to actions of shape "
-            f"({policy.action_dim},), but {spec.id} has {sees} and {does}; evaluate it where it was trained"
+            f"({policy.action_dim},), but {spec.id} has {sees} and {does}; evaluate it where it was "
+            "trained, and train it on demonstrations of where it is to be evaluated"
         )
 
 

@@ -41,11 +41,13 @@ class Description:
         state: Shape of what it observes, images aside.
         action: Shape of what it takes.
         frame_rate: Of its films, in frames per second of simulated time.
+        image_sizes: Height and width of each camera's images.
     """
 
     state: tuple[int, ...]
     action: tuple[int, ...]
     frame_rate: float
+    image_sizes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,10 @@ class Seat:
         Raises:
             UserError: There is no such environment.
         """
-        env = self._made()
-        state = env.observation_space["state"] if self._spec.cameras else env.observation_space
-        return Description(state.shape, env.action_space.shape, self._rate() / self._stride())
+        env, cameras = self._made(), self._spec.cameras
+        state = env.observation_space["state"] if cameras else env.observation_space
+        sizes = {camera: env.observation_space["images"][camera].shape[:2] for camera in cameras}
+        return Description(state.shape, env.action_space.shape, self._rate() / self._stride(), sizes)
 
     def start(self, seed: int) -> Stretch:
         """Begin an episode.

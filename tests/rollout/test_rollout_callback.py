@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import toy_views
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
@@ -269,6 +270,31 @@ def test_every_other_epoch(tmp_path: Path) -> None:
     run = trainer(tmp_path / "alone", [RolloutEvaluation(episodes=3, every_n_epochs=2)])
     run.validate(Constant(), datamodule=data(), verbose=False)  # asked for: always
     assert len(records(tmp_path / "alone")) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sizes_are_compared_before_anything_is_trained(tmp_path: Path, workers: int) -> None:
+    model = Constant()
+    model.observation_dim = 3
+    run = trainer(tmp_path, [RolloutEvaluation(episodes=0, report_episodes=1, workers=workers)])
+    with pytest.raises(UserError, match=r"observations of shape \(3,\) .* but \S+ has \(2,\) and \(1,\)"):
+        run.fit(model, datamodule=data(faulty_environment.SPEC))
+    assert model.weight == 0
+    run = trainer(tmp_path, [RolloutEvaluation(episodes=0, report_episodes=0)])
+    run.fit(model, datamodule=data())  # there are no rollouts to fit
+    assert model.weight == 8
+
+
+def test_sizes_of_images_are_compared_before_anything_is_trained(tmp_path: Path) -> None:
+    class Larger(toy_views.ToyViews):
+        def load(self) -> Demonstrations:
+            whole = super().load()
+            return replace(whole, images={"front": whole.images["front"].repeat(2, axis=1)})  # type: ignore[index]
+
+    model = Constant()
+    with pytest.raises(UserError, match=r"camera 'front' are 24 x 12 in the data and 12 x 12 in DoprToyViews-v0"):
+        trainer(tmp_path, [RolloutEvaluation()]).fit(model, datamodule=DemonstrationData(Larger(), batch_size=5))
+    assert model.weight == 0
 
 
 @pytest.mark.parametrize(("saved", "validated"), [(None, 1), (3, 1), (4, 1), (None, 2)])
