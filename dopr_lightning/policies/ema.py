@@ -20,6 +20,9 @@ from dopr_lightning.policies.sharding import is_sharded, local
 
 _IN_ONE_FILE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
+HALVES = ("bf16-true", "16-true")
+"""Lightning's names of weights in half precision."""
+
 
 def ema_decay(n: int, decay: float, warmup_power: float) -> float:
     """Return the weight of the old average at update ``n`` = 0, 1, ...: min(decay, 1 - (1 + n)^-power).
@@ -86,10 +89,15 @@ class EMA(WeightAveraging):
         """Forget an earlier fit, its step count included, and copy the model while it is whole.
 
         Raises:
-            UserError: Checkpoints would be cut up, too.
+            UserError: Weights are of half precision, or checkpoints would be cut up, too.
         """
         if stage != "fit":
             return
+        if trainer.precision in HALVES:
+            raise UserError(
+                f"EMA: with precision={trainer.precision} the average would stand still, since its steps are less than "
+                "half precision resolves; use bf16-mixed, whose weights are float32"
+            )
         if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             raise UserError(
                 "EMA: the average is saved in one file; set save_distributed_checkpoint=False of the strategy, or take "

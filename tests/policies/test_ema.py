@@ -223,3 +223,11 @@ def test_the_same_callback_serves_a_second_fit(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         EMA(**arguments)
+
+
+def test_weights_of_half_precision_are_refused(tmp_path: Path) -> None:
+    run = pl.Trainer(
+        precision="bf16-true", accelerator="cpu", devices=1, callbacks=[EMA()], logger=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(UserError, match=r"precision=bf16-true the average would stand still.*use bf16-mixed"):
+        fit(run, Model())
