@@ -28,7 +28,6 @@ from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.preemption import Preemption
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
-from dopr_lightning.rollout.environments import make
 from dopr_lightning.saving import LastCheckpoint
 
 __all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
@@ -164,11 +163,6 @@ class CLI(LightningCLI):
         accept = self._get(self.config, "accept_versions", default=False)
         self.trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
         self.trainer.callbacks.append(checkpoint.SelfDescription(self.plain_config(), accept))  # type: ignore[attr-defined]
-
-    def before_fit(self) -> None:
-        """Find out now, not at the first validation, that the rollouts' environment is not installed."""
-        if self.datamodule.environment is not None:
-            make(self.datamodule.environment).close()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

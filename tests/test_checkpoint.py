@@ -256,7 +256,7 @@ def test_an_environment_that_no_checkpoint_can_hold(tmp_path: Path, monkeypatch:
     spec = replace(ToyTask().environment, kwargs={"fault": None, "noise": torch.zeros(1)})
     monkeypatch.setattr(Walked, "environment", spec)
     with pytest.raises(UserError, match=r"'DoprToy-v0' holds tensor.*use plain values"):
-        train(tmp_path, WALKED, "--trainer.max_steps=4", "--rollout.episodes=0")
+        train(tmp_path, WALKED, "--trainer.max_steps=4", "--rollout.episodes=0", "--rollout.report_episodes=0")
 
 
 def test_numbers_of_numpy_in_the_record_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
