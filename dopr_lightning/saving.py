@@ -18,12 +18,13 @@ class LastCheckpoint(ModelCheckpoint):
     longer run that goes on in the middle of an epoch.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether the folder is free: not in ``setup``, which does not know yet whether a run is resumed.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the folder is free: now, since before it is not always known whether a run is resumed.
 
         Raises:
             UserError: It holds another run's last checkpoint, beside which this one's would get another name.
         """
+        super().on_train_start(trainer, pl_module)
         last = Path(self.dirpath or "") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
         if self.save_last and trainer.ckpt_path is None and last.is_file():
             raise UserError(
