@@ -202,14 +202,13 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
     Raises:
         UserError: They are others, other episodes of them are held out, or their numbers mean something else.
     """
-    theirs, ours = record["data"]["sha256"], data.provenance["sha256"]
-    if theirs != ours:
+    there, here = record["data"], data.provenance
+    if there["sha256"] != here["sha256"]:
         raise UserError(
-            f"the checkpoint was trained on {record['data']['source']} with sha256 {theirs[:12]}, and this is "
-            f"{data.provenance['source']} with {ours[:12]}; give the demonstrations that it was trained on"
+            f"the checkpoint was trained on {there['source']} with sha256 {there['sha256'][:12]}, and this is "
+            f"{here['source']} with {here['sha256'][:12]}; give the demonstrations that it was trained on"
         )
-    here = data.provenance
-    recorded = {name: record["data"][name] for name in _SPLIT if name in record["data"] and name in here}
+    recorded = {name: there[name] for name in _SPLIT if name in there and name in here}
     if changed := differences(recorded, {name: here[name] for name in recorded}):
         raise UserError(
             f"the checkpoint was trained on another split ({changed}), and may have seen what is held out here; give "

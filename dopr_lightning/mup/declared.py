@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dopr_lightning.preconditioner.layers import public_name
+from dopr_lightning.preconditioner.layers.parameters import join
 
 
 def declared_roles(model: nn.Module) -> dict[str, str]:
@@ -13,7 +14,7 @@ def declared_roles(model: nn.Module) -> dict[str, str]:
     Public: without what ``torch.compile`` and activation checkpointing put into names, wherever they wrap.
     """
     return {
-        public_name(f"{prefix}.{name}" if prefix else name): role
+        public_name(join(prefix, name)): role
         for prefix, module in model.named_modules()
         if callable(own := getattr(module, "parameter_roles", None))
         for name, role in own().items()

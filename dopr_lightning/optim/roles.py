@@ -10,6 +10,7 @@ from torch import nn
 
 from dopr_lightning.mup.declared import declared_roles
 from dopr_lightning.preconditioner.layers import public_name
+from dopr_lightning.preconditioner.layers.parameters import join
 
 Role = Literal["hidden", "condition", "input", "readout", "vector", "embedding"]
 
@@ -43,7 +44,7 @@ def parameter_roles(
     roles: dict[str, Role] = {name: "vector" if p.dim() < 2 else "hidden" for name, p in parameters.items()}
     plain = {public_name(name): name for name in roles}
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and (name := plain.get(public_name(_join(prefix, "weight")))):
+        if isinstance(module, nn.Embedding) and (name := plain.get(public_name(join(prefix, "weight")))):
             roles[name] = "embedding"
 
     declared = declared_roles(model)
@@ -66,7 +67,3 @@ def parameter_roles(
             raise ValueError(f"the role pattern {pattern!r} matches no trainable parameter")
         roles.update((name, role) for name in matching)  # type: ignore[misc]
     return roles
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
