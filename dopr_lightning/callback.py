@@ -39,6 +39,7 @@ class DoPr(pl.Callback):
         damping_scale: ``"trace"`` or ``"mean"``.
         update_every: Refresh covariances every this many optimizer steps.
         ema: Weight of past covariances at a refresh.
+        overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other.
         solver: ``"exact"``, ``"lowrank"`` or ``"auto"``.
         max_error: Relative error that the low-rank solver's certificate may show.
         conv: ``"channel"`` or ``"patch"``.
@@ -69,6 +70,7 @@ class DoPr(pl.Callback):
         damping_scale: DampingScale = "trace",
         update_every: int = 1,
         ema: float = 0.0,
+        overlap: bool = False,
         solver: Solver = "auto",
         max_error: float = 0.2,
         conv: ConvCovariance = "channel",
@@ -97,7 +99,7 @@ class DoPr(pl.Callback):
         check_options(**checked)
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1 step, got {log_every}")
-        self.options: dict[str, Any] = {**checked, "bias": bias}
+        self.options: dict[str, Any] = {**checked, "bias": bias, "overlap": overlap}
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
         self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition

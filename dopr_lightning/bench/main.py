@@ -80,6 +80,7 @@ def _measure(options: Any) -> None:
             "solver": options.solver,
             "update_every": options.update_every,
             "max_rows": options.max_rows,
+            "overlap": options.overlap,
             "threads": count,
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "autocast": options.autocast,
@@ -129,7 +130,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     limits = Limits(2, 3, 0.0) if options.quick else Limits(3, 100, SECONDS[device.type])
 
     every = options.update_every
-    given = {"solver": options.solver, "update_every": every, "max_rows": options.max_rows}
+    given = {"solver": options.solver, "update_every": every, "max_rows": options.max_rows, "overlap": options.overlap}
     dopr = arm(lambda model: ActivationPreconditioner(model, **given))
     base = arm(None)
     times = []
@@ -258,6 +259,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", help="comma-separated batch sizes; default: each model's own, 256,1024 for policies")
     parser.add_argument("--solver", choices=SOLVERS, default="auto", help="default: %(default)s")
     parser.add_argument("--update-every", type=int, default=10, help="steps per refresh; default: %(default)s")
+    parser.add_argument("--overlap", action="store_true", help="finish each refresh in the next step")
     parser.add_argument("--max-rows", type=int, help="of each input that statistics are taken of; default: all")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")

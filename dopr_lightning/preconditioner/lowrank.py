@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -30,8 +31,9 @@ from dopr_lightning.preconditioner.covariance import collected, damping_values, 
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
-from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
+from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import SHIFT, core_eigenpairs, probe, products, random_basis
+from dopr_lightning.preconditioner.threads import ToHost, in_background
 
 FIRST_RANK = 48
 """Directions to start with: they meet the default tolerance on every layer of the Humanoid policies at any width
@@ -116,24 +118,21 @@ class LowRankStack(Stack):
         return self._left[part, :r].mT, self._right[part, :r], scale
 
     @classmethod
-    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> dict[Stack, Tensor]:
-        stacks = [stack for stack, _ in due]
-        facts: dict[LowRankStack, Tensor] = {}
-        for device in dict.fromkeys(stack.device for stack in stacks):
-            there = [stack for stack in stacks if stack.device == device]
-            sizes = [stack.blocks for stack in there]
-            # Here the host waits for the device, and in ``solve`` for what has been projected.
-            facts |= zip(
-                there, torch.cat([stack.facts() for stack in there], dim=1).cpu().split(sizes, dim=1), strict=True
-            )
+    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, ahead: bool = False) -> FinishRefresh:
         alike: dict[Hashable, list[LowRankStack]] = {}
-        for stack in stacks:
+        for stack, _ in due:
             alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
-        renewals = [_Renewal(members, [facts[stack] for stack in members]) for members in alike.values()]
-        return {stack: outcome for renewal in renewals for stack, outcome in renewal.solve()}
+        renewals = [_Renewal(members) for members in alike.values()]
+        solutions = [in_background(r.solve) if ahead and _host_is_idle(r.device) else r.solve for r in renewals]
+
+        def finish() -> dict[Stack, Tensor]:
+            pairs = zip(renewals, solutions, strict=True)
+            return {stack: outcome for renewal, solve in pairs for stack, outcome in renewal.adopt(solve())}
+
+        return finish
 
     def refresh(self, share: slice) -> Tensor:
-        return self.refresh_all([(self, share)])[self]
+        return self.begin_refresh([(self, share)])()[self]
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         failed = super().accept(outcome, step)
@@ -311,48 +310,59 @@ class LowRankStack(Stack):
 class _Renewal:
     """One refresh of stacks on one device that track equally many directions.
 
-    What is a number or k x k per covariance is done on the host, for all of them at once: stack by stack it would be
-    some 300 small operators each. Numbers are arrays in float64, see :mod:`~.certificate`.
+    What is k x k per covariance is done on the host, for all of them at once: stack by stack it would be some 300 small
+    operators each. Numbers there are arrays in float64, see :mod:`~.certificate`. The host waits for the device once,
+    in :meth:`solve`.
 
     Args:
-        stacks: Their projections are queued.
-        facts: :meth:`LowRankStack.facts` of each, on the host.
+        stacks: Whose sums are complete, or will be by what is queued. Their projections are queued.
     """
 
-    def __init__(self, stacks: Sequence[LowRankStack], facts: Sequence[Tensor]) -> None:
+    def __init__(self, stacks: Sequence[LowRankStack]) -> None:
         self.stacks = stacks
         self.device, self.dtype = stacks[0].device, stacks[0].dtype
         self.tracked, self.options = stacks[0].tracked, stacks[0].options
         self.sizes = [stack.blocks for stack in stacks]
         self.dims = np.repeat([stack.dim for stack in stacks], self.sizes)
         self.last = np.concatenate([stack._known.numpy() for stack in stacks]).astype(np.float64)
-        self.rows, sums = torch.cat(list(facts), dim=1).numpy()
-        per_row = 1 / np.maximum(self.rows, 1)
-        with np.errstate(all="ignore"):  # NaN and infinity do not get past the blocks that show them
-            self.seen = sums * per_row
-            eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
-            self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
-            self.trace = (1 - share) * trace + share * self.seen
-            self.valid = usable(self.rows, self.seen, self.dtype) & usable(self.rows, self.trace, self.dtype)
-            scale = np.where(self.valid, self.trace, 1)
-            above, tail = _above_tail(eigenvalues, trace, self.dims)
-            past = ((1 - share) / scale)[:, None]
-            numbers = np.concatenate([(share / scale * per_row)[:, None], past * tail + SHIFT, past * above], axis=1)
-        uploaded = self._upload(torch.from_numpy(numbers).to(self.dtype))
-        self.images, cores = zip(*map(LowRankStack.project, stacks, uploaded), strict=True)
-        self.products = torch.cat(cores, dim=1)
+        eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
+        self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
+        above, tail = _above_tail(eigenvalues, trace, self.dims)
+        past = np.concatenate([share[:, None], trace[:, None], tail, above], axis=1)
+        facts, numbers = self._factors(self._upload(torch.from_numpy(past)))
+        self.images, cores = zip(*map(LowRankStack.project, stacks, numbers.split(self.sizes)), strict=True)
+        self._download = ToHost(facts, torch.cat(cores, dim=1))
 
-    def solve(self) -> Iterable[tuple[LowRankStack, Tensor]]:
-        """Renew the stacks; returns what their :meth:`LowRankStack.accept` is told."""
+    def _factors(self, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the sums, of the identity and of each direction in the average, in units of its trace, (B, 2 + k).
+
+        On the device, where the sums are. And before them what :meth:`solve` needs to know: rows, this refresh's trace,
+        that of the average, and whether both are usable, (4, B).
+        """
+        share, trace, tail, above = past[:, 0], past[:, 1], past[:, 2:3], past[:, 3:]
+        rows, sums = torch.cat([stack.facts() for stack in self.stacks], dim=1)
+        per_row = 1 / rows.clamp(min=1)
+        seen = sums * per_row
+        average = (1 - share) * trace + share * seen
+        valid = usable(rows, seen, self.dtype) & usable(rows, average, self.dtype)
+        scale = torch.where(valid, average, 1)
+        kept = ((1 - share) / scale)[:, None]
+        numbers = torch.cat([(share / scale * per_row)[:, None], kept * tail + SHIFT, kept * above], dim=1)
+        return torch.stack([rows, seen, average, valid.double()]), numbers.to(self.dtype)
+
+    def solve(self) -> _Solution:
+        """What the host does, for :meth:`adopt`; may run in a thread of its own."""
         options = self.options
+        facts, core_and_gram = self._download.wait()
+        rows, seen, trace, valid = facts.numpy()
         found, rotation, trusted = core_eigenpairs(
-            self.products.cpu(), torch.from_numpy(self.valid), idle=self.device.type != "cpu"
+            core_and_gram, torch.from_numpy(valid > 0), idle=_host_is_idle(self.device)
         )
-        damping = damping_values(self.trace, self.dims, options.damping, options.damping_scale)
-        with np.errstate(all="ignore"):
+        damping = damping_values(trace, self.dims, options.damping, options.damping_scale)
+        with np.errstate(all="ignore"):  # NaN and infinity do not get past the blocks that show them
             good = trusted.numpy() & np.isfinite((1 / damping).astype(self._number))
         # Any numbers will do where nothing can be trusted: such blocks keep what they have.
-        trace, damping = np.where(good, self.trace, 1), np.where(good, damping, 1)
+        trace, damping = np.where(good, trace, 1), np.where(good, damping, 1)
         eigenvalues = np.where(good[:, None], found.numpy() * trace[:, None], 0)
         error = relative_error(eigenvalues, trace, damping, self.dims)
         needed = required_rank(error, options.max_error)
@@ -366,31 +376,68 @@ class _Renewal:
         with np.errstate(over="ignore"):  # a floor that is infinite leaves nothing of the gradient
             known = np.where(good[:, None], new, self.last).astype(self._number)
         derived = _derived(known, self.tracked)
-        renewed = [None] * len(self.stacks) if good.all() else self._upload(torch.from_numpy(good))
+        _, used, _, _, certified, _ = _fields(known, self.tracked)
+        outcome = [rows, seen, good, derived[:, -1], certified]
+        outcome += [np.count_nonzero(used, axis=-1), needed * good, ample * good]
+        return _Solution(
+            rotation=self._staged(rotation),
+            known=torch.from_numpy(known),
+            derived=self._staged(torch.from_numpy(derived)),
+            good=None if good.all() else self._staged(torch.from_numpy(good)),
+            outcome=torch.from_numpy(np.stack(outcome)),
+        )
+
+    def adopt(self, solution: _Solution) -> Iterable[tuple[LowRankStack, Tensor]]:
+        """Renew the stacks; returns what their :meth:`LowRankStack.accept` is told."""
         parts = zip(
             self.stacks,
             self.images,
-            self._upload(rotation),
-            torch.from_numpy(known).split(self.sizes),
-            self._upload(torch.from_numpy(derived)),
-            renewed,
+            self._upload(solution.rotation).split(self.sizes),
+            solution.known.split(self.sizes),
+            self._upload(solution.derived).split(self.sizes),
+            [None] * len(self.stacks) if solution.good is None else self._upload(solution.good).split(self.sizes),
             strict=True,
         )
         for stack, *part in parts:
             stack.renew(*part)
-        _, used, _, _, certified, _ = _fields(known, self.tracked)
-        outcome = [self.rows, self.seen, good, derived[:, -1], certified]
-        outcome += [np.count_nonzero(used, axis=-1), needed * good, ample * good]
-        return zip(self.stacks, torch.from_numpy(np.stack(outcome)).split(self.sizes, dim=1), strict=True)
+        return zip(self.stacks, solution.outcome.split(self.sizes, dim=1), strict=True)
 
     @property
     def _number(self) -> np.dtype[Any]:
         """The stacks' dtype, of arrays."""
         return self.stacks[0]._known.numpy().dtype
 
-    def _upload(self, numbers: Tensor) -> Sequence[Tensor]:
-        """To the device in one piece, and there each stack's part."""
-        return numbers.to(self.device, non_blocking=True).split(self.sizes)
+    def _staged(self, numbers: Tensor) -> Tensor:
+        """Where the device can fetch it from without the host waiting."""
+        return numbers.pin_memory() if self.device.type == "cuda" else numbers
+
+    def _upload(self, numbers: Tensor) -> Tensor:
+        """To the device in one piece."""
+        return numbers.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """What :meth:`_Renewal.solve` has found, on the host, blocks first but in ``outcome``.
+
+    Attributes:
+        rotation: (B, k, k), see :meth:`LowRankStack.renew`, as for the next three.
+        known: (B, 2 k + 4).
+        derived: (B, k + 1).
+        good: (B,), or None where all are.
+        outcome: What :meth:`LowRankStack.accept` is told, (8, B).
+    """
+
+    rotation: Tensor
+    known: Tensor
+    derived: Tensor
+    good: Tensor | None
+    outcome: Tensor
+
+
+def _host_is_idle(device: torch.device) -> bool:
+    """Whether the host's cores have little to do in a step of training."""
+    return device.type != "cpu"
 
 
 def _fields(known: Any, tracked: int) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from logging import getLogger
 from typing import Any, get_args
 
@@ -24,8 +25,9 @@ from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
 from dopr_lightning.preconditioner.replay import Replay
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
-from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions
+from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions
 from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, moments
+from dopr_lightning.preconditioner.threads import ToHost
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
 log = getLogger(__name__)
@@ -59,6 +61,9 @@ class ActivationPreconditioner:
         update_every: Refresh statistics and inverses every this many :meth:`step` calls. Steps between refreshes
             capture nothing and send nothing. 1 is the paper's choice; 10 costs a fraction of it, and wants an ``ema``
             where a batch has few rows for the width (docs/results).
+        overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other: low-rank layers
+            (and Woodbury's) have new inverses a step later. Ignored where every step refreshes, in the first steps, and
+            where a layer has no inverse yet. The same on every device, but only GPUs gain.
         ema: Weight of past covariances at a refresh, in [0, 1). 0, this refresh's rows alone, is the paper's choice;
             0.9 goes well with ``update_every=10``.
         solver: ``"exact"``; ``"lowrank"``, whose share of a step does not grow with the width; or ``"auto"``, per size
@@ -104,6 +109,7 @@ class ActivationPreconditioner:
         damping_scale: DampingScale = "trace",
         update_every: int = 1,
         ema: float = 0.0,
+        overlap: bool = False,
         solver: Solver = "auto",
         max_error: float = 0.2,
         conv: ConvCovariance = "channel",
@@ -136,6 +142,9 @@ class ActivationPreconditioner:
         self._max_failures = max_failures
         self.steps = 0
         self._due = False
+        self._overlap = overlap
+        self._pending: _Pending | None = None
+        self._recheck = False  # a layer that had a gradient was reached by no row in a refresh that overlapped
         self._unused: set[str] = set()  # layers without an inverse for whom an early refresh was in vain
         reshard(model)
         self._coverage = find_coverage(
@@ -180,8 +189,9 @@ class ActivationPreconditioner:
                 or its inverse has failed ``max_failures`` times in a row.
         """
         check_still_frozen(self._coverage.frozen)
+        refreshed = self.collecting
+        self._settle()
         with torch.autocast(self._stacks[0].device.type, enabled=False):
-            refreshed = self.collecting
             if refreshed:
                 self._refresh()
                 self._audit.report()
@@ -218,6 +228,7 @@ class ActivationPreconditioner:
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
+        self._settle()
         self._capture.remove()
         self._audit.remove()
 
@@ -226,6 +237,7 @@ class ActivationPreconditioner:
 
         Costs an eigenvalue decomposition per exactly solved layer: for a person to look at, not for every step.
         """
+        self._settle()
         rows = [SummaryRow(name, reason=reason) for name, reason in self._coverage.reasons.items()]
         for stack in self._stacks:
             for index, layer in enumerate(stack.layers):
@@ -251,8 +263,15 @@ class ActivationPreconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""
+        self._settle()
         layers = {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
-        return {"steps": self.steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
+        return {
+            "steps": self.steps,
+            "due": self._due,
+            "recheck": self._recheck,
+            "unused": sorted(self._unused),
+            "layers": layers,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows counted since the last step are forgotten.
@@ -260,12 +279,14 @@ class ActivationPreconditioner:
         Raises:
             ValueError: The state was saved for other layers, shapes or solvers.
         """
+        self._pending = None
         saved = state["layers"]
         known = {layer.name for layer in self._stack_of}
         if saved and saved.keys() != known:
             difference = ", ".join(sorted(saved.keys() ^ known))
             raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
+        self._recheck = state["recheck"]
         self.discard()
         if not saved:
             return
@@ -295,7 +316,8 @@ class ActivationPreconditioner:
         ]
         if refreshed:  # in vain: a gradient of zeros, which some wrappers give to unused layers
             self._unused.update(layer.name for layer in without)
-        self._due = any(layer.name not in self._unused for layer in without)
+        self._due = self._recheck or any(layer.name not in self._unused for layer in without)
+        self._recheck = False
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of every gradient that is rewritten, by the parameter's public name."""
@@ -325,6 +347,7 @@ class ActivationPreconditioner:
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
     def _count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+        self._settle()  # before the next window opens, in which the number of directions must not change
         with _range("dopr::statistics"):
             stack = self._stack_of[layer]
             stack.add(layer, x, mask)
@@ -352,10 +375,12 @@ class ActivationPreconditioner:
                     reduction.wait(len(stacks) + index)
                     yield stack, mine[index]
 
-        outcomes: dict[Stack, Tensor] = {}
+        ahead = self._may_overlap()
         with _range("dopr::solve"):
-            for kind in dict.fromkeys(type(stack) for stack in stacks):
-                outcomes |= kind.refresh_all(due(kind))
+            kinds = dict.fromkeys(type(stack) for stack in stacks)
+            finish = {kind: kind.begin_refresh(due(kind), ahead=ahead and kind is LowRankStack) for kind in kinds}
+            later = finish.pop(LowRankStack, dict) if ahead else dict
+            outcomes = {stack: outcome for kind in finish for stack, outcome in finish[kind]().items()}
         with _range("dopr::reduce"):
             shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
             gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], self._group)
@@ -364,15 +389,45 @@ class ActivationPreconditioner:
                 renewed.wait(position)
             gathering.wait()
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
-        for stack in list(stacks):
-            # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
-            for failure in stack.accept(outcomes[stack].tolist(), self.steps):
-                _report(failure, self._max_failures)
+        if ahead:
+            used = {layer for layer in self._stack_of if layer.has_gradient}
+            self._pending = _Pending(later, outcomes, ToHost(*outcomes.values()), self.steps, used)
+            return
+        self._accept(outcomes, self.steps)
+        for stack in stacks:
             for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
                 if rows == 0:
                     _check_unused(layer)
+
+    def _may_overlap(self) -> bool:
+        """Whether this refresh may be finished in the next step, which is none itself."""
+        if not self._overlap or self._due or self.update_every == 1 or self.steps < WARM_UP:
+            return False
+        return not any(None in stack.refreshed_at for stack in self._stacks)
+
+    def _accept(self, outcomes: Mapping[Stack, Tensor], step: int) -> None:
+        for stack in list(self._stacks):
+            # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
+            for failure in stack.accept(outcomes[stack].tolist(), step):
+                _report(failure, self._max_failures)
             if isinstance(stack, LowRankStack) and stack.unattainable:
                 self._fall_back(stack)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Finish a refresh that overlaps."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with torch.autocast(self._stacks[0].device.type, enabled=False), _range("dopr::solve"):
+            self._accept(pending.outcomes(), pending.step)
+        # Whether it is a mistake that no row has reached a layer the gradients of that step would say: it is asked once
+        # more, at a refresh that does not overlap.
+        self._recheck |= any(
+            rows == 0 and layer in pending.used
+            for stack in self._stacks
+            for layer, rows in zip(stack.layers, stack.rows_seen, strict=True)
+        )
 
     def _fall_back(self, stack: LowRankStack) -> None:
         """The tolerance needs too many directions: the exact solver takes over, where it may."""
@@ -382,6 +437,29 @@ class ActivationPreconditioner:
         elif not stack.warned:
             stack.warned = True
             log.warning("%s", _describe(stack, "raise max_error or damping, or take solver='auto'"))
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A refresh that is finished in the next step.
+
+    Attributes:
+        finish: Of the stacks that are not done, see :meth:`Stack.begin_refresh`.
+        done: The other stacks' outcomes.
+        download: These, on their way to the host.
+        step: When it began.
+        used: Layers that had a gradient then.
+    """
+
+    finish: FinishRefresh
+    done: Collection[Stack]
+    download: ToHost
+    step: int
+    used: Collection[Layer]
+
+    def outcomes(self) -> dict[Stack, Tensor]:
+        """Of all stacks, on the host."""
+        return self.finish() | dict(zip(self.done, self.download.wait(), strict=True))
 
 
 def _range(name: str) -> AbstractContextManager[Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class StackOptions:
     max_rows: int | None
     max_error: float
     update_every: int
+
+
+FinishRefresh: TypeAlias = "Callable[[], dict[Stack, Tensor]]"
+"""The second part of a refresh: the outcomes, for :meth:`Stack.accept`."""
 
 
 class Stack(ABC):
@@ -154,9 +158,18 @@ class Stack(ABC):
         """
 
     @classmethod
-    def refresh_all(cls, due: Iterable[tuple[Self, slice]]) -> dict[Stack, Tensor]:
-        """:meth:`refresh` of stacks of this kind, each with its share: its sums have arrived when ``due`` yields it."""
-        return {stack: stack.refresh(share) for stack, share in due}
+    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, ahead: bool = False) -> FinishRefresh:
+        """:meth:`refresh` stacks of this kind, in two parts.
+
+        Args:
+            due: Each stack with its share: its sums have arrived when ``due`` yields it.
+            ahead: The second part comes a step later. Whoever can, works until then.
+
+        Returns:
+            The second part: called, it returns the outcome of each.
+        """
+        outcomes: dict[Stack, Tensor] = {stack: stack.refresh(share) for stack, share in due}
+        return lambda: outcomes
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         """Note what a refresh brought.

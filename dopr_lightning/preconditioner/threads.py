@@ -1,4 +1,4 @@
-"""How many of the machine's cores does PyTorch use, and for what?"""
+"""What does the host do meanwhile, and with how many of its cores?"""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -46,6 +49,26 @@ def side_by_side(function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Ten
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
+def in_background(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin ``function()`` in a thread; what is returned waits for its result, or raises what it raised."""
+    return _background().submit(function).result
+
+
+class ToHost:
+    """Tensors on their way from devices: the host goes on, until it waits for them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+        self._arrived = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the host, once they are there."""
+        for event in self._arrived:
+            event.synchronize()
+        return self._tensors
+
+
 def _alone(function: Callable[[Tensor], tuple[Tensor, ...]], part: Tensor) -> tuple[Tensor, ...]:
     torch.set_num_threads(1)  # of this thread, and of new ones until ``threads`` restores what they begin with
     return function(part)
@@ -56,5 +79,12 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dopr")
 
 
+@cache
+def _background() -> ThreadPoolExecutor:
+    # Apart from the pool, whose threads it waits for.
+    return ThreadPoolExecutor(1, thread_name_prefix="dopr-background")
+
+
 if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_background.cache_clear)

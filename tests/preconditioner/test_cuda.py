@@ -27,6 +27,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "factors": {"solver": "exact"},
     "woodbury": {"solver": "exact", "max_rows": 3},
     "lowrank": {"solver": "lowrank", "max_error": 1e-9},
+    "overlap": {"solver": "lowrank", "max_error": 1e-9, "overlap": True},
 }
 
 
@@ -92,7 +93,7 @@ def test_gradients_become_those_of_the_cpu_in_float64(name: str) -> None:
     model = copy.deepcopy(reference).float().cuda()
     aps = [ActivationPreconditioner(m, **options) for m in (reference, model)]
     with full_precision():
-        for step in range(5):
+        for step in range(8):
             run(reference, tokens(step), aps[0])
             run(model, tokens(step).cuda(), aps[1])
             assert_close(gradients(model), gradients(reference), 2e-4)
@@ -146,6 +147,17 @@ def test_a_refresh_waits_equally_often_whatever_the_number_of_layers(name: str) 
             run(model, x, ap)
         counts.append(waits(lambda model=model, x=x, ap=ap: run(model, x, ap)))
     assert 1 <= counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("solver", ["exact", "lowrank"])
+def test_a_refresh_that_overlaps_never_waits(solver: str) -> None:
+    model = deep(3)
+    ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True, solver=solver, ema=0.5)
+    x = torch.randn(64, 256, device="cuda")
+    for _ in range(2 * EVERY):
+        run(model, x, ap)
+    assert [waits(lambda: run(model, x, ap)) for _ in range(EVERY)] == [0] * EVERY
+    assert [row.rows for row in ap.summary() if row.covered] == [64] * 3
 
 
 def test_bfloat16_autocast_leaves_the_statistics_in_float32() -> None:

@@ -30,7 +30,7 @@ BUCKET_BYTES = 1 << 12
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"damping": 0.1, "solver": "exact", "update_every": 3, "ema": 0.5},
-    "lowrank": {"damping": 0.1, "solver": "lowrank", "update_every": 3, "max_error": 0.02},
+    "lowrank": {"damping": 0.1, "solver": "lowrank", "update_every": 3, "max_error": 0.02, "overlap": True},
     "accumulated": {"damping": 0.1, "solver": "auto", "update_every": 2, "bias": True, "max_dim": 40},
 }
 

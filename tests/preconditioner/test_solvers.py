@@ -430,7 +430,7 @@ def test_stacks_renewed_together_are_renewed_as_each_alone(ema: float) -> None:
         for stack in ap._stacks:
             stack.close()
         others = copy.deepcopy(ap._stacks)
-        together = LowRankStack.refresh_all((stack, slice(0, 1)) for stack in ap._stacks)
+        together = LowRankStack.begin_refresh((stack, slice(0, 1)) for stack in ap._stacks)()
         for stack, other in zip(ap._stacks, others, strict=True):
             outcome = together[stack]
             torch.testing.assert_close(outcome, other.refresh(slice(0, 1)), equal_nan=True, rtol=1e-5, atol=1e-7)

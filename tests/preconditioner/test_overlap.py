@@ -1,0 +1,197 @@
+"""A refresh that is finished in the next step: the same inverses, some of them a step later, and nothing lost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dopr_lightning import ActivationPreconditioner
+from dopr_lightning.preconditioner import lowrank
+from dopr_lightning.preconditioner.lowrank import WARM_UP
+
+EVERY = 4
+STEPS = 3 * EVERY
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "exact": {"solver": "exact", "ema": 0.5},
+    "woodbury": {"solver": "exact"},
+    "lowrank": {"solver": "lowrank", "max_error": 0.02},
+    "both": {"solver": "auto", "ema": 0.9},
+}
+
+
+@pytest.fixture(params=["in the next step", "in a thread"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the host's part of a refresh: on a CPU, and beside a GPU."""
+    if request.param == "in a thread":
+        monkeypatch.setattr(lowrank, "_host_is_idle", lambda device: True)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = ((24, 256), (256, 256), (256, 24), (24, 3))
+    return nn.Sequential(*(nn.Sequential(nn.Linear(*sizes), nn.Tanh()) for sizes in widths))
+
+
+def backward(model: nn.Module, step: int) -> None:
+    model.zero_grad()
+    x = torch.randn(90, 24, generator=torch.Generator().manual_seed(step)) * torch.arange(1, 25) ** -0.7
+    model(x).square().sum().backward()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit for bit, whatever is nested."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            assert_equal(found[key], value)
+        elif isinstance(value, Tensor):
+            assert torch.equal(found[key], value), key
+        else:
+            assert found[key] == value, key
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("name", SOLVERS)
+def test_some_inverses_take_effect_a_step_later_and_nothing_else_changes(name: str) -> None:
+    """The weights stay as they are, so that the others see the same rows."""
+    models = net(), net()
+    ap = ActivationPreconditioner(models[0], update_every=EVERY, overlap=True, **SOLVERS[name])
+    at_once = ActivationPreconditioner(models[1], update_every=EVERY, **SOLVERS[name])
+    for step in range(STEPS):
+        last = net()
+        keeping = ActivationPreconditioner(last, update_every=1000, **SOLVERS[name])
+        keeping.load_state_dict(at_once.state_dict())
+        for model, preconditioner in (models[0], ap), (models[1], at_once), (last, keeping):
+            backward(model, step)
+            preconditioner.step()
+        expected = gradients(models[1])
+        if step >= WARM_UP and step % EVERY == 0:
+            later = {row.parameter for row in at_once.summary() if row.solver in ("lowrank", "woodbury")}
+            assert bool(later) is (name != "exact")
+            old = gradients(last)
+            for parameter in later:
+                assert not torch.equal(old[parameter], expected[parameter])
+                expected[parameter] = old[parameter]
+        assert_equal(gradients(models[0]), expected)
+    assert_equal(ap.state_dict(), at_once.state_dict())
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("stop", [2 * EVERY, 2 * EVERY + 1])
+def test_a_resume_is_bit_identical_before_a_refresh_and_before_its_end(name: str, stop: int) -> None:
+    def run(model: nn.Module, ap: ActivationPreconditioner, steps: range) -> dict[str, Any]:
+        for step in steps:
+            backward(model, step)
+            ap.step()
+        return ap.state_dict()
+
+    options = {"update_every": EVERY, "overlap": True, **SOLVERS[name]}
+    model, other, straight = net(), net(), net()
+    saved = copy.deepcopy(run(model, ActivationPreconditioner(model, **options), range(stop)))
+    resumed = ActivationPreconditioner(other, **options)
+    resumed.load_state_dict(saved)
+    end = stop + EVERY + 1
+    found = run(other, resumed, range(stop, end))
+    assert_equal(found, run(straight, ActivationPreconditioner(straight, **options), range(end)))
+    assert_equal(gradients(other), gradients(straight))
+
+
+def test_where_every_step_refreshes_nothing_waits() -> None:
+    models = net(), net()
+    aps = [ActivationPreconditioner(model, overlap=on) for model, on in zip(models, (True, False), strict=True)]
+    for step in range(WARM_UP + 2):
+        for model, ap in zip(models, aps, strict=True):
+            backward(model, step)
+            ap.step()
+        assert_equal(gradients(models[0]), gradients(models[1]))
+
+
+class Sometimes(nn.Module):
+    """A layer that some steps use; with its module's hooks, or past them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.sometimes = nn.Linear(24, 400), nn.Linear(400, 400)
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        h = torch.tanh(self.always(x))
+        if how == "module":
+            return self.sometimes(h)
+        return linear(h, self.sometimes.weight) if how == "weight" else h
+
+
+def backward_with(model: Sometimes, step: int, how: str) -> None:
+    model.zero_grad()
+    model(torch.randn(300, 24, generator=torch.Generator().manual_seed(step)), how).square().sum().backward()
+
+
+def steps_with(*how: str, **options: Any) -> tuple[Sometimes, ActivationPreconditioner]:
+    model = Sometimes()
+    ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True, solver="lowrank", **options)
+    for step, kind in enumerate(how):
+        backward_with(model, step, kind)
+        ap.step()
+    return model, ap
+
+
+BEFORE = ["module"] * EVERY
+"""Up to the first refresh that is finished later."""
+
+
+def test_a_gradient_without_rows_is_found_out_two_steps_later() -> None:
+    model, ap = steps_with(*BEFORE, "weight", "weight")
+    backward_with(model, 6, "weight")
+    with pytest.raises(RuntimeError, match=r"sometimes\.weight: has a gradient, but .* was never seen"):
+        ap.step()
+
+
+def test_the_question_whether_rows_were_missed_survives_a_resume() -> None:
+    model, ap = steps_with()
+    ap.load_state_dict(steps_with(*BEFORE, "weight")[1].state_dict())
+    backward_with(model, 5, "weight")
+    ap.step()
+    backward_with(model, 6, "weight")
+    with pytest.raises(RuntimeError, match="never seen"):
+        ap.step()
+
+
+def test_a_layer_without_a_gradient_at_the_refresh_may_have_one_in_the_next_step() -> None:
+    _, ap = steps_with(*BEFORE, "none", *BEFORE, "module")
+    assert [row.rows for row in ap.summary() if row.covered] == [300, 300]
+
+
+def test_the_next_window_opens_with_as_many_directions_as_the_last_one_asked_for() -> None:
+    model, ap = steps_with(*BEFORE, "module", max_error=1e-6)
+    tracked = [stack.tracked for stack in ap._stacks]
+    ap._due = True  # as if a layer had been used for the first time
+    backward_with(model, 5, "module")
+    assert [stack.tracked for stack in ap._stacks] > tracked
+    ap.step()
+    for stack in ap._stacks:
+        assert stack._image.shape == (stack.blocks, stack.tracked, stack.dim)
+
+
+def test_failures_are_counted_once_and_the_last_good_inverse_kept() -> None:
+    model = net()
+    ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True, solver="lowrank", max_failures=2)
+    for step in range(3 * EVERY):
+        model.zero_grad()
+        x = torch.randn(90, 24, generator=torch.Generator().manual_seed(step))
+        model(x * torch.nan if step == EVERY else x).nan_to_num().square().sum().backward()
+        for parameter in model.parameters():
+            parameter.grad.nan_to_num_()
+        ap.step()
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())
+    assert [row.failures for row in ap.summary() if row.covered] == [1] * 4
