@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SOLVERS = ("exact", "lowrank", "auto")
 
-SECONDS = {"cpu": 60.0, "cuda": 10.0}
+SECONDS = {"cpu": 60.0, "cuda": 25.0}
 """For the intervals of one comparison, of which a GPU makes as many in less time."""
 
 HOST_BOUND = 0.9

@@ -31,7 +31,7 @@ KEPT = 4
 
 
 Task = tuple[tuple[Hashable, ...], ...]
-"""What a recording does, by stack: what it reads, and which layers' gradients, of which kinds, it rewrites."""
+"""What a recording reads, which layers have inverses, and which parameters gradients of which kinds."""
 
 
 class Replay:
@@ -39,7 +39,7 @@ class Replay:
 
     def __init__(self) -> None:
         self._recordings: dict[Task, _Recording | None] = {}  # None: would not pay
-        self._last: Task = ()
+        self._last: Task | None = None
         self._failed = False
 
     def apply(self, stacks: Sequence[Stack]) -> None:
@@ -73,8 +73,7 @@ class Replay:
 
     def _make_room(self, task: Task) -> None:
         # What reads tensors that a stack has replaced will not be asked for again.
-        addresses = [part[0] for part in task]
-        kept = {other: r for other, r in self._recordings.items() if [part[0] for part in other] == addresses}
+        kept = {other: recording for other, recording in self._recordings.items() if other[0] == task[0]}
         self._recordings = ({} if len(kept) == KEPT else kept) | {task: None}
 
 
@@ -129,23 +128,15 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _task(stacks: Sequence[Stack]) -> tuple[Task, list[nn.Parameter]]:
-    """What the launches depend on besides numbers on the device, and the parameters whose gradients they rewrite.
-
-    In one pass, since every step asks.
-    """
-    task: list[tuple[Hashable, ...]] = []
-    rewritten: dict[int, nn.Parameter] = {}  # by identity: layers may share one
-    for stack in stacks:
-        part: list[Hashable] = [stack.addresses]
-        for layer, step in zip(stack.layers, stack.refreshed_at, strict=True):
-            own = layer.tensors
-            gradients = _gradients(own)
-            if len(gradients) < len(own):
-                part.append(None)
-                continue
-            part.append(step is not None)
-            for parameter, gradient in zip(own, gradients, strict=True):
-                rewritten[id(parameter)] = parameter
-                part += (id(parameter), gradient.dtype, gradient.layout)
-        task.append(tuple(part))
-    return tuple(task), list(rewritten.values())
+    """What the launches depend on besides numbers on the device, and the parameters that have a gradient."""
+    # Every step asks. Layers may share a parameter.
+    parameters = list(dict.fromkeys([p for stack in stacks for layer in stack.layers for p in layer.tensors]))
+    gradients = [parameter.grad for parameter in parameters]
+    kinds = [None if gradient is None else (gradient.dtype, gradient.layout) for gradient in gradients]
+    task = (
+        tuple([stack.addresses for stack in stacks]),
+        tuple([step is None for stack in stacks for step in stack.refreshed_at]),
+        tuple(map(id, parameters)),
+        tuple(kinds),
+    )
+    return task, [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
