@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 SOLVERS = ("exact", "lowrank", "auto")
 
-SECONDS = {"cpu": 60.0, "cuda": 25.0}
+SECONDS = {"cpu": 60.0, "cuda": 15.0}
 """For the intervals of one comparison, of which a GPU makes as many in less time."""
 
 HOST_BOUND = 0.9
 """Share of a step's time from which on the host has no time to spare."""
+
+SHORT_TURN = 8
+"""Steps in a row of each arm where the host has no time to spare: it may have neighbours, for seconds on end."""
 
 LONGEST_TURN = 10
 """Steps in a row of arms that do the same at every step: enough for the host to run ahead of a GPU."""
@@ -133,12 +136,12 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     given = {"solver": options.solver, "update_every": every, "max_rows": options.max_rows, "overlap": options.overlap}
     dopr = arm(lambda model: ActivationPreconditioner(model, **given))
     base = arm(None)
+    host_share = base.host_share(batches)
     times = []
-    turn = every if device.type == "cuda" else 1
+    turn = _turn(device, every, host_share)
     for pair in paired_intervals([base, dopr], batches, every, limits, turn=turn):
         times.append(pair)
         advance()
-    host_share = base.host_share(batches)
     preconditioner = dopr.preconditioner
     assert isinstance(preconditioner, ActivationPreconditioner)
     planned = observed(preconditioner)
@@ -199,6 +202,14 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
             "goal_bytes": _goal_bytes(exact_plan),
         },
     }
+
+
+def _turn(device: Any, every: int, host_share: float) -> int:
+    """Steps in a row of each arm, see :func:`~.measure.paired_intervals`."""
+    if device.type == "cpu":
+        return 1
+    longest = SHORT_TURN if host_share > HOST_BOUND else every
+    return max(turn for turn in range(1, longest + 1) if every % turn == 0)
 
 
 def _goal_bytes(planned: Sequence[Any]) -> int:

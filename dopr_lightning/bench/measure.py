@@ -73,6 +73,7 @@ class Arm:
         """
         if self.device.type == "cpu":
             return 1.0
+        self.seconds(batches)  # the first steps allocate, and choose kernels
         shares = []
         for batch in batches:
             synchronise(self.device)
