@@ -347,7 +347,8 @@ class ActivationPreconditioner:
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
     def _count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
-        self._settle()  # before the next window opens, in which the number of directions must not change
+        if self._pending is not None:  # the number of directions must not change in an open window
+            self._settle()
         with _range("dopr::statistics"):
             stack = self._stack_of[layer]
             stack.add(layer, x, mask)

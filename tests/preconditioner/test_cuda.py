@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning import ActivationPreconditioner
+from dopr_lightning.preconditioner import replay
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -103,6 +105,25 @@ def test_gradients_become_those_of_the_cpu_in_float64(name: str) -> None:
 def deep(layers: int, width: int = 256) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers))).cuda()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradients_too_large_for_copies_are_rewritten_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two queues of launches, while the first is busy."""
+    monkeypatch.setattr(replay, "LARGEST", 0)
+    torch.manual_seed(0)
+    widths = (256, 1024, 768, 512, 256)
+    model = nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths))).cuda()
+    reference = copy.deepcopy(model)
+    aps = [ActivationPreconditioner(m, update_every=EVERY, **SOLVERS[name]) for m in (model, reference)]
+    monkeypatch.setattr(aps[1]._replay, "apply", lambda stacks: [stack.apply() for stack in stacks])
+    for step in range(3 * EVERY):
+        x = torch.randn(4096, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        for m, ap in zip((model, reference), aps, strict=True):
+            run(m, x, ap)
+        found, expected = gradients(model), gradients(reference)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), step
+    assert set(aps[0]._replay._recordings.values()) <= {None}
 
 
 @pytest.mark.parametrize("name", SOLVERS)
