@@ -30,7 +30,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
     settings, rows = results["settings"], results["rows"]
     show(
         f"AdamW and DoPr-AdamW, solver={settings['solver']}, update_every={settings['update_every']}, "
-        f"{settings['threads']} threads (ms per step)",
+        f"{'overlap, ' if settings['overlap'] else ''}{settings['threads']} threads (ms per step)",
         (
             "model",
             "batch",
@@ -142,7 +142,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     below.legend(fontsize=8)
     settings = results["settings"]
     figure.suptitle(
-        f"update_every={settings['update_every']}, solver={settings['solver']}, {settings['threads']} threads, "
+        f"update_every={settings['update_every']}, solver={settings['solver']}, "
+        f"{'overlap, ' if settings['overlap'] else ''}{settings['threads']} threads, "
         f"{settings['device']}; bars and marks are medians, whiskers quartiles",
         fontsize=9,
     )
