@@ -151,7 +151,9 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     base_peak, dopr_peak = peak_bytes(base, batches[0], 0), peak_bytes(dopr, batches[0], held)
     overhead = Quartiles.of([after - before for before, after in times])
     split["other"] = overhead.median - sum(split.values())
-    prediction = predict(planned, rates, update_every=every, host_bound=host_share > HOST_BOUND)
+    prediction = predict(
+        planned, rates, update_every=every, host_bound=host_share > HOST_BOUND, overlap=options.overlap
+    )
     del base, dopr, preconditioner
 
     three = [

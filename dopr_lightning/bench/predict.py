@@ -65,7 +65,13 @@ class Prediction:
 
 
 def predict(
-    planned: Sequence[Planned], rates: Rates, *, update_every: int, ranks: int = 1, host_bound: bool = False
+    planned: Sequence[Planned],
+    rates: Rates,
+    *,
+    update_every: int,
+    ranks: int = 1,
+    host_bound: bool = False,
+    overlap: bool = False,
 ) -> Prediction:
     """What preconditioning adds to a step.
 
@@ -76,6 +82,7 @@ def predict(
         ranks: Ranks that pool statistics and share exact inverses.
         host_bound: Whether a GPU waits for its host when it trains without preconditioning, rather than the other way
             round. Without ``rates.overlap`` it does not matter.
+        overlap: Whether refreshes are finished in the next step. Without ``rates.overlap`` it brings nothing.
     """
     costs = [layer.cost for layer in planned]
     statistics = _together(
@@ -87,7 +94,9 @@ def predict(
     apply = _together(
         _step_calls(planned, rates) * rates.call, sum(_apply(layer, rates) for layer in planned), rates, host_bound
     )
-    solve, share = _solve(planned, rates, ranks)  # the host waits for the device there, and the device for the host
+    # Else the host waits for the device there, and the device for the host.
+    aside = overlap and rates.overlap
+    solve, share = _solve(planned, rates, ranks, aside=aside, hidden=aside and not host_bound)
     pooled = ranks > 1
     sent = sum(cost.summed + cost.gathered for cost in costs) if pooled else 0
     reduce = 0.0
@@ -154,8 +163,11 @@ def _apply(layer: Planned, rates: Rates) -> float:
     return max(seconds, LEAST_REWRITE) if rates.overlap else seconds
 
 
-def _solve(planned: Sequence[Planned], rates: Rates, ranks: int) -> tuple[float, float]:
-    """Seconds of one refresh on the busiest rank, and its FLOPs: exact inverses are shared, the rest is done by all."""
+def _solve(planned: Sequence[Planned], rates: Rates, ranks: int, *, aside: bool, hidden: bool) -> tuple[float, float]:
+    """Seconds of one refresh on the busiest rank, and its FLOPs: exact inverses are shared, the rest is done by all.
+
+    A thread may solve the host's eigenproblems ``aside``; and what else the host does may be ``hidden`` by the device.
+    """
     exact = [layer for layer in planned if layer.method.solver == "exact"]
     groups = sorted({layer.shape.dim for layer in exact}, reverse=True)
     counts = [sum(layer.shape.blocks for layer in exact if layer.shape.dim == dim) for dim in groups]
@@ -177,12 +189,13 @@ def _solve(planned: Sequence[Planned], rates: Rates, ranks: int) -> tuple[float,
     flops = busiest * kept
     tracked = {layer.method.tracked for layer in planned if layer.method.solver == "lowrank"}
     sizes = {layer.shape.dim for layer in planned if layer.method.solver == "lowrank"}
-    seconds += rates.call * (RENEWAL_CALLS * len(tracked) + STACK_CALLS * len(sizes))
+    if not hidden:
+        seconds += rates.call * (RENEWAL_CALLS * len(tracked) + STACK_CALLS * len(sizes))
     for layer in planned:
         if layer.method.solver == "exact":
             continue
         flops += layer.cost.solve
-        if layer.method.solver == "lowrank":
+        if layer.method.solver == "lowrank" and not aside:
             seconds += (
                 layer.cost.solve / rates.nystrom
                 + layer.shape.blocks * rates.small * (layer.method.tracked / TRACKED) ** 2

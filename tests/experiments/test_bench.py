@@ -16,7 +16,7 @@ from torch import nn
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.bench.cholesky import PlainCholesky
 from dopr_lightning.bench.elsewhere import H100, resolve
-from dopr_lightning.bench.machine import Rates
+from dopr_lightning.bench.machine import TRACKED, Rates
 from dopr_lightning.bench.main import main
 from dopr_lightning.bench.measure import Arm, Limits, Quartiles, paired_intervals, peak_bytes
 from dopr_lightning.bench.plan import count_rows, held_bytes, observed, plan
@@ -206,6 +206,20 @@ def test_on_a_gpu_only_who_is_waited_for_costs_time() -> None:
     assert predict(planned, slow_host, update_every=5).seconds["apply"] == flops
     assert predict(planned, slow_host, update_every=5, host_bound=True).seconds["apply"] == 20.5e12  # recorded
     assert predict(planned, slow_device, update_every=5, host_bound=True).seconds["apply"] == flops
+
+
+def test_of_a_refresh_that_overlaps_a_gpu_sees_its_own_part_and_a_busy_host_all_but_the_eigenproblems() -> None:
+    planned = plan(nn.Linear(64, 64, bias=False), 128, solver="lowrank", update_every=5, rank=32)
+    own, slow = planned[0].cost.solve, replace(UNIT, call=1e12, small=1e15)
+
+    def solve(rates: Rates, **options: bool) -> float:
+        return predict(planned, rates, update_every=1, **options).seconds["solve"]
+
+    gpu = replace(slow, overlap=True)
+    assert solve(gpu, overlap=True) == own
+    assert solve(gpu, overlap=True, host_bound=True) == pytest.approx(355e12 + own)
+    assert solve(gpu) == solve(gpu, host_bound=True) == solve(slow, overlap=True) == solve(slow)
+    assert solve(slow) > 1e15 * (planned[0].method.tracked / TRACKED) ** 2
 
 
 def test_few_directions_cost_what_the_next_multiple_of_16_does() -> None:
