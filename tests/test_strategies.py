@@ -24,7 +24,7 @@ from dopr_lightning import DoPr, configure_optimizers
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"ema": 0.5},
-    "lowrank": {"ema": 0.5, "solver": "lowrank"},
+    "lowrank": {"ema": 0.5, "solver": "lowrank", "overlap": True},
     "woodbury": {"ema": 0.0},  # for few rows and one process; two have covariances
 }
 WIDTH = 73

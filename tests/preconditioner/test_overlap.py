@@ -107,6 +107,23 @@ def test_a_resume_is_bit_identical_before_a_refresh_and_before_its_end(name: str
     assert_equal(gradients(other), gradients(straight))
 
 
+@pytest.mark.parametrize("at", [EVERY, EVERY + 1])
+def test_a_step_that_is_skipped_leaves_no_trace(at: int) -> None:
+    """Instead of one that refreshes, or of one in which the refresh is to be finished."""
+    states = []
+    for skips in (False, True):
+        model = net()
+        ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True, **SOLVERS["lowrank"])
+        for step in range(2 * EVERY):
+            if skips and step == at:
+                backward(model, 100)
+                ap.discard()
+            backward(model, step)
+            ap.step()
+        states.append({**ap.state_dict(), "gradients": gradients(model)})
+    assert_equal(*states)
+
+
 def test_where_every_step_refreshes_nothing_waits() -> None:
     models = net(), net()
     aps = [ActivationPreconditioner(model, overlap=on) for model, on in zip(models, (True, False), strict=True)]

@@ -27,7 +27,7 @@ from dopr_lightning import ActivationPreconditioner
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {"damping": 0.1, "update_every": 3, "ema": 0.5, "solver": "exact"}
-LOW_RANK: dict[str, Any] = {"solver": "lowrank", "max_error": 0.02}
+LOW_RANK: dict[str, Any] = {"solver": "lowrank", "max_error": 0.02, "overlap": True}
 WIDTH = 72
 """Of the widest layers: the low-rank solver tracks 48 directions at most."""
 
