@@ -80,7 +80,7 @@ def main(options: Any) -> None:
     speed = H100_MODEL_SPEED if options.rates == "h100" else rates.square
     base = flops / speed
     table = [
-        predicted_row(model, rows, rates, solver, options.update_every, options.ranks, options.shards)
+        predicted_row(model, rows, rates, solver, options.update_every, options.ranks, options.shards, options.overlap)
         for solver in get_args(Solver)
     ]
     results = {
@@ -90,6 +90,7 @@ def main(options: Any) -> None:
         "ranks": options.ranks,
         "shards": options.shards,
         "update_every": options.update_every,
+        "overlap": options.overlap,
         "rates": vars(rates),
         "base": {"flops": flops, "speed": speed, "seconds": base},
         "solvers": table,
@@ -134,10 +135,11 @@ def predicted_row(
     update_every: int,
     ranks: int,
     shards: int,
+    overlap: bool,
 ) -> dict[str, Any]:
     """One solver's prediction."""
     planned = plan(model, rows, solver=solver, update_every=update_every, ranks=ranks, shards=shards)
-    prediction = predict(planned, rates, update_every=update_every, ranks=ranks)
+    prediction = predict(planned, rates, update_every=update_every, ranks=ranks, overlap=overlap)
     return {
         "solver": solver,
         "phases": prediction.seconds,

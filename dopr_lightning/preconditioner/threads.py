@@ -58,7 +58,7 @@ class ToHost:
     """Tensors on their way from devices: the host goes on, until it waits for them."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._tensors = [tensor.to("cpu", non_blocking=tensor.device.type == "cuda") for tensor in tensors]
         devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
         self._arrived = [torch.cuda.current_stream(device).record_event() for device in devices]
 
