@@ -39,7 +39,6 @@ class DoPr(pl.Callback):
         damping_scale: ``"trace"`` or ``"mean"``.
         update_every: Refresh covariances every this many optimizer steps.
         ema: Weight of past covariances at a refresh.
-        overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other.
         solver: ``"exact"``, ``"lowrank"`` or ``"auto"``.
         max_error: Relative error that the low-rank solver's certificate may show.
         conv: ``"channel"`` or ``"patch"``.
@@ -52,6 +51,7 @@ class DoPr(pl.Callback):
         log_every: Log per parameter, every this many steps and at no cost between: condition number, effective rank,
             cosine between M and G, RMS of M, failures, and of the low-rank solver rank and certified error. Costs an
             eigenvalue decomposition per exactly solved layer each time. None: never.
+        overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other.
 
     Attributes:
         preconditioners: One :class:`ActivationPreconditioner` per optimizer while fitting, else empty; None for an
@@ -70,7 +70,6 @@ class DoPr(pl.Callback):
         damping_scale: DampingScale = "trace",
         update_every: int = 1,
         ema: float = 0.0,
-        overlap: bool = False,
         solver: Solver = "auto",
         max_error: float = 0.2,
         conv: ConvCovariance = "channel",
@@ -81,6 +80,7 @@ class DoPr(pl.Callback):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         log_every: int | None = None,
+        overlap: bool = False,
     ) -> None:
         checked: dict[str, Any] = {
             "damping": damping,
@@ -176,7 +176,10 @@ class DoPr(pl.Callback):
             preconditioner.discard()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if no step came by."""
+        """Finish the last refresh while the model is on its device. Say so if no step came by."""
+        for preconditioner in self.preconditioners:
+            if preconditioner is not None:
+                preconditioner.settle()
         batches = trainer.fit_loop.epoch_loop._batches_that_stepped
         if batches and not pl_module.automatic_optimization and not any(p.steps for p in self.preconditioners if p):
             log.warning(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import pytest
@@ -518,6 +518,21 @@ def test_two_optimizers_have_statistics_and_cadences_of_their_own(tmp_path: Path
     assert list(critic["layers"]) == ["critic.weight"]
     assert generator["layers"]["generator.weight"]["rows_seen"] == 9
     assert critic["layers"]["critic.weight"]["rows_seen"] == 18
+
+
+def test_a_refresh_that_overlaps_is_finished_before_the_model_leaves_its_device(tmp_path: Path) -> None:
+    """Lightning moves it off the GPU before the callback's teardown; to nowhere, here."""
+
+    class Leaving(TwoLayers):
+        def cpu(self) -> Self:
+            return self.to("meta")
+
+    dopr = DoPr(damping=GAMMA, update_every=4, overlap=True, solver="lowrank", max_error=1e-6)
+    fit(tmp_path, Leaving(), dopr, [draw(step, 60, 6) for step in range(5)])
+    (state,) = dopr.state_dict()["preconditioners"]
+    layers = state["layers"].values()
+    assert [layer["refreshed_at"] for layer in layers] == [4] * len(layers)
+    assert all(tensor.device.type == "cpu" for layer in layers for tensor in layer["tensors"].values())
 
 
 def test_two_optimizers_resume_bit_for_bit(tmp_path: Path) -> None:

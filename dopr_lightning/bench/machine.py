@@ -140,7 +140,10 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     one = torch.ones(1)
     call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], before=lambda: torch.mm(a, b)) / LAYER_CALLS
     cores, valid = _cores(), torch.ones(EIGENPROBLEMS, dtype=torch.bool)
-    small = seconds(lambda: core_eigenpairs(cores, valid, idle=overlap), before=lambda: torch.mm(a, b)) / EIGENPROBLEMS
+    workers = torch.get_num_threads() if overlap else 1
+    small = (
+        seconds(lambda: core_eigenpairs(cores, valid, workers=workers), before=lambda: torch.mm(a, b)) / EIGENPROBLEMS
+    )
     return Rates(square, skinny, touch, factor, inverse, nystrom_rate, small, bandwidth, strided, call, overlap=overlap)
 
 

@@ -33,7 +33,7 @@ from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import SHIFT, core_eigenpairs, probe, products, random_basis
-from dopr_lightning.preconditioner.threads import ToHost, in_background
+from dopr_lightning.preconditioner.threads import ToHost, in_background, pinned
 
 FIRST_RANK = 48
 """Directions to start with: they meet the default tolerance on every layer of the Humanoid policies at any width
@@ -118,12 +118,17 @@ class LowRankStack(Stack):
         return self._left[part, :r].mT, self._right[part, :r], scale
 
     @classmethod
-    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, ahead: bool = False) -> FinishRefresh:
+    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, deferred: bool = False) -> FinishRefresh:
         alike: dict[Hashable, list[LowRankStack]] = {}
         for stack, _ in due:
             alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
         renewals = [_Renewal(members) for members in alike.values()]
-        solutions = [in_background(r.solve) if ahead and _host_is_idle(r.device) else r.solve for r in renewals]
+        solutions = [
+            in_background(renewal.solve, renewal.device)
+            if deferred and _host_is_idle(renewal.device)
+            else renewal.solve
+            for renewal in renewals
+        ]
 
         def finish() -> dict[Stack, Tensor]:
             pairs = zip(renewals, solutions, strict=True)
@@ -323,13 +328,16 @@ class _Renewal:
         self.device, self.dtype = stacks[0].device, stacks[0].dtype
         self.tracked, self.options = stacks[0].tracked, stacks[0].options
         self.sizes = [stack.blocks for stack in stacks]
+        self.workers = (
+            torch.get_num_threads() if _host_is_idle(self.device) else 1
+        )  # other threads may have another count
         self.dims = np.repeat([stack.dim for stack in stacks], self.sizes)
         self.last = np.concatenate([stack._known.numpy() for stack in stacks]).astype(np.float64)
         eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
         self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
         above, tail = _above_tail(eigenvalues, trace, self.dims)
         past = np.concatenate([share[:, None], trace[:, None], tail, above], axis=1)
-        facts, numbers = self._factors(self._upload(torch.from_numpy(past)))
+        facts, numbers = self._factors(self._upload(pinned(torch.from_numpy(past), self.device)))
         self.images, cores = zip(*map(LowRankStack.project, stacks, numbers.split(self.sizes)), strict=True)
         self._download = ToHost(facts, torch.cat(cores, dim=1))
 
@@ -355,9 +363,7 @@ class _Renewal:
         options = self.options
         facts, core_and_gram = self._download.wait()
         rows, seen, trace, valid = facts.numpy()
-        found, rotation, trusted = core_eigenpairs(
-            core_and_gram, torch.from_numpy(valid > 0), idle=_host_is_idle(self.device)
-        )
+        found, rotation, trusted = core_eigenpairs(core_and_gram, torch.from_numpy(valid > 0), workers=self.workers)
         damping = damping_values(trace, self.dims, options.damping, options.damping_scale)
         with np.errstate(all="ignore"):  # NaN and infinity do not get past the blocks that show them
             good = trusted.numpy() & np.isfinite((1 / damping).astype(self._number))
@@ -380,10 +386,10 @@ class _Renewal:
         outcome = [rows, seen, good, derived[:, -1], certified]
         outcome += [np.count_nonzero(used, axis=-1), needed * good, ample * good]
         return _Solution(
-            rotation=self._staged(rotation),
+            rotation=pinned(rotation, self.device),
             known=torch.from_numpy(known),
-            derived=self._staged(torch.from_numpy(derived)),
-            good=None if good.all() else self._staged(torch.from_numpy(good)),
+            derived=pinned(torch.from_numpy(derived), self.device),
+            good=None if good.all() else pinned(torch.from_numpy(good), self.device),
             outcome=torch.from_numpy(np.stack(outcome)),
         )
 
@@ -406,10 +412,6 @@ class _Renewal:
     def _number(self) -> np.dtype[Any]:
         """The stacks' dtype, of arrays."""
         return self.stacks[0]._known.numpy().dtype
-
-    def _staged(self, numbers: Tensor) -> Tensor:
-        """Where the device can fetch it from without the host waiting."""
-        return numbers.pin_memory() if self.device.type == "cuda" else numbers
 
     def _upload(self, numbers: Tensor) -> Tensor:
         """To the device in one piece."""

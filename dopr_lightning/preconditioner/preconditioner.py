@@ -63,7 +63,7 @@ class ActivationPreconditioner:
             where a batch has few rows for the width (docs/results).
         overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other: low-rank layers
             (and Woodbury's) have new inverses a step later. Ignored where every step refreshes, in the first steps, and
-            where a layer has no inverse yet. The same on every device, but only GPUs gain.
+            where a layer with a gradient has no inverse yet. The same on every device, but only GPUs gain.
         ema: Weight of past covariances at a refresh, in [0, 1). 0, this refresh's rows alone, is the paper's choice;
             0.9 goes well with ``update_every=10``.
         solver: ``"exact"``; ``"lowrank"``, whose share of a step does not grow with the width; or ``"auto"``, per size
@@ -144,7 +144,6 @@ class ActivationPreconditioner:
         self._due = False
         self._overlap = overlap
         self._pending: _Pending | None = None
-        self._recheck = False  # a layer that had a gradient was reached by no row in a refresh that overlapped
         self._unused: set[str] = set()  # layers without an inverse for whom an early refresh was in vain
         reshard(model)
         self._coverage = find_coverage(
@@ -190,7 +189,7 @@ class ActivationPreconditioner:
         """
         check_still_frozen(self._coverage.frozen)
         refreshed = self.collecting
-        self._settle()
+        self.settle()
         with torch.autocast(self._stacks[0].device.type, enabled=False):
             if refreshed:
                 self._refresh()
@@ -201,6 +200,7 @@ class ActivationPreconditioner:
                 self._replay.apply(self._stacks)
             if measure:
                 self._alignment = self._compare(before)
+                self.settle()  # on all ranks, for one may ask for a summary
         self._plan(refreshed)
         self.steps += 1
 
@@ -212,6 +212,29 @@ class ActivationPreconditioner:
         """
         for stack in self._stacks:
             stack.discard()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Finish a refresh that overlaps with the next step, now instead of then; otherwise do nothing.
+
+        To be called before the model leaves its device. Which inverses a step uses does not depend on it.
+
+        Raises:
+            RuntimeError: What the :meth:`step` that began it would have raised without ``overlap``.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with torch.autocast(self._stacks[0].device.type, enabled=False), _range("dopr::solve"):
+            found = pending.finish()
+            *done, gradients = pending.download.wait()
+            self._accept(found | dict(zip(pending.done, done, strict=True)), pending.step)
+        seen = {
+            layer for stack in self._stacks for layer, rows in zip(stack.layers, stack.rows_seen, strict=True) if rows
+        }
+        for layer, gradient in zip(pending.suspects, gradients.tolist(), strict=True):
+            if gradient and layer not in seen:
+                raise _unseen(layer)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """A context for forwards in which some rows do not count, such as padding tokens.
@@ -228,7 +251,7 @@ class ActivationPreconditioner:
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
-        self._settle()
+        self._pending = None
         self._capture.remove()
         self._audit.remove()
 
@@ -237,7 +260,7 @@ class ActivationPreconditioner:
 
         Costs an eigenvalue decomposition per exactly solved layer: for a person to look at, not for every step.
         """
-        self._settle()
+        self.settle()
         rows = [SummaryRow(name, reason=reason) for name, reason in self._coverage.reasons.items()]
         for stack in self._stacks:
             for index, layer in enumerate(stack.layers):
@@ -261,20 +284,19 @@ class ActivationPreconditioner:
                 ]
         return Summary(sorted(rows, key=lambda row: self._coverage.order(row.parameter)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have no thread."""
+        self.settle()
+        return self.__dict__
+
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""
-        self._settle()
+        self.settle()
         layers = {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
-        return {
-            "steps": self.steps,
-            "due": self._due,
-            "recheck": self._recheck,
-            "unused": sorted(self._unused),
-            "layers": layers,
-        }
+        return {"steps": self.steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. Rows counted since the last step are forgotten.
+        """Continue from :meth:`state_dict`. Rows counted since the last step are forgotten, and a refresh under way.
 
         Raises:
             ValueError: The state was saved for other layers, shapes or solvers.
@@ -286,7 +308,6 @@ class ActivationPreconditioner:
             difference = ", ".join(sorted(saved.keys() ^ known))
             raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
-        self._recheck = state["recheck"]
         self.discard()
         if not saved:
             return
@@ -316,8 +337,7 @@ class ActivationPreconditioner:
         ]
         if refreshed:  # in vain: a gradient of zeros, which some wrappers give to unused layers
             self._unused.update(layer.name for layer in without)
-        self._due = self._recheck or any(layer.name not in self._unused for layer in without)
-        self._recheck = False
+        self._due = any(layer.name not in self._unused for layer in without)
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of every gradient that is rewritten, by the parameter's public name."""
@@ -348,7 +368,7 @@ class ActivationPreconditioner:
 
     def _count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
         if self._pending is not None:  # the number of directions must not change in an open window
-            self._settle()
+            self.settle()
         with _range("dopr::statistics"):
             stack = self._stack_of[layer]
             stack.add(layer, x, mask)
@@ -356,7 +376,7 @@ class ActivationPreconditioner:
                 self._replace(stack, stack.to_exact())
 
     def _refresh(self) -> None:
-        """Pool the sums over ranks and renew the inverses."""
+        """Pool the sums over ranks and renew the inverses; where this may overlap, leave the end to :meth:`settle`."""
         if world_size(self._group) > 1:  # the process group may be younger than this preconditioner
             for stack in list(self._stacks):
                 if isinstance(stack, WoodburyStack):
@@ -376,11 +396,11 @@ class ActivationPreconditioner:
                     reduction.wait(len(stacks) + index)
                     yield stack, mine[index]
 
-        ahead = self._may_overlap()
+        deferred = self._may_overlap()
         with _range("dopr::solve"):
             kinds = dict.fromkeys(type(stack) for stack in stacks)
-            finish = {kind: kind.begin_refresh(due(kind), ahead=ahead and kind is LowRankStack) for kind in kinds}
-            later = finish.pop(LowRankStack, dict) if ahead else dict
+            finish = {kind: kind.begin_refresh(due(kind), deferred=deferred) for kind in kinds}
+            later = finish.pop(LowRankStack, dict) if deferred else dict
             outcomes = {stack: outcome for kind in finish for stack, outcome in finish[kind]().items()}
         with _range("dopr::reduce"):
             shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
@@ -390,9 +410,12 @@ class ActivationPreconditioner:
                 renewed.wait(position)
             gathering.wait()
         self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
-        if ahead:
-            used = {layer for layer in self._stack_of if layer.has_gradient}
-            self._pending = _Pending(later, outcomes, ToHost(*outcomes.values()), self.steps, used)
+        if deferred:
+            suspects = [layer for stack in stacks for layer in stack.without_rows() if layer.has_gradient]
+            found = [layer.gradient().any().to(self._stacks[0].device) for layer in suspects]
+            gradients = torch.stack(found) if found else torch.zeros(0)
+            download = ToHost(*outcomes.values(), gradients)
+            self._pending = _Pending(later, tuple(outcomes), suspects, download, self.steps)
             return
         self._accept(outcomes, self.steps)
         for stack in stacks:
@@ -404,7 +427,11 @@ class ActivationPreconditioner:
         """Whether this refresh may be finished in the next step, which is none itself."""
         if not self._overlap or self._due or self.update_every == 1 or self.steps < WARM_UP:
             return False
-        return not any(None in stack.refreshed_at for stack in self._stacks)
+        return not any(
+            step is None and layer.has_gradient
+            for stack in self._stacks
+            for layer, step in zip(stack.layers, stack.refreshed_at, strict=True)
+        )
 
     def _accept(self, outcomes: Mapping[Stack, Tensor], step: int) -> None:
         for stack in list(self._stacks):
@@ -413,22 +440,6 @@ class ActivationPreconditioner:
                 _report(failure, self._max_failures)
             if isinstance(stack, LowRankStack) and stack.unattainable:
                 self._fall_back(stack)
-
-    @torch.no_grad()
-    def _settle(self) -> None:
-        """Finish a refresh that overlaps."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        with torch.autocast(self._stacks[0].device.type, enabled=False), _range("dopr::solve"):
-            self._accept(pending.outcomes(), pending.step)
-        # Whether it is a mistake that no row has reached a layer the gradients of that step would say: it is asked once
-        # more, at a refresh that does not overlap.
-        self._recheck |= any(
-            rows == 0 and layer in pending.used
-            for stack in self._stacks
-            for layer, rows in zip(stack.layers, stack.rows_seen, strict=True)
-        )
 
     def _fall_back(self, stack: LowRankStack) -> None:
         """The tolerance needs too many directions: the exact solver takes over, where it may."""
@@ -446,21 +457,17 @@ class _Pending:
 
     Attributes:
         finish: Of the stacks that are not done, see :meth:`Stack.begin_refresh`.
-        done: The other stacks' outcomes.
-        download: These, on their way to the host.
+        done: The others.
+        suspects: Layers with a gradient that no row of this rank has reached.
+        download: The outcomes of ``done``, and whether the gradients of ``suspects`` are other than 0.
         step: When it began.
-        used: Layers that had a gradient then.
     """
 
     finish: FinishRefresh
-    done: Collection[Stack]
+    done: Sequence[Stack]
+    suspects: Sequence[Layer]
     download: ToHost
     step: int
-    used: Collection[Layer]
-
-    def outcomes(self) -> dict[Stack, Tensor]:
-        """Of all stacks, on the host."""
-        return self.finish() | dict(zip(self.done, self.download.wait(), strict=True))
 
 
 def _range(name: str) -> AbstractContextManager[Any]:
@@ -478,11 +485,15 @@ def _describe(stack: LowRankStack, consequence: str) -> str:
 
 def _check_unused(layer: Layer) -> None:
     if layer.has_gradient and bool(layer.gradient().any()):
-        raise RuntimeError(
-            f"{layer.name}: has a gradient, but its module's forward was never seen in training mode. Was it called in "
-            "eval mode, through a functional call on its weight, or compiled and run before the preconditioner was "
-            "made? Mend that, or exclude the module."
-        )
+        raise _unseen(layer)
+
+
+def _unseen(layer: Layer) -> RuntimeError:
+    return RuntimeError(
+        f"{layer.name}: has a gradient, but its module's forward was never seen in training mode. Was it called in "
+        "eval mode, through a functional call on its weight, or compiled and run before the preconditioner was "
+        "made? Mend that, or exclude the module."
+    )
 
 
 def _report(failure: Failure, most: int) -> None:

@@ -113,6 +113,7 @@ def _launch(stacks: Sequence[Stack]) -> None:
     """Launch rewrites one by one; on a GPU into two queues.
 
     A product with a few tens of columns occupies a fraction of the GPU's processors: two at once take little longer.
+    The second queue has a workspace of cuBLAS's (32 MiB on an H200) and temporaries of its own.
     """
     beside = _half([stack for stack in stacks if _here(stack)])
     if beside:

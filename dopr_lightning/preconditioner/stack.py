@@ -82,6 +82,10 @@ class Stack(ABC):
         self._open = False
         self._current = [False] * len(self.layers)  # whether the sums hold the layer's covariance
 
+    def without_rows(self) -> list[Layer]:
+        """Layers of which this rank has counted no row in this window, as far as the host knows."""
+        return [layer for layer, rows in zip(self.layers, self._rows_added, strict=True) if rows == 0]
+
     @property
     def device(self) -> torch.device:
         """Where the layers are, and so the statistics."""
@@ -158,12 +162,12 @@ class Stack(ABC):
         """
 
     @classmethod
-    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, ahead: bool = False) -> FinishRefresh:
+    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, deferred: bool = False) -> FinishRefresh:
         """:meth:`refresh` stacks of this kind, in two parts.
 
         Args:
             due: Each stack with its share: its sums have arrived when ``due`` yields it.
-            ahead: The second part comes a step later. Whoever can, works until then.
+            deferred: The second part comes a step later. Whoever can, works until then.
 
         Returns:
             The second part: called, it returns the outcome of each.

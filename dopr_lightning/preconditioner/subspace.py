@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dopr_lightning.preconditioner.threads import side_by_side, threads
+from dopr_lightning.preconditioner.threads import pinned, side_by_side, threads
 
 FRESH = 1 / 8
 """Share of the vectors that :func:`probe` draws anew.
@@ -81,7 +81,8 @@ def probe(basis: Tensor, *, seed: int) -> Tensor:
     new = 0 if k == dim else int(FRESH * k)
     # On the CPU, whose stream is the same on every machine.
     random = torch.randn(dim, new, generator=torch.Generator().manual_seed(seed)) / dim**0.5
-    return torch.cat([basis[..., : k - new], random.to(basis, non_blocking=True).expand(blocks, -1, -1)], dim=-1)
+    fresh = pinned(random.to(basis.dtype), basis.device).to(basis.device, non_blocking=True)
+    return torch.cat([basis[..., : k - new], fresh.expand(blocks, -1, -1)], dim=-1)
 
 
 def nystrom(basis: Tensor, image: Tensor, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,13 +132,13 @@ def products(basis: Tensor, image: Tensor) -> Tensor:
     return torch.stack([(basis.mT @ image).double(), wide.mT @ wide])
 
 
-def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, idle: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, workers: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     r"""What is k x k of :func:`nystrom`, on the host and in float64.
 
     Args:
         core_and_gram: What :func:`products` returns, (2, B, k, k).
         valid: Blocks to look at, (B,).
-        idle: Whether the host has nothing else to do meanwhile: its threads share the eigenproblems then.
+        workers: Threads that share the eigenproblems, where the host has nothing else to do meanwhile.
 
     Returns:
         Eigenvalues of the approximation in units of the trace, descending, at least 0, (B, k); the matrices R with
@@ -145,7 +146,7 @@ def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, idle: bool = False)
     """
     core, gram = core_and_gram
     worth = gram.numel() * gram.shape[-1] // WORTH_A_THREAD
-    count = min(torch.get_num_threads(), worth) if idle else 1
+    count = min(workers, worth)
     with threads(1):  # more of them take longer, with matrices as small as these
         factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)
         # NaN and infinity are not positive definite either; where only the image has them, the sum of its squares does.

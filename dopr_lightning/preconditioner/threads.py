@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 def threads(count: int) -> Iterator[None]:
     """Let PyTorch use so many."""
     before = torch.get_num_threads()
+    if before == count:  # set by whoever started this thread, and restored there
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield
@@ -49,9 +52,25 @@ def side_by_side(function: Callable[[Tensor], tuple[Tensor, ...]], matrices: Ten
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
-def in_background(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin ``function()`` in a thread; what is returned waits for its result, or raises what it raised."""
-    return _background().submit(function).result
+def in_background(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+    """Begin ``function()`` in a thread; what is returned waits for its result, or raises what it raised.
+
+    Args:
+        function: What to do.
+        device: What it waits for. A thread begins with the first GPU, where it would take memory from another rank's.
+    """
+
+    def task() -> Result:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return function()
+
+    return _background().submit(task).result
+
+
+def pinned(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers on the host, where a GPU can fetch them from without the host waiting for what is queued there."""
+    return numbers.pin_memory() if device.type == "cuda" else numbers
 
 
 class ToHost:

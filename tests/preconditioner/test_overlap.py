@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner import lowrank
 from dopr_lightning.preconditioner.lowrank import WARM_UP
+from dopr_lightning.preconditioner.threads import in_background
 
 EVERY = 4
 STEPS = 3 * EVERY
@@ -167,21 +169,90 @@ BEFORE = ["module"] * EVERY
 """Up to the first refresh that is finished later."""
 
 
-def test_a_gradient_without_rows_is_found_out_two_steps_later() -> None:
-    model, ap = steps_with(*BEFORE, "weight", "weight")
-    backward_with(model, 6, "weight")
+def test_a_gradient_without_rows_is_found_out_in_the_next_step() -> None:
+    model, ap = steps_with(*BEFORE, "weight")
+    backward_with(model, 5, "module")
     with pytest.raises(RuntimeError, match=r"sometimes\.weight: has a gradient, but .* was never seen"):
         ap.step()
 
 
-def test_the_question_whether_rows_were_missed_survives_a_resume() -> None:
-    model, ap = steps_with()
-    ap.load_state_dict(steps_with(*BEFORE, "weight")[1].state_dict())
-    backward_with(model, 5, "weight")
-    ap.step()
-    backward_with(model, 6, "weight")
-    with pytest.raises(RuntimeError, match="never seen"):
+def test_a_gradient_of_zeros_without_rows_is_none() -> None:
+    """As optimizers leave it whose ``zero_grad`` keeps tensors: it costs no further refresh."""
+    model, ap = steps_with(*BEFORE)
+    refreshed = []
+    for step in range(EVERY, 4 * EVERY):
+        if ap.collecting:
+            refreshed.append(step)
+        backward_with(model, step, "none")
+        model.sometimes.weight.grad = torch.zeros_like(model.sometimes.weight)
+        model.sometimes.bias.grad = torch.zeros_like(model.sometimes.bias)
         ap.step()
+    assert refreshed == [EVERY, 2 * EVERY, 3 * EVERY]
+
+
+def test_a_layer_that_is_never_used_keeps_no_other_from_overlapping() -> None:
+    model, ap = steps_with(*["none"] * EVERY)
+    assert None in [step for stack in ap._stacks for step in stack.refreshed_at]
+    backward_with(model, EVERY, "none")
+    ap.step()
+    assert ap._pending is not None
+
+
+def test_rows_counted_on_the_device_are_rows() -> None:
+    """An embedding counts them there, and where there is a mask every layer does."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 8), "linear": nn.Linear(8, 3)})
+    ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True)
+    for step in range(2 * EVERY):
+        model.zero_grad()
+        tokens = torch.randint(5, (6, 4), generator=torch.Generator().manual_seed(step))
+        with ap.mask(tokens != 0):
+            model["linear"](model["embedding"](tokens)).square().sum().backward()
+        ap.step()
+    assert [stack.refreshed_at for stack in ap._stacks] == [[EVERY]] * 2
+
+
+def test_copies_are_made_of_what_is_finished() -> None:
+    model, ap = steps_with(*BEFORE, "module")
+    assert ap._pending is not None
+    other, copied = copy.deepcopy((model, ap))
+    for m, preconditioner in (model, ap), (other, copied):
+        backward_with(m, 5, "none")
+        preconditioner.step()
+    assert_equal(copied.state_dict(), ap.state_dict())
+
+
+def test_a_measured_step_leaves_nothing_for_one_rank_to_finish_alone() -> None:
+    model, ap = steps_with(*BEFORE)
+    backward_with(model, EVERY, "module")
+    ap.step(measure=True)
+    assert ap._pending is None
+
+
+def test_removing_the_hooks_raises_nothing() -> None:
+    model, ap = steps_with(*BEFORE, max_failures=1)
+    backward_with(model, EVERY, "module")
+    for stack in ap._stacks:
+        stack._sums.fill_(torch.nan)
+    ap.step()
+    ap.remove()
+    assert not any(module._forward_hooks for module in model.modules())
+    assert ap._pending is None
+
+
+@pytest.mark.parametrize("error", [ValueError, None])
+def test_a_thread_finishes_or_says_why_not(error: type[Exception] | None) -> None:
+    def function() -> str:
+        if error is not None:
+            raise error("no")
+        return threading.current_thread().name
+
+    result = in_background(function, torch.device("cpu"))
+    if error is None:
+        assert result().startswith("dopr-background")
+    else:
+        with pytest.raises(error, match="no"):
+            result()
 
 
 def test_a_layer_without_a_gradient_at_the_refresh_may_have_one_in_the_next_step() -> None:
