@@ -173,9 +173,14 @@ def _plain_name(key: str) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
-    """What changed, in a few words, ``"data.batch_size: 256 -> 128"``; empty if nothing did."""
+    """What changed, in a few words, ``"data.batch_size: 256 -> 128"``; empty if nothing did.
+
+    An option that only one of them has, and leaves off (null or false), is no difference: it is newer than the other.
+    """
     before, after = (dict(_flat(_without(values, *ignore))) for values in (old, new))
-    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    both = before | after
+    left_off = {key for key in before.keys() ^ after.keys() if both[key] is None or both[key] is False}
+    changed = [key for key in both if before.get(key) != after.get(key) and key not in left_off]
     shown = [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in changed[:3]]
     return ", ".join(shown + [f"{len(changed) - 3} more"] * (len(changed) > 3))
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.sweep.grid import ROLES, Point, candidates, points, scaled
+from dopr_lightning.experiments.sweep.report import apart, best_point, judged_otherwise
 from dopr_lightning.experiments.sweep.transfer import analyse, fit_curve
 from dopr_lightning.optim.roles import Role
+from dopr_lightning.proxy import differences
 
 VALUES = [2 ** (k / 2) for k in range(-6, 7)]  # 1/8 to 8, sqrt(2) apart
 COMPUTE = {32: 1.0, 64: 4.0, 128: 16.0}
@@ -52,6 +54,18 @@ def test_values_further_than_an_octave_do_not_bend_the_parabola() -> None:
     curve = fit_curve(coarse, seeds(1 + 0.1 * (np.log2(coarse) - 0.7) ** 2))
     assert curve is not None
     assert curve.best == pytest.approx(0.7)
+
+
+def test_values_far_apart_are_no_parabola() -> None:
+    """Of these runs (docs/results/mup/humanoid-wd-damping) factors of ten would say 0.07, where 0.2 is best."""
+    fine, losses = [0.01, 0.03, 0.1, 0.3, 1.0], np.array([0.1023, 0.1011, 0.0977, 0.0950, 0.1070])
+    curve = fit_curve(fine, seeds(losses))
+    assert curve is not None
+    assert 0.15 < 2**curve.best < 0.25
+    coarse = fit_curve(fine[::2], seeds(losses[::2]))
+    assert coarse is not None
+    assert (2**coarse.best, coarse.least) == (pytest.approx(0.1), pytest.approx(0.0977))
+    assert coarse.parabola is None
 
 
 @pytest.mark.parametrize("cliff", [2.0, 5.0, 50.0, 1e4])
@@ -108,13 +122,40 @@ def test_beside_values_that_diverged_the_grid_has_the_last_word() -> None:
 
 def test_a_hollow_that_is_none_is_not_fitted() -> None:
     """Flat or concave around the best value: no vertex to go to."""
-    curve = fit_curve([1.0, 2.0, 4.0], np.full((3, 2), 1.0))
-    assert curve is not None
-    assert curve.at_edge  # the first of equals
     losses = np.array([3.0, 2.9, 1.0, 1.0 - 1e-9, 1.0, 2.9, 3.0])
     curve = fit_curve([2.0**k for k in range(7)], losses[:, None])
     assert curve is not None
     assert curve.best == pytest.approx(3.0)
+
+
+def test_values_that_are_level_do_not_say_which_is_best() -> None:
+    """A success rate of 0 everywhere, or of 1 at several."""
+    assert fit_curve([1.0, 2.0, 4.0], np.full((3, 2), 1.0)) is None
+    assert fit_curve([1.0, 2.0, 4.0], np.array([[1.0, 1.0], [1.0, 1.0], [1.0, math.inf]])) is None
+    one = fit_curve([3.0], np.full((1, 2), 1.0))
+    assert one is not None
+    assert 2**one.best == pytest.approx(3.0)
+    plateau = fit_curve(VALUES[:7], seeds(np.array([0.0, -0.5, -1.0, -1.0, -1.0, -0.5, 0.0])))
+    assert plateau is not None
+    assert (2**plateau.best, plateau.least) == (pytest.approx(VALUES[3]), -1.0)
+    assert not plateau.at_edge
+    to_the_end = fit_curve(VALUES[:5], seeds(np.array([0.0, -0.5, -1.0, -1.0, -1.0])))
+    assert to_the_end is not None
+    assert to_the_end.at_edge
+    hopeless, ordinary = np.zeros((13, 3)), seeds(parabola(0.3, 2.0))
+    narrow, wide = analyse(VALUES, {32: hopeless, 64: ordinary}, COMPUTE).widths
+    assert (narrow.best, wide.drift, wide.regret, wide.wasted_compute) == (None,) * 4
+
+
+def test_no_regret_is_negative() -> None:
+    """Runs that lie below the parabola that is fitted to them."""
+    noise = np.random.default_rng(0).normal(0, 0.02, (40, 13))
+    for some in noise:
+        losses = {32: seeds(parabola(0.0, 2.0) + some), 64: seeds(parabola(0.3, 1.9) + some[::-1])}
+        wide = analyse(VALUES, losses, COMPUTE).widths[-1]
+        assert wide.regret is not None
+        assert wide.regret >= 0
+        assert wide.wasted_compute is None or wide.wasted_compute >= 0
 
 
 def test_drift_regret_and_what_it_is_worth() -> None:
@@ -248,3 +289,46 @@ def test_all_that_scales_keeps_its_proportions() -> None:
     }
     with pytest.raises(UserError, match=r"--widths 20: encoder_width would be 36 x 20 / 96.*multiples of 8"):
         scaled({"width": 96, "encoder_width": 36}, ("width", "encoder_width"), 20)
+
+
+def transfer(name: str, best: float, **more: Any) -> dict[str, Any]:
+    row = {"width": 64, "best": best, "best_ci95": None, "at_edge": False, "numbers": [[1.0]] * 3}
+    return {"parametrization": "mup", "hyperparameter": name, "metric": "val_loss", "widths": [row | more]}
+
+
+def test_what_was_found_one_by_one_is_said_if_it_lies_far_from_the_centre() -> None:
+    centre = Point(0.01, 0.1, None)
+    near, far = transfer("lr", 0.012), transfer("lr", 0.02)
+    decay = transfer("weight_decay", 0.4)
+    for transfers, together, expected in (
+        ([far, decay], False, ["lr", "weight_decay"]),
+        ([far, decay], True, []),
+        ([near, decay], False, []),
+        ([far], False, []),
+    ):
+        best = best_point(transfers, centre)
+        assert best is not None
+        assert apart(transfers, best, centre, together) == expected
+    undecayed = replace(centre, weight_decay=0.0)
+    best = best_point([far, decay], undecayed)
+    assert best is not None
+    assert apart([far, decay], best, undecayed, False) == ["lr", "weight_decay"]
+
+
+def test_rollouts_that_would_choose_otherwise_are_said() -> None:
+    by_loss = transfer("lr", 0.012, best_ci95=(0.010, 0.014))
+    centre = Point(0.01, 0.1, None)
+    best = best_point([by_loss], centre)
+    assert best is not None
+    for value, expected in ((0.013, []), (0.008, ["learning rate 0.008 at width 64, by return"])):
+        by_return = transfer("lr", value) | {"metric": "return"}
+        assert judged_otherwise([by_loss, by_return], best) == expected
+
+
+def test_newer_options_that_are_off_are_no_difference() -> None:
+    old = {"dopr": {"ema": 0.9}, "lr": 0}
+    assert differences(old, {"dopr": {"ema": 0.9, "overlap": False, "other": None}, "lr": 0}) == ""
+    assert differences({"dopr": {"ema": 0.9, "overlap": False}, "lr": 0}, old) == ""
+    assert differences(old, {"dopr": {"ema": 0.9, "overlap": True}, "lr": 0}) == "dopr.overlap: unset -> True"
+    assert differences({"bias": True}, {"bias": False}) == "bias: True -> False"
+    assert differences({}, {"lr": 0}) == "lr: unset -> 0"

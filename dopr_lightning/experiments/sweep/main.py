@@ -37,8 +37,10 @@ from dopr_lightning.experiments.sweep.grid import (
     scaled,
 )
 from dopr_lightning.experiments.sweep.report import (
+    apart,
     at_edge,
     best_point,
+    judged_otherwise,
     plot,
     print_table,
     transfer_results,
@@ -222,6 +224,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             "lr_by_role": config["model"]["optimizer"]["lr_by_role"],
             "mup": config["model"]["mup"],
             "at_edge": at_edge(transfers),
+            "apart": apart(transfers, best, plan.centre, plan.product),
         }
         _write_overlay(config, output / OVERLAY, project.command)
     write_json(results, output / RESULTS)
@@ -241,6 +244,10 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         print(f"the run it recommends, {best.name} at width {wide}: stack {output / OVERLAY} on the configuration")
         if ends := grid_ends(results["recommended"]):
             print(f"warning: {ends}")
+        if names := results["recommended"]["apart"]:
+            print(f"warning: no run had its {' and '.join(names)} together: confirm it, or sweep with --grid product")
+        for other in judged_otherwise(transfers, best):
+            print(f"warning: it goes by validation loss; the best would be {other}")
 
 
 def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
-from dopr_lightning.experiments.sweep.transfer import Array, analyse
+from dopr_lightning.experiments.sweep.transfer import COARSEST, Array, analyse
 from dopr_lightning.experiments.trial import Record
 from dopr_lightning.words import METRIC_LABELS
 
@@ -23,6 +24,10 @@ LABELS = {
     "readout_rate": "readouts' share of the rate",
     "condition_rate": "conditions' share of the rate",
 }
+
+FAR = 0.5
+"""Octaves from the centre from which on values found one by one may not suit each other: learning rate and weight decay
+act by their product."""
 
 Outcomes = Mapping[Cell, Record | str]
 
@@ -138,6 +143,28 @@ def at_edge(transfers: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name, rows in found.items() if rows[-1]["at_edge"] and len(rows[-1]["numbers"]) > 1]
 
 
+def apart(transfers: Sequence[Mapping[str, Any]], best: Point, centre: Point, product: bool) -> list[str]:
+    """The hyperparameters of :func:`best_point`, if several lie far from the centre, where each was found by itself."""
+    pairs = {name: (getattr(best, name), getattr(centre, name)) for name in _trained(transfers)}
+    far = [name for name, (to, by) in pairs.items() if not by or abs(math.log2(to / by)) > FAR]
+    return far if len(far) > 1 and not product else []
+
+
+def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point) -> list[str]:
+    """Of rollouts, which values they would choose that the validation loss's interval excludes, in words."""
+    by_loss = _trained(transfers)
+    said = []
+    for transfer in transfers:
+        name, trained = transfer["hyperparameter"], [row for row in transfer["widths"] if row["best"] is not None]
+        if transfer["parametrization"] != "mup" or transfer["metric"] == "val_loss" or not trained:
+            continue
+        low, high = by_loss[name][-1]["best_ci95"] or (getattr(best, name),) * 2
+        if not low <= trained[-1]["best"] <= high:
+            label = f"{LABELS[name]} {trained[-1]['best']:.3g} at width {trained[-1]['width']}"
+            said.append(f"{label}, by {_metric_label(transfer['metric'])}")
+    return said
+
+
 def _trained(transfers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """What validation loss says of each hyperparameter under muP, at the widths that trained, narrowest first."""
     return {
@@ -196,14 +223,18 @@ def _with_interval(value: float | str | None, interval: Sequence[float] | None, 
 def _note(row: Mapping[str, Any], values: Sequence[float]) -> str:
     failed = sum(number is None for line in row["numbers"] for number in line)
     notes = []
-    if row["best"] is None:
+    if row["best"] is None and not failed:
+        notes.append("all values are level")
+    elif row["best"] is None:
         notes.append(f"all {failed} runs failed" if all(n is None for line in row["numbers"] for n in line) else "")
-        notes.append("no value at which all seeds trained")
+        notes.append("no value at which all seeds trained, or all such are level")
     elif failed:
         notes.append(f"{failed} of {sum(map(len, row['numbers']))} runs failed")
     if row["at_edge"] and len(values) > 1:
         lowest = abs(row["best"] - values[0]) < abs(row["best"] - values[-1])
         notes.append("the grid's lowest: go on below" if lowest else "the grid's highest: go on above")
+    if any(math.log2(high / low) > COARSEST for low, high in pairwise(values)) and not row["fitted"]:
+        notes.append("not fitted: values more than a factor of 4 apart")
     return "; ".join(note for note in notes if note)
 
 
