@@ -152,6 +152,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "damping": 0.01,
         "lr_by_role": {},
         "mup": {"base": {"width": 8}, "weight_decay": "independent", "zero_readouts": True},
+        "apart": [],
         "at_edge": ["lr"] if results["transfer"][0]["widths"][-1]["at_edge"] else [],
     }
 
@@ -499,7 +500,10 @@ def test_a_best_value_at_its_grids_end_is_pointed_out(
 
     results = run(tmp_path, *few, f"{rates},0.04,0.08", "--dampings=0.05,0.1,0.2", "--weight-decays=1e-5")
     assert results["recommended"]["at_edge"] == []
-    assert "warning: " not in capsys.readouterr().out
+    assert results["recommended"]["apart"] == ["lr", "damping"]
+    out = capsys.readouterr().out
+    assert "at the grid's end" not in out
+    assert "warning: no run had its lr and damping together" in out
     assert taken() == ""
 
 

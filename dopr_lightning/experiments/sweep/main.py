@@ -245,7 +245,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         if ends := grid_ends(results["recommended"]):
             print(f"warning: {ends}")
         if names := results["recommended"]["apart"]:
-            print(f"warning: no run had its {' and '.join(names)} together: confirm it, or sweep with --grid product")
+            print(f"warning: no run had its {' and '.join(names)} together; train one, or sweep with --grid product")
         for other in judged_otherwise(transfers, best):
             print(f"warning: it goes by validation loss; the best would be {other}")
 
