@@ -198,10 +198,11 @@ def test_a_layer_that_is_never_used_keeps_no_other_from_overlapping() -> None:
     assert ap._pending is not None
 
 
-def test_rows_counted_on_the_device_are_rows() -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_counted_on_the_device_are_rows(sparse: bool) -> None:
     """An embedding counts them there, and where there is a mask every layer does."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"embedding": nn.Embedding(5, 8), "linear": nn.Linear(8, 3)})
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 8, sparse=sparse), "linear": nn.Linear(8, 3)})
     ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True)
     for step in range(2 * EVERY):
         model.zero_grad()
