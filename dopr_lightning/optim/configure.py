@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from dopr_lightning.mup import MupSpec, WeightDecayRule
+from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
 from dopr_lightning.optim.plan import Assignment, plan
@@ -18,6 +19,8 @@ from dopr_lightning.optim.schedules import Schedule, make_scheduler
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+log = getLogger(__name__)
 
 
 def make_optimizer(
@@ -135,7 +138,7 @@ def configure_optimizers(
 
     Raises:
         ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative warm-up, or a cosine whose end is not
-            known.
+            known; or under muP a Trainer that clips the gradients of SGD by their norm, beyond the base width.
 
     Example:
         >>> class Model(LightningModule):  # doctest: +SKIP
@@ -153,6 +156,8 @@ def configure_optimizers(
         lr_by_role=lr_by_role,
         **options,
     )
+    if mup is not None:
+        _check_clipping(module, base, mup)
     if schedule == "constant" and warmup_steps == 0:
         return optimizer
     end: float = math.inf if total_steps is None else total_steps
@@ -160,6 +165,44 @@ def configure_optimizers(
         end = _estimate(module.trainer)
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, end)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _check_clipping(module: LightningModule, base: str | type[Optimizer], mup: MupSpec) -> None:
+    """Point out that the Trainer clips by a norm which changes with the width; refuse where steps are as long as it.
+
+    The entries of a readout's gradient do not fall with the width, so that the norm over all parameters grows, in the
+    end like sqrt(width). That of DoPr's M, which the clip sees in place of the gradient, falls.
+
+    Raises:
+        ValueError: The base is SGD, or another whose update grows as the gradient does.
+    """
+    trainer = module._trainer  # None where ``trainer`` raises, and under Fabric, which clips when it is told to
+    if trainer is None or not _clips_by_norm(trainer) or not _grows(module, mup):
+        return
+    said = (
+        f"gradient_clip_val={trainer.gradient_clip_val} under muP, in a model wider than its base {mup.base}: the norm "
+        "that it is compared with changes with the width (that of all gradients grows, in the end like sqrt(width); "
+        "that of DoPr's M falls), so that clipping acts differently at each width"
+    )
+    by_value = "Clipping by value is no way out: entries change with the width too"
+    chosen = resolve(base)
+    if rules.gradient in (chosen.growth, chosen.rest_growth):
+        raise ValueError(
+            f"{said}, and a step of {base} is as long as the clipped gradient: what was tuned narrow is wrong here. "
+            f"Leave gradient_clip_val out, or take a base whose step is not, adamw say. {by_value}"
+        )
+    if trainer.is_global_zero:
+        log.warning("%s. Leave it out, or choose it so high that it only catches outliers. %s.", said, by_value)
+
+
+def _grows(module: LightningModule, mup: MupSpec) -> bool:
+    """Whether the module is wider than the base."""
+    return any(matrix.row_growth > 1 or matrix.col_growth > 1 for matrix in mup.growth(module).values())
+
+
+def _clips_by_norm(trainer: Trainer) -> bool:
+    """Whether the Trainer clips, and by norm, as it does unless told otherwise; a bound of 0 is none to Lightning."""
+    return (trainer.gradient_clip_val or 0) > 0 and trainer.gradient_clip_algorithm in (None, "norm")
 
 
 def _estimate(trainer: Trainer) -> float:
