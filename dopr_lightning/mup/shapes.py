@@ -89,6 +89,12 @@ def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
             "head_dim^-1/2 where muP needs 1/head_dim; let the number of heads grow instead, or call "
             "scaled_dot_product_attention with a scale"
         )
+    if isinstance(module, _EMBEDDING) and module.max_norm is not None and module.embedding_dim != wide.embedding_dim:
+        raise ValueError(
+            f"{name}: max_norm={module.max_norm} bounds the norm of this {type(module).__name__}'s rows, so that their "
+            "entries fall like width^-1/2 as they lengthen, where muP needs entries to keep their size; leave max_norm "
+            "out"
+        )
     for attribute in _LOGIT_SCALES:
         ours, wider = (getattr(m, attribute, None) for m in (module, wide))
         if isinstance(ours, float) and isinstance(wider, float) and math.isclose(wider, ours * DELTA**-0.5):

@@ -644,6 +644,16 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
         {"width": 8},
         r"norm: the number of groups of this GroupNorm grows with the width \(2 to 4\).*keep the number fixed",
     ),
+    "a bounded embedding": (
+        layers(tokens=lambda w: nn.Embedding(5, w, max_norm=1.0)),
+        {"width": 8},
+        r"tokens: max_norm=1\.0 bounds the norm of this Embedding's rows.*like width\^-1/2.*leave max_norm out",
+    ),
+    "a bounded bag": (
+        layers(tokens=lambda w: nn.EmbeddingBag(5, w, max_norm=2.0)),
+        {"width": 8},
+        r"tokens: max_norm=2\.0 bounds the norm of this EmbeddingBag's rows",
+    ),
     "another architecture": (
         SometimesSkips,
         {"width": 8},
@@ -669,6 +679,12 @@ def test_groups_of_few_channels_are_pointed_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MupSpec.from_factory(factory, width=16)
+
+
+def test_an_embedding_that_does_not_grow_may_be_bounded() -> None:
+    """There its rows' norm means the same at every width."""
+    found = roles(lambda width: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, width)))
+    assert found == {"0.weight": "fixed", "1.weight": "input", "1.bias": "vector"}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
