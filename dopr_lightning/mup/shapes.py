@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from mup.layer import MuReadout
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dopr_lightning.preconditioner.layers import public_name
 
@@ -102,6 +103,48 @@ def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
                 f"{name}: its {attribute} falls like width^-1/2, as that of attention with growing heads; muP needs "
                 "logits scaled by 1/head_dim. Let the number of heads grow instead"
             )
+    _check_weight_norm(name, module, wide)
+
+
+def _check_weight_norm(name: str, module: nn.Module, wide: nn.Module) -> None:
+    """Refuse magnitudes that are not one per output of a growing layer.
+
+    A row of outputs by inputs keeps its norm as both widen. A column's is like sqrt(outputs / inputs), the whole
+    weight's like sqrt(outputs), and a step would have to follow, which the shape of magnitudes does not tell.
+
+    Raises:
+        ValueError: Names the layer and the ``dim`` to take.
+    """
+    for ours, wider in zip(_weight_norms(module), _weight_norms(wide), strict=True):
+        outputs = (_fans(module, wide, ours.attribute) or (0, 1))[0]
+        if ours.dim != outputs and ours.direction.shape[outputs] != wider.direction.shape[outputs]:
+            raise ValueError(
+                f"{name}: weight_norm of its {ours.attribute} has dim={None if ours.dim == -1 else ours.dim}, and so "
+                "magnitudes that are not one per output. Those change with the width in a way that muP has no learning "
+                f"rate for; use weight_norm with dim={outputs}"
+            )
+
+
+class _Normalised(NamedTuple):
+    """A weight that weight_norm makes of two parameters, ``dim`` being -1 for one magnitude of all."""
+
+    attribute: str
+    dim: int
+    magnitude: Tensor
+    direction: Tensor
+
+
+def _weight_norms(module: nn.Module) -> Iterator[_Normalised]:
+    """What torch's weight_norm keeps on a module, or the one before it."""
+    if is_parametrized(module):
+        for attribute, kinds in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            for kind in kinds:
+                if isinstance(kind, _WeightNorm):
+                    yield _Normalised(attribute, kind.dim, kinds.original0, kinds.original1)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            magnitude, direction = (module.get_parameter(f"{hook.name}_{part}") for part in "gv")
+            yield _Normalised(hook.name, hook.dim, magnitude, direction)
 
 
 def read_shape(

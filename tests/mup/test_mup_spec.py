@@ -619,6 +619,51 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
         {"width": 8},
         r"head\.weight_v: .* sets the size of this readout's weight",
     ),
+    "weight_norm of a readout by inputs": (
+        layers(head=lambda w: parametrizations.weight_norm(nn.Linear(w, 3), dim=1)),
+        {"width": 8},
+        r"sets the size of this readout's weight.*leave the readout",
+    ),
+    "weight_norm by inputs": (
+        layers(fc=lambda w: parametrizations.weight_norm(nn.Linear(w, w), dim=1)),
+        {"width": 8},
+        r"fc: weight_norm of its weight has dim=1, .* not one per output.*use weight_norm with dim=0",
+    ),
+    "weight_norm as a whole": (
+        layers(fc=lambda w: parametrizations.weight_norm(nn.Conv1d(w, w, 3), dim=None)),
+        {"width": 8},
+        r"fc: weight_norm of its weight has dim=None, .*use weight_norm with dim=0",
+    ),
+    "weight_norm of an input by inputs": (
+        layers(fc=lambda w: parametrizations.weight_norm(nn.Linear(3, w), dim=1)),
+        {"width": 8},
+        r"fc: weight_norm of its weight has dim=1, .*use weight_norm with dim=0",
+    ),
+    "weight_norm by rows that are inputs": (
+        layers(up=lambda w: parametrizations.weight_norm(nn.ConvTranspose1d(w, w, 3))),
+        {"width": 8},
+        r"up: weight_norm of its weight has dim=0, .*use weight_norm with dim=1",
+    ),
+    "weight_norm of tokens": (
+        layers(tokens=lambda w: parametrizations.weight_norm(nn.Embedding(5, w))),
+        {"width": 8},
+        r"tokens: weight_norm of its weight has dim=0, .*use weight_norm with dim=1",
+    ),
+    "weight_norm of a recurrent layer by inputs": (
+        layers(cell=lambda w: parametrizations.weight_norm(nn.LSTM(w, w), "weight_hh_l0", dim=1)),
+        {"width": 8},
+        r"cell: weight_norm of its weight_hh_l0 has dim=1, .*use weight_norm with dim=0",
+    ),
+    "former weight_norm by inputs": (
+        layers(fc=lambda w: torch.nn.utils.weight_norm(nn.Linear(w, w), dim=1)),
+        {"width": 8},
+        r"fc: weight_norm of its weight has dim=1, .*use weight_norm with dim=0",
+    ),
+    "former weight_norm as a whole": (
+        layers(fc=lambda w: torch.nn.utils.weight_norm(nn.Linear(w, w), dim=None)),
+        {"width": 8},
+        r"fc: weight_norm of its weight has dim=None, .*use weight_norm with dim=0",
+    ),
     "spectral_norm": (
         layers(head=lambda w: parametrizations.spectral_norm(nn.Linear(w, 3))),
         {"width": 8},
