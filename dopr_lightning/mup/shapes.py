@@ -48,7 +48,8 @@ class Shape:
         fan_in: Dimension of the inputs; None for a vector.
         drawn_by: Dimensions, the inverse square root of whose sum scales the initial values; none: they do not depend
             on the width.
-        drawn_like: For a bias that torch draws like its weight: that weight's name.
+        drawn_like: For a bias that torch draws like its weight: that weight's name. For a magnitude of weight_norm,
+            with which the weight scales: the name of its direction.
     """
 
     base: tuple[int, ...]
@@ -184,8 +185,10 @@ def read_shape(
             f"{name} is shared by layers that muP scales differently ({', '.join(s.role for s in seen)}); "
             "give each its own"
         )
+    if seen[0].fan_in is not None:
+        return replace(seen[0], drawn_like=_direction(model, name))
     like = next(filter(None, (_drawn_like(model, *owner) for owner in _owners(model, name))), None)
-    return replace(seen[0], drawn_like=like) if seen[0].fan_in is None else seen[0]
+    return replace(seen[0], drawn_like=like)
 
 
 def _owned(
@@ -277,3 +280,15 @@ def _drawn_like(model: nn.Module, path: str, attribute: str) -> str | None:
     else:
         return None
     return next((public_name(name) for name, p in model.named_parameters() if id(p) in weights), None)
+
+
+def _direction(model: nn.Module, name: str) -> str | None:
+    """The direction whose magnitude, in weight_norm, is the parameter ``name``; None if it is none."""
+    parameter = model.get_parameter(name)
+    found = {
+        id(weight.direction)
+        for path, _ in _owners(model, name)
+        for weight in _weight_norms(model.get_submodule(path))
+        if weight.magnitude is parameter
+    }
+    return next((public_name(other) for other, p in model.named_parameters() if id(p) in found), None)

@@ -124,7 +124,7 @@ class MupSpec:
             for full, (name, parameter) in named.items():
                 factor = 0.0 if full in zero else self._initial(name, parameters)
                 like = self.shapes[name].drawn_like
-                if like is None:
+                if like is None or self.shapes[name].fan_in is not None:
                     parameter.mul_(factor)
                 else:
                     parameter.mul_(torch.where(self._drawn_bias(parameter, like, parameters[like]), factor, 1.0))
@@ -209,6 +209,8 @@ class MupSpec:
 
     def _initial(self, name: str, parameters: Mapping[str, Tensor]) -> float:
         shape = self.shapes[name]
+        if shape.drawn_like is not None and shape.fan_in is not None:
+            return self._initial(shape.drawn_like, parameters)  # a magnitude: as its weight
         if shape.drawn_like is not None:
             return rules.initial_bias(self._drawn(shape.drawn_like, parameters[shape.drawn_like]))
         if shape.fan_in is None or not shape.drawn_by:

@@ -400,6 +400,34 @@ def test_transposed_convolutions_of_unequal_scaling() -> None:
     assert sizes == pytest.approx({1024: 0.25, 64: 1}, rel=0.05)  # inputs^-1/2
 
 
+NORMALISED: dict[str, tuple[Callable[[int], nn.Module], str, int]] = {
+    "hidden": (lambda w: nn.Linear(w, w), "weight", 0),
+    "input": (lambda w: nn.Linear(3, w), "weight", 0),
+    "recurrent": (lambda w: nn.LSTM(3, w), "weight_hh_l0", 0),
+    "input of a recurrent layer": (lambda w: nn.LSTM(3, w), "weight_ih_l0", 0),
+    "attention": (lambda w: nn.MultiheadAttention(w, w // 4), "in_proj_weight", 0),
+    "transposed convolution": (lambda w: nn.ConvTranspose1d(w, w, 3), "weight", 1),
+    "input by a transposed convolution": (lambda w: nn.ConvTranspose1d(3, w, 3), "weight", 1),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALISED)
+def test_a_normalised_weight_starts_as_the_same_without(kind: str) -> None:
+    """Its size is in its magnitude, which says nothing of how torch drew the weight."""
+    make, attribute, dim = NORMALISED[kind]
+
+    def start(normalised: bool) -> Tensor:
+        def factory(width: int) -> nn.Module:
+            layer = make(width)
+            return parametrizations.weight_norm(layer, attribute, dim) if normalised else layer
+
+        torch.manual_seed(0)
+        model = factory(32)
+        return getattr(MupSpec.from_factory(factory, width=8).initialize(model), attribute)
+
+    torch.testing.assert_close(start(normalised=True), start(normalised=False))
+
+
 def test_at_the_base_width_nothing_changes() -> None:
     model = Pyramid([4, 8])
     before = copy.deepcopy(model.state_dict())
