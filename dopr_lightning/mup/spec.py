@@ -62,7 +62,8 @@ class MupSpec:
         Raises:
             ValueError: Nothing scales; or something scales in a way that muP has no rule for: a dimension that is part
                 fixed, part scaling; three scaling dimensions, or two beside a fixed one; an embedding tied to a
-                readout; a readout whose weight is normalised; torch's attention with growing heads; mup's MuReadout.
+                readout; a readout whose weight is normalised, or weight_norm that is not by outputs; an embedding's
+                max_norm; torch's attention with growing heads; mup's MuReadout.
         """
         if not base:
             raise ValueError(
