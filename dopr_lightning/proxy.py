@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,23 +149,43 @@ def refuse_given(args: Sequence[str]) -> None:
         flag, equals, value = arg.partition("=")
         if not flag.startswith("--"):
             continue
-        for key in (flag, *(f"{flag}.{inner}" for inner in _keys(value if equals else following))):
-            name = _plain_name(key.removeprefix("--"))
+        option = _plain_name(flag.removeprefix("--"))
+        for name in (option, *_named(option, value if equals else following)):
             if any(f"{name}.".startswith(f"{ours}.") for ours in SETS):
-                within = "" if key == flag else f", which sets {name},"
+                within = "" if name == option else f", which sets {name},"
                 raise UserError(
                     f"{flag}{within} and {FLAG} say the same thing; leave one out, or change the sweep's {OVERLAY} and "
                     "stack that"
                 )
 
 
-def _keys(text: str) -> list[str]:
-    """Dotted names of what a value on the command line sets, where it is a mapping or a list of them."""
+def _named(name: str, value: Any, folder: Path = Path()) -> Iterator[str]:
+    """Dotted names of all that a value of ``name`` sets: a mapping, a list of them, or a file that holds one.
+
+    Args:
+        name: Dotted, without what says only where in a list.
+        value: As given, on the command line or in a file.
+        folder: Of that file: what is named in it is relative to it.
+    """
+    # Other options may name files that hold no configuration, and are large.
+    if isinstance(value, str) and any(ours.startswith(f"{name}.") for ours in SETS):
+        value, folder = _loaded(value, folder)
+    if not isinstance(value, dict | list) or not value:
+        yield name
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _named(_plain_name(f"{name}.{key}"), inner, folder)
+
+
+def _loaded(text: str, folder: Path) -> tuple[Any, Path]:
+    """A text as YAML, or that of the file it names; and the folder of files that are named in it."""
+    path = folder / text
+    if os.path.isfile(path):  # not is_file(), which raises where a mapping is too long for a name
+        text, folder = path.read_text(), path.parent
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text), folder
     except (yaml.YAMLError, ValueError):  # it may be anything: a date that there is not
-        return []
-    return [key for key, _ in _flat(value) if key]
+        return None, folder
 
 
 def _plain_name(key: str) -> str:

@@ -600,14 +600,63 @@ def test_what_the_sweep_gives_is_refused_in_every_form(more: tuple[str, ...], sa
         resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
 
 
+DAMPED_MORE = "class_path: dopr_lightning.DoPr\ninit_args: {damping: 0.5}"
+FILES = {
+    "optimizer.yaml": "lr: 0.5",
+    "model.yaml": "optimizer: {weight_decay: 0.5}",
+    "elsewhere/model.yaml": "optimizer: shares.yaml",
+    "elsewhere/shares.yaml": "lr_by_role: {input: 0.5}",
+    "callback.yaml": DAMPED_MORE,
+    "callbacks.yaml": f"- {DAMPED_MORE}".replace("\n", "\n  "),
+}
+"""Configuration in files, by their names."""
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--model.optimizer=optimizer.yaml",), "--model.optimizer, which sets model.optimizer.lr,"),
+        (("--model.optimizer", "optimizer.yaml"), "--model.optimizer, which sets model.optimizer.lr,"),
+        (("--model=model.yaml",), "--model, which sets model.optimizer.weight_decay,"),
+        (("--model={optimizer: optimizer.yaml}",), "--model, which sets model.optimizer.lr,"),
+        # What a file names is beside it.
+        (("--model=elsewhere/model.yaml",), "--model, which sets model.optimizer.lr_by_role.input,"),
+        (("--trainer.callbacks=callbacks.yaml",), "--trainer.callbacks, which sets trainer.callbacks.damping,"),
+        (("--trainer.callbacks=[callback.yaml]",), "--trainer.callbacks, which sets trainer.callbacks.damping,"),
+        (("--trainer.callbacks+=callback.yaml",), r"--trainer.callbacks\+, which sets trainer.callbacks.damping,"),
+    ],
+)
+def test_what_the_sweep_gives_is_refused_in_files_too(
+    more: tuple[str, ...], said: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        path = Path(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(UserError, match=f"{said} and --mup.from_sweep say the same thing; leave one out"):
+        resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
+
+
 def test_other_options_of_the_same_things_are_taken(finished: Path) -> None:
     """They are the sweep's, or a default's; what begins with the name of what it gives is another option."""
     recommended = json.loads((finished / "results.json").read_text())["recommended"]
     more = ("--trainer.callbacks.damping_scale=trace", "--model.optimizer={base: adamw, warmup_steps: 2}")
     more += ("--trainer.accumulate_grad_batches=1", "--trainer.gradient_clip_algorithm=norm")
+    more += (f"--trainer={{callbacks: [{{class_path: dopr_lightning.DoPr}}], log_every_n_steps: 1{' ' * 300}}}",)
     config = resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
     assert config["model"]["optimizer"]["lr"] == recommended["lr"]
     assert config["trainer"]["callbacks"][0]["init_args"]["damping"] == recommended["damping"]
+
+
+def test_files_of_other_options_are_taken(finished: Path, tmp_path: Path) -> None:
+    """Also those that say how the optimizer is, but not what the sweep says."""
+    warmup, weights = tmp_path / "warmup.yaml", tmp_path / "weights.ckpt"
+    warmup.write_text("{base: adamw, warmup_steps: 2}")
+    weights.write_bytes(b"\xff")
+    more = (f"--model.optimizer={warmup}", f"--trainer.default_root_dir={tmp_path}", f"--checkpoint.filename={weights}")
+    config = resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
+    assert config["model"]["optimizer"]["warmup_steps"] == 2
 
 
 def test_a_folder_that_is_no_finished_sweep(finished: Path, tmp_path: Path) -> None:
