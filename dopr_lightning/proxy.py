@@ -110,8 +110,9 @@ def recommended(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     changed = differences(results["identity"], identity(config, results["scales"]))
     if changed:
         raise UserError(
-            f"{FLAG} {folder}: that sweep was of another configuration ({changed}); mend this one, or stack the "
-            f"sweep's own: --config {folder / OVERLAY}"
+            f"{FLAG} {folder}: that sweep was of another configuration ({changed}); mend this one, or put the "
+            f"sweep's own before it and keep {FLAG}, so that your width and schedule win: --config {folder / OVERLAY} "
+            "--config YOURS"
         )
     network = config["model"]["network"]["init_args"]
     for key, base in found["mup"]["base"].items():

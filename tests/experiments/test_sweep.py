@@ -560,7 +560,7 @@ def test_the_dampings_best_is_taken_too(finished: Path, tmp_path: Path) -> None:
     [
         ((), "callbacks: DoPr -> no DoPr"),
         ((*DAMPED, "--model.optimizer.base=muon"), "model.optimizer.base: adamw -> muon"),
-        ((*DAMPED, "--model.network.depth=2"), r"depth: 1 -> 2\); mend this one, or stack the sweep's own: --config"),
+        ((*DAMPED, "--model.network.depth=2"), r"depth: 1 -> 2\); mend this one, or put the sweep's own before it"),
         ((*DAMPED, *UNET), "class_path: .*ResidualMLP -> .*ConditionalUnet1d"),
         ((*DAMPED, "--data.source.observation_dim=3"), "data.source.init_args.observation_dim: 2 -> 3"),
         ((*DAMPED, "--trainer.callbacks.update_every=3"), "trainer.dopr.update_every: 1 -> 3"),
@@ -657,6 +657,33 @@ def test_files_of_other_options_are_taken(finished: Path, tmp_path: Path) -> Non
     more = (f"--model.optimizer={warmup}", f"--trainer.default_root_dir={tmp_path}", f"--checkpoint.filename={weights}")
     config = resolve([f"--config={CONFIG}", *DAMPED[:1], *more, f"--mup.from_sweep={finished}"])
     assert config["model"]["optimizer"]["warmup_steps"] == 2
+
+
+def test_the_sweeps_own_before_another_configuration_leaves_it_its_width_and_warm_up(
+    finished: Path, tmp_path: Path
+) -> None:
+    """As the error says to whom misses something of the sweep's, here DoPr and a depth."""
+    sweep_of = shutil.copytree(finished, tmp_path / "sweep")
+    results = json.loads((sweep_of / "results.json").read_text())
+    results["recommended"] |= {"lr": 0.003, "weight_decay": 0.02, "damping": 0.37}
+    (sweep_of / "results.json").write_text(json.dumps(results))
+    config = yaml.safe_load(Path(CONFIG).read_text())
+    config["model"]["network"]["init_args"] = {"width": 64}
+    config["model"]["optimizer"] |= {"warmup_steps": 3, "lr": 0.5, "weight_decay": 0.5}
+    wide = tmp_path / "wide.yaml"
+    wide.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="DoPr -> no DoPr") as refused:
+        resolve([f"--config={wide}", f"--mup.from_sweep={sweep_of}"])
+    hint = str(refused.value).partition("your width and schedule win: ")[2].replace("YOURS", str(wide)).split()
+    more = ("--trainer.max_steps=4", "--rollout.report_episodes=0", f"--mup.from_sweep={sweep_of}")
+    assert cli(["fit", *hint, *arguments(tmp_path, *more)[1:]]) == 0
+    trained = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert trained["network"]["init_args"] == {"width": 64, "depth": 1}
+    optimizer = trained["optimizer"]
+    assert (optimizer["warmup_steps"], optimizer["lr"], optimizer["weight_decay"]) == (3, 0.003, 0.02)
+    assert trained["mup"]["base"] == {"width": 8}
+    (dopr,) = resolve([*hint, f"--mup.from_sweep={sweep_of}"])["trainer"]["callbacks"]
+    assert dopr["init_args"]["damping"] == 0.37
 
 
 def test_a_folder_that_is_no_finished_sweep(finished: Path, tmp_path: Path) -> None:
