@@ -790,14 +790,45 @@ def test_a_killed_command_on_a_ray_cluster_is_taken_up_again(tmp_path: Path) -> 
     assert losses == {(t["lr"], t["seed"]): t["val_loss"] for t in inline["trials"]}
 
 
-def test_ray_without_enough_machines_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray itself would wait for more to come."""
+@pytest.mark.parametrize(
+    ("nodes", "need", "fitting"),
+    [
+        ([{"CPU": 8.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.25}, 8),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"CPU": 0.5, "GPU": 0.0}, 16),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 1.0}, 2),
+        # In floats, 0.3 / 0.1 and 0.7 / 0.1 are less than 3 and 7.
+        ([{"CPU": 0.3}, {"CPU": 0.7}], {"CPU": 0.1}, 10),
+        ([{"CPU": 1.0, "GPU": 1.0}], {"CPU": 0.1, "GPU": 1 / 3}, 3),
+        # What machines have together is no one's.
+        ([{"CPU": 2.0}, {"CPU": 2.0}], {"CPU": 3.0}, 0),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], {"CPU": 2.0}, 2),
+        ([{"CPU": 64.0}, {"CPU": 2.0, "GPU": 8.0}], {"CPU": 4.0, "GPU": 1.0}, 0),
+        ([{"CPU": 64.0}, {"CPU": 2.0, "GPU": 8.0}], {"CPU": 1.0, "GPU": 1.0}, 2),
+        ([], {"CPU": 1.0}, 0),
+    ],
+)
+def test_how_many_trials_fit_on_machines(nodes: list[dict[str, float]], need: dict[str, float], fitting: int) -> None:
+    from dopr_lightning.experiments.sweep.ray_engine import how_many_fit
+
+    assert how_many_fit(nodes, need) == fitting
+
+
+def test_ray_without_a_machine_that_is_large_enough_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would wait for one to come."""
     ray = pytest.importorskip("ray")
     from dopr_lightning.experiments.sweep.ray_engine import _parallel
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert _parallel(1.0, 0.25) == 8
-    assert _parallel(0.5, 0.0) == 16
-    assert _parallel(1.0, 1.0) == 2
-    with pytest.raises(UserError, match="--gpus-per-trial 3: Ray has 2 GPUs in all; ask for less"):
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"CPU": 16.0, "memory": 1e9}},
+        {"Alive": False, "Resources": {}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert _parallel(4.0, 0.0) == 6
+    assert _parallel(4.0, 1.0) == 2
+    with pytest.raises(UserError, match=r"--gpus-per-trial 3: none of .*; the largest has 8 CPUs and 2 GPUs; ask for"):
         _parallel(1.0, 3.0)
+    with pytest.raises(UserError, match=r"--cpus-per-trial 10 --gpus-per-trial 1: .* largest has 8 CPUs and 2 GPUs;"):
+        _parallel(10.0, 1.0)
+    with pytest.raises(UserError, match=r"--cpus-per-trial 20 .* the largest has 16 CPUs and 0 GPUs; ask for less"):
+        _parallel(20.0, 0.0)

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dopr_lightning.errors import UserError, import_extra
@@ -27,6 +27,9 @@ ENVIRONMENT = {
 
 REPORT_SECONDS = 2.0
 """Between two reports of a trial: each is a message to the command."""
+
+UNITS = 10_000
+"""Of which Ray has one CPU, or one GPU, consist: it knows no finer fractions."""
 
 
 def ray_engine(address: str | None, cpus: float, gpus: float) -> Engine:
@@ -141,20 +144,34 @@ def _connect(address: str | None) -> None:
 
 
 def _parallel(cpus: float, gpus: float) -> int:
-    """How many trials fit.
+    """How many trials run at once.
 
     Raises:
-        UserError: None does: Ray would wait for a machine that never comes.
+        UserError: None can: Ray would wait for a machine that never comes.
     """
     import ray
 
-    have = ray.cluster_resources()
-    counts = []
-    for flag, kind, needed in (("--cpus-per-trial", "CPU", cpus), ("--gpus-per-trial", "GPU", gpus)):
-        if needed > have.get(kind, 0):
-            raise UserError(f"{flag} {needed:g}: Ray has {have.get(kind, 0):g} {kind}s in all; ask for less")
-        counts += [int(have[kind] / needed)] if needed else []
-    return max(1, min(counts, default=1))
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if fitting := how_many_fit(nodes, {"CPU": cpus, "GPU": gpus}):
+        return fitting
+    key = "GPU" if gpus else "CPU"
+    largest = max(nodes, key=lambda node: (node.get(key, 0), node.get("CPU", 0)), default={})
+    raise UserError(
+        f"--cpus-per-trial {cpus:g} --gpus-per-trial {gpus:g}: none of Ray's machines has as much, and a run has one "
+        f"machine; the largest has {largest.get('CPU', 0):g} CPUs and {largest.get('GPU', 0):g} GPUs; ask for less"
+    )
+
+
+def how_many_fit(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float]) -> int:
+    """How many trials find room at once, each on one machine.
+
+    Args:
+        nodes: What each machine has, by kind.
+        need: What a trial reserves, by kind; something of at least one.
+    """
+    # As Ray counts, in whole units: ten tenths are one.
+    units = {kind: max(1, round(amount * UNITS)) for kind, amount in need.items() if amount}
+    return sum(min(round(node.get(kind, 0) * UNITS) // unit for kind, unit in units.items()) for node in nodes)
 
 
 def _train(trial: Trial, where: tuple[str, list[str]], cpus: float) -> None:
