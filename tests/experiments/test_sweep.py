@@ -181,6 +181,55 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == files
 
 
+LINES = ("--learning-rates=0.005,0.01,0.02", "--weight-decays=1e-5,1e-3")
+PRODUCT = (*LINES, "--grid=product")
+DECAYED = "--model.optimizer.weight_decay=1e-3"
+FASTER = "--model.optimizer.lr=0.02"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "lost"),
+    [
+        (PRODUCT, LINES, "--grid product"),
+        (LINES, PRODUCT, None),
+        # A product of one is a line.
+        ((*GRID[:2], "--grid=product"), GRID[:2], None),
+        ((*GRID[:2], "--grid=product"), (*GRID[:2], DECAYED), "centre weight_decay 1e-05"),
+        (GRID[:2], (*GRID[:2], DECAYED), "centre weight_decay 1e-05"),
+        # Its own centre is nowhere on a line, but another's is.
+        (GRID[:2], (*GRID[:2], FASTER), None),
+        (LINES, (*LINES, FASTER), "centre lr 0.01"),
+        (LINES, (*LINES, FASTER, DECAYED), "centre lr 0.01, centre weight_decay 1e-05"),
+        (PRODUCT, (*PRODUCT, FASTER, DECAYED), None),
+        # What ran at the old centre of all is among the values that are swept now, or is not.
+        (GRID[:2], (*PRODUCT, DECAYED), None),
+        (GRID[:2], (*GRID[:2], "--weight-decays=1e-4,1e-3", "--grid=product"), "centre weight_decay 1e-05"),
+        (GRID[:2], (*LINES, DECAYED), "centre weight_decay 1e-05"),
+        # No share of the rate is all of it.
+        (GRID[:2], (*GRID[:2], "--input-rates=0.5,1", "--grid=product"), None),
+        (GRID[:2], (*GRID[:2], "--input-rates=0.25,0.5", "--grid=product"), "centre input_rate 1.0"),
+        (GRID[:2], (*GRID[:2], "--model.optimizer.lr_by_role.input=0.5"), "centre input_rate 1.0"),
+    ],
+)
+def test_results_are_not_replaced_by_fewer_combinations(
+    first: tuple[str, ...],
+    then: tuple[str, ...],
+    lost: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep, "attempt_all", made_up(lambda config: 1 + config["model"]["optimizer"]["lr"], []))
+    one = ("--widths=8", "--parametrizations=mup", "--optimizer=adamw")
+    run(tmp_path, *one, *first)
+    before = (tmp_path / "results.json").read_bytes()
+    if lost is None:
+        run(tmp_path, *one, *then)
+        return
+    with pytest.raises(UserError, match=rf"results.json also has {lost}; name them again too, or choose another"):
+        run(tmp_path, *one, *then)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 def test_rollouts_judge_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Toy.resets.clear()
     results = run(tmp_path, *GRID, "--optimizer=adamw", "--parametrizations=mup", "--episodes=2")

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -357,6 +357,13 @@ def _keep_results(path: Path, plan: Plan) -> None:
     if not path.exists():
         return
     old = json.loads(path.read_text())
+    if lost := _lost_values(old, plan) or _lost_combinations(old, plan):
+        more = f" and {len(lost) - 4} more" if lost[4:] else ""
+        raise UserError(f"{path} also has {', '.join(lost[:4])}{more}; name them again too, or choose another --output")
+
+
+def _lost_values(old: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What there are results of, and the plan does not name."""
     lost = [f"width {entry['width']}" for entry in old["widths"] if entry["width"] not in plan.keywords]
     lost += [f"seed {seed}" for seed in old["seeds"] if seed not in plan.seeds]
     for transfer in old["transfer"]:
@@ -364,12 +371,30 @@ def _keep_results(path: Path, plan: Plan) -> None:
         if parametrization not in plan.parametrizations:
             lost.append(parametrization)
         lost += [f"{name} {value:g}" for value in transfer["values"] if value not in plan.values.get(name, [])]
-    if lost:
-        shown = list(dict.fromkeys(lost))
-        more = f" and {len(shown) - 4} more" if shown[4:] else ""
-        raise UserError(
-            f"{path} also has {', '.join(shown[:4])}{more}; name them again too, or choose another --output"
-        )
+    return list(dict.fromkeys(lost))
+
+
+def _lost_combinations(old: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What there are results of, and the plan names, but not together: a product, or lines through another centre."""
+    values = {transfer["hyperparameter"]: transfer["values"] for transfer in old["transfer"]}
+    product, before, now = old["grid"] == "product", _with_shares(Point(**old["centre"])), _with_shares(plan.centre)
+    if set(points(before, values, product)) <= set(points(now, plan.values, plan.product)):
+        return []
+    if product and not plan.product and len(values) > 1:
+        return ["--grid product"]
+    lost = []
+    for name, value in before.values.items():
+        # Nothing ran there if all that ran had values of its own.
+        ran = name not in values if product else list(values) != [name]
+        reached = (plan.product and plan.values.get(name)) or [getattr(now, name)]
+        if ran and value not in reached:
+            lost.append(f"centre {name} {value}")
+    return lost
+
+
+def _with_shares(centre: Point) -> Point:
+    """The same, with a share of 1 for each role that has none of its own."""
+    return replace(centre, **{name: 1.0 for name in ROLES if getattr(centre, name) is None})
 
 
 def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
