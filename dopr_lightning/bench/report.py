@@ -29,8 +29,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
         console.width = 150
     settings, rows = results["settings"], results["rows"]
     show(
-        f"AdamW and DoPr-AdamW, solver={settings['solver']}, update_every={settings['update_every']}, "
-        f"{'overlap, ' if settings['overlap'] else ''}{settings['threads']} threads (ms per step)",
+        f"AdamW and DoPr-AdamW, {_setting(settings)} (ms per step)",
         (
             "model",
             "batch",
@@ -142,13 +141,18 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     below.legend(fontsize=8)
     settings = results["settings"]
     figure.suptitle(
-        f"update_every={settings['update_every']}, solver={settings['solver']}, "
-        f"{'overlap, ' if settings['overlap'] else ''}{settings['threads']} threads, "
-        f"{settings['device']}; bars and marks are medians, whiskers quartiles",
+        f"{_setting(settings)}, {settings['device']}; bars and marks are medians, whiskers quartiles",
         fontsize=9,
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _setting(settings: Mapping[str, Any]) -> str:
+    overlap = ", overlap" * settings["overlap"]
+    return (
+        f"solver={settings['solver']}, update_every={settings['update_every']}{overlap}, {settings['threads']} threads"
+    )
 
 
 def _name(row: Mapping[str, Any]) -> tuple[str, str]:

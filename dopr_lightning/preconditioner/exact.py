@@ -49,7 +49,7 @@ class ExactStack(Stack):
         super().__init__(sorted(layers, key=_gradient_shape), options)
         runs = [list(run) for _, run in groupby(self.layers, _gradient_shape)]
         self._runs = [[self._index[layer] for layer in run] for run in runs]
-        rows = sum(layer.weight.numel() for layer in self.layers) / self.dim  # of the gradients as matrices
+        rows = self.entries / self.dim  # of the gradients as matrices
         self.factors = rows * options.update_every < PAYS_OFF * self.dim * self.blocks
 
     @property

@@ -10,7 +10,7 @@ and backward whatever the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -123,12 +123,7 @@ class LowRankStack(Stack):
         for stack, _ in due:
             alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
         renewals = [_Renewal(members) for members in alike.values()]
-        solutions = [
-            in_background(renewal.solve, renewal.device)
-            if deferred and _host_is_idle(renewal.device)
-            else renewal.solve
-            for renewal in renewals
-        ]
+        solutions = [renewal.begin(deferred) for renewal in renewals]
 
         def finish() -> dict[Stack, Tensor]:
             pairs = zip(renewals, solutions, strict=True)
@@ -328,9 +323,8 @@ class _Renewal:
         self.device, self.dtype = stacks[0].device, stacks[0].dtype
         self.tracked, self.options = stacks[0].tracked, stacks[0].options
         self.sizes = [stack.blocks for stack in stacks]
-        self.workers = (
-            torch.get_num_threads() if _host_is_idle(self.device) else 1
-        )  # other threads may have another count
+        # Of this thread: another may be held to fewer.
+        self.workers = torch.get_num_threads() if _host_is_idle(self.device) else 1
         self.dims = np.repeat([stack.dim for stack in stacks], self.sizes)
         self.last = np.concatenate([stack._known.numpy() for stack in stacks]).astype(np.float64)
         eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
@@ -357,6 +351,10 @@ class _Renewal:
         kept = ((1 - share) / scale)[:, None]
         numbers = torch.cat([(share / scale * per_row)[:, None], kept * tail + SHIFT, kept * above], dim=1)
         return torch.stack([rows, seen, average, valid.double()]), numbers.to(self.dtype)
+
+    def begin(self, deferred: bool) -> Callable[[], _Solution]:
+        """:meth:`solve`, to be called; if that is later, and the host idle until then, a thread has begun with it."""
+        return in_background(self.solve, self.device) if deferred and _host_is_idle(self.device) else self.solve
 
     def solve(self) -> _Solution:
         """What the host does, for :meth:`adopt`; may run in a thread of its own."""

@@ -131,10 +131,9 @@ def _launch(stacks: Sequence[Stack]) -> None:
 
 def _half(stacks: Sequence[Stack]) -> list[Stack]:
     """Some of them, with about half of all weights; none of one."""
-    sizes = {stack: sum(layer.weight.numel() for layer in stack.layers) for stack in stacks}
     halves: tuple[list[Stack], list[Stack]] = [], []
-    for stack in sorted(stacks, key=sizes.__getitem__, reverse=True):
-        min(halves, key=lambda half: sum(sizes[other] for other in half)).append(stack)
+    for stack in sorted(stacks, key=lambda stack: stack.entries, reverse=True):
+        min(halves, key=lambda half: sum(other.entries for other in half)).append(stack)
     return halves[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -85,6 +86,11 @@ class Stack(ABC):
     def without_rows(self) -> list[Layer]:
         """Layers of which this rank has counted no row in this window, as far as the host knows."""
         return [layer for layer, rows in zip(self.layers, self._rows_added, strict=True) if rows == 0]
+
+    @cached_property
+    def entries(self) -> int:
+        """Of the layers' weights; counted once, since every step may ask."""
+        return sum(layer.weight.numel() for layer in self.layers)
 
     @property
     def device(self) -> torch.device:

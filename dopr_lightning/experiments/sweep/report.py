@@ -152,25 +152,22 @@ def apart(transfers: Sequence[Mapping[str, Any]], best: Point, centre: Point, pr
 
 def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point) -> list[str]:
     """Of rollouts, which values they would choose that the validation loss's interval excludes, in words."""
-    by_loss = _trained(transfers)
-    said = []
-    for transfer in transfers:
-        name, trained = transfer["hyperparameter"], [row for row in transfer["widths"] if row["best"] is not None]
-        if transfer["parametrization"] != "mup" or transfer["metric"] == "val_loss" or not trained:
-            continue
-        low, high = by_loss[name][-1]["best_ci95"] or (getattr(best, name),) * 2
-        if not low <= trained[-1]["best"] <= high:
-            label = f"{LABELS[name]} {trained[-1]['best']:.3g} at width {trained[-1]['width']}"
-            said.append(f"{label}, by {_metric_label(transfer['metric'])}")
+    by_loss, said = _trained(transfers), []
+    for metric in dict.fromkeys(t["metric"] for t in transfers if t["metric"] != "val_loss"):
+        for name, rows in _trained(transfers, metric).items():
+            low, high = by_loss[name][-1]["best_ci95"] or (getattr(best, name),) * 2
+            if rows and not low <= rows[-1]["best"] <= high:
+                value = f"{LABELS[name]} {rows[-1]['best']:.3g} at width {rows[-1]['width']}"
+                said.append(f"{value}, by {_metric_label(metric)}")
     return said
 
 
-def _trained(transfers: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """What validation loss says of each hyperparameter under muP, at the widths that trained, narrowest first."""
+def _trained(transfers: Sequence[Mapping[str, Any]], metric: str = "val_loss") -> dict[str, list[Mapping[str, Any]]]:
+    """What a metric says of each hyperparameter under muP, at the widths where it says something, narrowest first."""
     return {
         t["hyperparameter"]: [row for row in t["widths"] if row["best"] is not None]
         for t in transfers
-        if t["parametrization"] == "mup" and t["metric"] == "val_loss"
+        if t["parametrization"] == "mup" and t["metric"] == metric
     }
 
 
