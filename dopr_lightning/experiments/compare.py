@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dopr_lightning.errors import Parser, UserError, folder
@@ -22,7 +23,7 @@ from dopr_lightning.experiments.command import (
     seed_numbers,
     task_of,
 )
-from dopr_lightning.experiments.report import arm_results, plot, print_table, versions
+from dopr_lightning.experiments.report import arm_results, differences, plot, print_table, versions
 from dopr_lightning.experiments.runner import attempt_all, cores, run_all
 from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
@@ -36,7 +37,7 @@ OURS = {
 """Options of ``dopr fit`` that a comparison sets itself, and how it is told."""
 
 TUNING_SEED = 1000
-"""Training seed of the tuning runs, so that no reported run was chosen by its own luck."""
+"""First training seed of the tuning runs, so that no reported run was chosen by its own luck."""
 
 
 def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
@@ -53,9 +54,12 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         raise UserError(f"--learning-rates {options.learning_rates}: a rate must be positive")
     if not 0 < options.damping < math.inf:
         raise UserError(f"--damping must be positive, got {options.damping}; 0.01 is a good start")
-    for name in ("episodes", "workers"):
+    for name in ("episodes", "workers", "tuning_seeds"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    tuning_seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
+    if rates and (reported := sorted(set(seeds) & set(tuning_seeds))):
+        raise UserError(f"--seeds {reported[0]}: a run of that seed tunes the learning rate; report others")
     refuse_ours(overrides, OURS, "a comparison")
 
     from dopr_lightning.training import find_config, resolve
@@ -82,18 +86,20 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
 
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
         chosen = (*base, *arm.arguments(lr, options.damping))
-        name = f"{arm.name} seed {seed}" if folder.startswith("runs") else f"{arm.name} lr {lr:g} (tuning)"
+        name = f"{arm.name} seed {seed}" + (f" lr {lr:g} (tuning)" if folder.startswith("tuning") else "")
         return Trial(
             name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes, project=project
         )
 
-    tuning: dict[Arm, list[tuple[float, Record | str]]] = {arm: [] for arm in arms}
-    grid = [(arm, rate) for arm in arms for rate in rates]
+    grid = [(arm, rate, seed) for arm in arms for rate in rates for seed in tuning_seeds]
     trials = [
-        trial(arm, rate, TUNING_SEED, f"tuning/{arm.name}/lr-{rate:g}", task["selection_seed"]) for arm, rate in grid
+        trial(arm, rate, seed, f"tuning/{arm.name}/lr-{rate:g}/seed-{seed}", task["selection_seed"])
+        for arm, rate, seed in grid
     ]
-    for (arm, rate), outcome in zip(grid, attempt_all(trials, options.workers), strict=True):
-        tuning[arm].append((rate, outcome))
+    outcomes = dict(zip(grid, attempt_all(trials, options.workers), strict=True))
+    tuning = {
+        arm: [_tuned(rate, [outcomes[arm, rate, seed] for seed in tuning_seeds]) for rate in rates] for arm in arms
+    }
     best = {arm: _best_rate(arm, tuning[arm]) if rates else None for arm in arms}
 
     runs = [(arm, seed) for arm in arms for seed in seeds]
@@ -109,20 +115,24 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             "train_episodes": task["train_episodes"],
             "parameters": task["parameters"],
             "episodes_per_seed": options.episodes,
-            "tuning_runs_per_arm": len(rates),
+            "tuning_runs_per_arm": len(rates) * len(tuning_seeds),
         },
         "versions": versions(),
         "data": task["data"],
         "arms": [
             arm_results(arm, seeds, [records[arm, seed] for seed in seeds], task["metric"])
             | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
-            | {"tuning": [{"lr": rate} | _tuning_result(outcome) for rate, outcome in tuning[arm]]}
+            | {"tuning": tuning[arm]}
             for arm in arms
         ],
+        "differences": differences(arms, {arm: [records[arm, seed] for seed in seeds] for arm in arms}),
     }
     write_json(results, output / "results.json")
     plot(results, output / "compare.png")
     print_table(results)
+    for arm in arms:
+        if len(rates) > 1 and best[arm] in (min(rates), max(rates)):
+            print(f"{arm.name}: its best learning rate, {best[arm]:g}, lies at an end of the grid; give more of them")
     print(
         f"plot: {output / 'compare.png'}   numbers: {output / 'results.json'}   curves: tensorboard --logdir {output}"
     )
@@ -139,18 +149,26 @@ def _keep_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None
         raise UserError(f"{path} also has {', '.join(sorted(lost))}; name them again too, or choose another --output")
 
 
-def _best_rate(arm: Arm, outcomes: Sequence[tuple[float, Record | str]]) -> float:
+def _tuned(rate: float, outcomes: Sequence[Record | str]) -> dict[str, Any]:
+    """What the tuning runs of one rate say, one per seed; a rate that failed once has failed."""
+    if failed := [outcome for outcome in outcomes if isinstance(outcome, str)]:
+        return {"lr": rate, "failed": failed[0]}
+    records = [outcome for outcome in outcomes if isinstance(outcome, Record)]
+    per_seed = [record.mean for record in records]
+    return {
+        "lr": rate,
+        "mean": fmean(per_seed),
+        "per_seed": per_seed,
+        "val_loss": fmean(record.val_loss for record in records),
+    }
+
+
+def _best_rate(arm: Arm, tuning: Sequence[Mapping[str, Any]]) -> float:
     """The rate with the best rollouts; one that diverged is no candidate."""
-    finished = [(record.mean, rate) for rate, record in outcomes if isinstance(record, Record)]
+    finished = [(entry["mean"], entry["lr"]) for entry in tuning if "failed" not in entry]
     if not finished:
-        raise UserError(f"{arm.name} failed at every learning rate: {outcomes[0][1]}; give other --learning-rates")
+        raise UserError(f"{arm.name} failed at every learning rate: {tuning[0]['failed']}; give other --learning-rates")
     return max(finished)[1]
-
-
-def _tuning_result(outcome: Record | str) -> dict[str, Any]:
-    if isinstance(outcome, str):
-        return {"failed": outcome}
-    return {"mean": outcome.mean, "val_loss": outcome.val_loss}
 
 
 def _parser(command: str) -> Parser:
@@ -182,6 +200,13 @@ def _parser(command: str) -> Parser:
         "--learning-rates",
         help="tune every arm on this grid first (comma-separated): a run for each, with a training seed of its own and "
         "judged on rollout seeds that are not reported; default: the configuration's rate for all",
+    )
+    parser.add_argument(
+        "--tuning-seeds",
+        type=int,
+        default=1,
+        help="runs for each learning rate of the grid, of which the mean counts: one run's rollouts say little where "
+        "seeds differ much; default: %(default)s",
     )
     parser.add_argument(
         "--workers", type=int, default=cores(), help="runs at once, sharing the cores; default: %(default)s"

@@ -1,4 +1,4 @@
-"""How sure are we of a mean over episodes?"""
+"""How sure are we of a mean over episodes, and of a difference of two?"""
 
 from __future__ import annotations
 
@@ -95,6 +95,33 @@ def nested_bootstrap_interval(
         means += drawn.sum(axis=1) / counts[:, 0] / len(runs)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))
+
+
+def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean difference of two recipes, from runs that pair up.
+
+    Student's t on the differences. Two runs of one training seed share their initial weights, their batches and the
+    seeds of their rollouts, so what is luck of the seed cancels; two separate intervals that overlap do not say that
+    the recipes are alike.
+
+    Args:
+        differences: Per training seed, the one recipe's mean over episodes less the other's.
+        level: Confidence.
+
+    Returns:
+        Lower and upper end. ``(nan, nan)`` for a single difference, and for equal ones (both succeed always): there is
+        no spread to judge by.
+
+    Raises:
+        UserError: There are no differences, or some are not finite.
+    """
+    from scipy.stats import ttest_1samp
+
+    data = _checked(differences)
+    if len(data) == 1 or np.ptp(data) == 0:
+        return (math.nan, math.nan)
+    interval = ttest_1samp(data, 0.0).confidence_interval(level)
+    return (float(interval.low), float(interval.high))
 
 
 def wilson_interval(successes: int, episodes: int, level: float = 0.95) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from dopr_lightning.experiments import compare
 from dopr_lightning.experiments.compare import TUNING_SEED
 from dopr_lightning.experiments.trial import Record, Trial
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
-from dopr_lightning.rollout.statistics import nested_bootstrap_interval
+from dopr_lightning.rollout.statistics import nested_bootstrap_interval, paired_interval
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -31,7 +31,7 @@ def arguments(output: Path, *more: str) -> list[str]:
 
 def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
     """The issue's keys, and beside them only those listed here."""
-    assert set(results) == {"task", "metric", "budget", "versions", "data", "arms"}
+    assert set(results) == {"task", "metric", "budget", "versions", "data", "arms", "differences"}
     assert (results["task"], results["metric"]) == ("DoprToy-v0", "return")
     assert results["budget"] == {
         "steps": 20,
@@ -56,6 +56,11 @@ def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
         assert arm["mean"] == pytest.approx(np.mean(arm["episodes"]))
         assert arm["ci95"] == list(nested_bootstrap_interval(arm["episodes"]))
         assert arm["ci95"][0] <= arm["mean"] <= arm["ci95"][1]
+    (difference,) = results["differences"]
+    assert (difference["name"], difference["against"]) == ("dopr-muon", "adamw")
+    means = [np.mean(arm["episodes"], axis=1) for arm in results["arms"]]
+    assert difference["per_seed"] == pytest.approx(means[1] - means[0])
+    assert difference["ci95"] == list(paired_interval(difference["per_seed"]))
     assert results["arms"][0]["damping"] is None
     assert results["arms"][1]["damping"] == 0.01
 
@@ -174,6 +179,43 @@ def test_tuning_picks_by_rollouts_on_seeds_that_are_not_reported(
         assert [entry["lr"] for entry in arm["tuning"]] == [1e-3, 3e-3, 1e-2]
         assert max(arm["tuning"], key=lambda entry: entry["mean"])["lr"] == arm["lr"]
         assert {entry["mean"] for entry in arm["tuning"]} == {6.0, 1.5}
+    said = capsys.readouterr().out
+    assert "dopr-muon: its best learning rate, 0.001, lies at an end of the grid" in said
+    assert "adamw: its best" not in said
+
+
+def test_tuning_may_take_several_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first seed alone would have chosen the other rate."""
+    trials: list[Trial] = []
+
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record]:
+        trials.extend(wanted)
+        lucky = {(1e-3, TUNING_SEED): 9.0, (1e-3, TUNING_SEED + 1): 1.0}
+        rates = [trial.config["model"]["optimizer"]["lr"] for trial in wanted]
+        return [
+            Record(1.0, [lucky.get((rate, t.seed), 6.0)], 1.0, t.settings)
+            for t, rate in zip(wanted, rates, strict=True)
+        ]
+
+    monkeypatch.setattr(compare, "attempt_all", made_up)
+    monkeypatch.setattr(compare, "run_all", made_up)
+    grid = ("--learning-rates", "1e-3,3e-3", "--tuning-seeds", "2", "--optimizers", "adamw")
+    assert main(arguments(tmp_path / "out", *grid, "--seeds", "0")) == 0
+    assert [trial.seed for trial in trials] == [TUNING_SEED, TUNING_SEED + 1] * 2 + [0]
+    assert len({trial.folder for trial in trials}) == len({trial.name for trial in trials}) == 5
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["budget"]["tuning_runs_per_arm"] == 4
+    assert results["arms"][0]["lr"] == 3e-3
+    first, second = results["arms"][0]["tuning"]
+    assert (first["mean"], first["per_seed"]) == (5.0, [9.0, 1.0])
+    assert (second["mean"], second["per_seed"]) == (6.0, [6.0, 6.0])
+
+    assert main(arguments(tmp_path / "other", *grid, "--seeds", f"0,{TUNING_SEED + 1}")) == 2
+    assert "--seeds 1001: a run of that seed tunes the learning rate" in capsys.readouterr().err
+    assert main(arguments(tmp_path / "other", *grid, "--tuning-seeds", "0")) == 2
+    assert "--tuning-seeds must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_runs_on_other_demonstrations_are_not_taken_for_these(

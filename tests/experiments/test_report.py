@@ -9,9 +9,14 @@ import pytest
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.experiments.arms import parse_arms
-from dopr_lightning.experiments.report import arm_results, plot, print_table
+from dopr_lightning.experiments.report import arm_results, differences, plot, print_table
 from dopr_lightning.experiments.trial import Record
-from dopr_lightning.rollout.statistics import bootstrap_interval, nested_bootstrap_interval, wilson_interval
+from dopr_lightning.rollout.statistics import (
+    bootstrap_interval,
+    nested_bootstrap_interval,
+    paired_interval,
+    wilson_interval,
+)
 
 METRICS = get_args(get_type_hints(EnvironmentSpec)["metric"])
 
@@ -22,20 +27,20 @@ def record(episodes: list[float]) -> Record:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_has_a_table_and_a_plot(metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arms = [
-        arm_results(arm, [0, 1], [record([0, 1, 1]), record([1, 1, 1])], metric)
-        for arm in parse_arms("adamw,dopr-soap")
-    ]
+    arms = parse_arms("adamw,dopr-soap,soap")
+    records = {arm: [record([0, 1, 1]), record([1, 1, place % 2])] for place, arm in enumerate(arms)}
     results = {
         "task": "Task-v0",
         "metric": metric,
         "budget": {"steps": 7, "episodes_per_seed": 3},
-        "arms": [arm | {"lr": 1e-3} for arm in arms],
+        "arms": [arm_results(arm, [0, 1], records[arm], metric) | {"lr": 1e-3} for arm in arms],
+        "differences": differences(arms, records),
     }
     print_table(results)
     said = capsys.readouterr().out
     assert "Task-v0: 7 steps, 3 rollouts per seed" in said
     assert {"return": "return", "max_reward": "score", "success": "success rate"}[metric] in said
+    assert "+0.1667" in said  # dopr-soap beside soap
     plot(results, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 1000
 
@@ -54,3 +59,40 @@ def test_a_rate_of_one_run_or_of_runs_alike_has_wilsons_interval() -> None:
     assert interval("success", [1, 0, 1], [1, 1, 1]) == nested_bootstrap_interval([[1, 0, 1], [1, 1, 1]])
     assert interval("return", [1, 0, 1]) == bootstrap_interval([1, 0, 1])
     assert interval("return", [1, 1, 1]) == (1, 1)
+
+
+def test_what_an_arm_brings_is_told_seed_by_seed() -> None:
+    """Seeds differ by 100, arms by 1 to 3: separate intervals would not see it."""
+    arms = parse_arms("muon,adamw,dopr-muon+ema=0.9,dopr-adamw,dopr-soap")
+    records = {
+        arm: [record([100 * seed + place, 100 * seed + place + 2 * (seed == 1)]) for seed in range(3)]
+        for place, arm in enumerate(arms)
+    }
+    entries = differences(arms, records)
+    assert [(entry["name"], entry["against"], entry["mean"]) for entry in entries] == [
+        ("adamw", "muon", 1),
+        ("dopr-muon+ema=0.9", "muon", 2),
+        ("dopr-adamw", "adamw", 2),
+        ("dopr-soap", "muon", 4),  # whose base is not there
+    ]
+    assert all(entry["per_seed"] == [entry["mean"]] * 3 and entry["ci95"] == [None, None] for entry in entries)
+    records[arms[2]][0] = record([1.0])
+    entry = differences(arms, records)[1]
+    assert entry["per_seed"] == [1, 2, 2]
+    assert entry["ci95"] == list(paired_interval([1, 2, 2]))
+
+
+def test_one_arm_has_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (arm,) = parse_arms("adamw")
+    runs = [record([1.0, 2.0])]
+    results = {
+        "task": "Task-v0",
+        "metric": "return",
+        "budget": {"steps": 7, "episodes_per_seed": 2},
+        "arms": [arm_results(arm, [0], runs, "return") | {"lr": 1e-3}],
+        "differences": differences([arm], {arm: runs}),
+    }
+    print_table(results)
+    assert "Seed by seed" not in capsys.readouterr().out
+    plot(results, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").stat().st_size > 1000

@@ -8,7 +8,12 @@ import pytest
 from scipy.stats import binomtest
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.statistics import bootstrap_interval, nested_bootstrap_interval, wilson_interval
+from dopr_lightning.rollout.statistics import (
+    bootstrap_interval,
+    nested_bootstrap_interval,
+    paired_interval,
+    wilson_interval,
+)
 
 
 def test_the_interval_agrees_with_normal_theory() -> None:
@@ -101,6 +106,32 @@ def test_wilson_against_scipy(episodes: int, level: float) -> None:
         ours = wilson_interval(successes, episodes, level)
         np.testing.assert_allclose(ours, (theirs.low, theirs.high), rtol=1e-12, atol=1e-15)
         assert 0 <= ours[0] <= successes / episodes <= ours[1] <= 1
+
+
+def test_a_paired_interval_by_hand() -> None:
+    """Of 1, 2, 3, 6: mean 3, variance 14/3; of Student's t with three degrees of freedom 97.5 % lie below 3.18245."""
+    half = 3.182446305 * math.sqrt(14 / 3 / 4)
+    assert paired_interval([1, 2, 3, 6]) == pytest.approx((3 - half, 3 + half), rel=1e-9)
+    half *= 0.764892328 / 3.182446305  # below which 75 % lie
+    assert paired_interval([6, 3, 1, 2], level=0.5) == pytest.approx((3 - half, 3 + half), rel=1e-8)
+
+
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_paired_coverage_is_exact_for_few_pairs(count: int) -> None:
+    """What both share, the seed's luck, may be as large as it likes."""
+
+    def interval(rng: np.random.Generator) -> tuple[float, float]:
+        luck = 100 * rng.normal(size=count)
+        return paired_interval(((luck + rng.normal(size=count)) - (luck + rng.normal(size=count))).tolist())
+
+    assert coverage(interval, trials=2000) == pytest.approx(0.95, abs=0.015)
+
+
+def test_differences_without_spread_say_nothing() -> None:
+    for differences in ([0.5], [0.0, 0.0, 0.0]):
+        assert all(math.isnan(end) for end in paired_interval(differences))
+    with pytest.raises(UserError):
+        paired_interval([1.0, math.inf])
 
 
 def test_no_episodes_have_no_rate() -> None:
