@@ -153,6 +153,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "lr_by_role": {},
         "mup": {"base": {"width": 8}, "weight_decay": "independent", "zero_readouts": True},
         "apart": [],
+        "by": "val_loss",
         "at_edge": ["lr"] if results["transfer"][0]["widths"][-1]["at_edge"] else [],
     }
 
@@ -378,7 +379,9 @@ TRANSFORMER = (
 
 
 @pytest.mark.parametrize("grid", ["lines", "product"])
-def test_the_report_says_what_the_losses_do(grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_the_losses_do(
+    grid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     trials: list[Trial] = []
     monkeypatch.setattr(sweep, "attempt_all", made_up(bowl, trials))
     more = ("--optimizer=dopr-muon", "--widths=8,32", "--lr-octaves=3", "--dampings=0.025,0.05,0.1,0.2,0.4", *UNET)
@@ -428,6 +431,13 @@ def test_the_report_says_what_the_losses_do(grid: str, tmp_path: Path, monkeypat
     assert config["model"]["mup"]["base"] == {"channels": [8, 16], "condition_dim": 16}
     assert config["model"]["optimizer"]["base"] == "muon"
     assert config["trainer"]["callbacks"][0]["init_args"]["damping"] == pytest.approx(0.1, rel=1e-3)
+    # By rollouts the same runs recommend the rate that these ask for.
+    by_rollouts = run(tmp_path, *more, "--episodes=2", f"--grid={grid}", "--seeds=0,1", "--recommend-by=rollouts")
+    assert by_rollouts["recommended"]["by"] == "return"
+    assert by_rollouts["recommended"]["lr"] == pytest.approx(0.04, rel=1e-3)
+    assert "it goes by return (--recommend-by); the best would be learning rate 0.01" in capsys.readouterr().out
+    config = resolve([f"--config={CONFIG}", f"--config={tmp_path / 'recommended.yaml'}"])
+    assert config["model"]["optimizer"]["lr"] == pytest.approx(0.04, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +463,7 @@ def test_the_report_says_what_the_losses_do(grid: str, tmp_path: Path, monkeypat
         (("--gpus-per-trial=0.25",), "add --engine ray"),
         (("--recommend-width=4",), "--recommend-width 4 is less than the narrowest"),
         (("--episodes=-1",), "--episodes -1"),
+        (("--recommend-by=rollouts",), "--recommend-by rollouts: there are none; add --episodes 20"),
     ],
 )
 def test_mistakes_show_before_anything_trains(more: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -323,6 +323,12 @@ def test_rollouts_that_would_choose_otherwise_are_said() -> None:
     for value, expected in ((0.013, []), (0.008, ["learning rate 0.008 at width 64, by return"])):
         by_return = transfer("lr", value) | {"metric": "return"}
         assert judged_otherwise([by_loss, by_return], best) == expected
+    # And the other way round.
+    transfers = [by_loss, transfer("lr", 0.008, best_ci95=(0.007, 0.009)) | {"metric": "return"}]
+    best = best_point(transfers, centre, "return")
+    assert best == Point(0.008, 0.1, None)
+    said = ["learning rate 0.012 at width 64, by validation loss"]
+    assert judged_otherwise(transfers, best, "return") == said
 
 
 def test_newer_options_that_are_off_are_no_difference() -> None:

@@ -41,6 +41,7 @@ from dopr_lightning.experiments.sweep.report import (
     at_edge,
     best_point,
     judged_otherwise,
+    metric_label,
     plot,
     print_table,
     transfer_results,
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     # Diverging is a result, an error is none: what it hit counts as infinitely bad, and nothing is recommended.
     failed = [(trial, cell) for trial, cell in zip(trials, outcomes, strict=True) if isinstance(outcomes[cell], str)]
     wrong = [cell for trial, cell in failed if load_record(trial) is None]
-    best = None if wrong else best_point(transfers, plan.centre)
+    by = "val_loss" if options.recommend_by == "loss" else task["metric"]
+    best = None if wrong else best_point(transfers, plan.centre, by)
     narrowest, widest = min(plan.keywords), max(plan.keywords)
     results: dict[str, Any] = {
         "task": task["id"],
@@ -223,7 +225,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             **best.values,
             "lr_by_role": config["model"]["optimizer"]["lr_by_role"],
             "mup": config["model"]["mup"],
-            "at_edge": at_edge(transfers),
+            "by": by,
+            "at_edge": at_edge(transfers, by),
             "apart": apart(transfers, best, plan.centre, plan.product),
         }
         _write_overlay(config, output / OVERLAY, project.command)
@@ -246,8 +249,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             print(f"warning: {ends}")
         if names := results["recommended"]["apart"]:
             print(f"warning: no run had its {' and '.join(names)} together; train one, or sweep with --grid product")
-        for other in judged_otherwise(transfers, best):
-            print(f"warning: it goes by validation loss; the best would be {other}")
+        for other in judged_otherwise(transfers, best, by):
+            print(f"warning: it goes by {metric_label(by)} (--recommend-by); the best would be {other}")
 
 
 def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
@@ -261,6 +264,8 @@ def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
         raise UserError(f"--widths {options.widths}: a width is a positive whole number")
     if options.episodes < 0:
         raise UserError(f"--episodes {options.episodes}: 0 for no rollouts, or more")
+    if options.recommend_by == "rollouts" and not options.episodes:
+        raise UserError("--recommend-by rollouts: there are none; add --episodes 20")
     if options.workers < 1:
         raise UserError(f"--workers must be at least 1, got {options.workers}")
     for flag in ("cpus_per_trial", "gpus_per_trial"):
@@ -485,6 +490,13 @@ def _parser(command: str) -> Parser:
         "--output", type=folder, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml"
     )
     add("--recommend-width", type=int, help="of the run to recommend; default: the widest")
+    add(
+        "--recommend-by",
+        choices=("loss", "rollouts"),
+        default="loss",
+        help="what the recommended values are best by; rollouts are what counts, and take many seeds and --episodes to "
+        "place a value; default: %(default)s",
+    )
     add(
         "--engine",
         choices=("inline", "ray"),

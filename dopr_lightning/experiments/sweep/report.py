@@ -126,20 +126,20 @@ def _finite(value: Any) -> Any:
     return "inf" if value == math.inf else value
 
 
-def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point) -> Point | None:
-    """The best hyperparameters under muP by validation loss, at the widest width that trained: nearest to wider runs.
+def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point, metric: str = "val_loss") -> Point | None:
+    """The best hyperparameters under muP by ``metric``, at the widest width that trained: nearest to wider runs.
 
     Those that were not swept are the centre's. None where muP trained at no width.
     """
-    found = _trained(transfers)
+    found = _trained(transfers, metric)
     if not found or not all(found.values()):
         return None
     return replace(centre, **{name: float(f"{rows[-1]['best']:.4g}") for name, rows in found.items()})
 
 
-def at_edge(transfers: Sequence[Mapping[str, Any]]) -> list[str]:
+def at_edge(transfers: Sequence[Mapping[str, Any]], metric: str = "val_loss") -> list[str]:
     """The hyperparameters of :func:`best_point` that lie at an end of their grid, of several values."""
-    found = _trained(transfers)
+    found = _trained(transfers, metric)
     return [name for name, rows in found.items() if rows[-1]["at_edge"] and len(rows[-1]["numbers"]) > 1]
 
 
@@ -150,15 +150,15 @@ def apart(transfers: Sequence[Mapping[str, Any]], best: Point, centre: Point, pr
     return far if len(far) > 1 and not product else []
 
 
-def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point) -> list[str]:
-    """Of rollouts, which values they would choose that the validation loss's interval excludes, in words."""
-    by_loss, said = _trained(transfers), []
-    for metric in dict.fromkeys(t["metric"] for t in transfers if t["metric"] != "val_loss"):
-        for name, rows in _trained(transfers, metric).items():
-            low, high = by_loss[name][-1]["best_ci95"] or (getattr(best, name),) * 2
+def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point, metric: str = "val_loss") -> list[str]:
+    """Which values another metric would choose that the interval of ``metric`` excludes, in words."""
+    chosen, said = _trained(transfers, metric), []
+    for other in dict.fromkeys(t["metric"] for t in transfers if t["metric"] != metric):
+        for name, rows in _trained(transfers, other).items():
+            low, high = chosen[name][-1]["best_ci95"] or (getattr(best, name),) * 2
             if rows and not low <= rows[-1]["best"] <= high:
                 value = f"{LABELS[name]} {rows[-1]['best']:.3g} at width {rows[-1]['width']}"
-                said.append(f"{value}, by {_metric_label(metric)}")
+                said.append(f"{value}, by {metric_label(other)}")
     return said
 
 
@@ -192,7 +192,7 @@ def print_table(results: Mapping[str, Any]) -> None:
             table.add_row(
                 transfer["parametrization"] if first else "",
                 LABELS[transfer["hyperparameter"]] if first else "",
-                _metric_label(transfer["metric"]) if first else "",
+                metric_label(transfer["metric"]) if first else "",
                 str(row["width"]),
                 _with_interval(row["best"], row["best_ci95"], "{:.3g}"),
                 "" if first else _with_interval(row["drift"], row["drift_ci95"], "{:+.2f}"),
@@ -235,7 +235,8 @@ def _note(row: Mapping[str, Any], values: Sequence[float]) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def _metric_label(metric: str) -> str:
+def metric_label(metric: str) -> str:
+    """``"validation loss"``, or what rollouts are judged by."""
     return "validation loss" if metric == "val_loss" else METRIC_LABELS[metric]
 
 
@@ -298,5 +299,5 @@ def _panel(axes: Any, transfer: Mapping[str, Any], colours: Array) -> None:
         axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.set_title(transfer["parametrization"], fontsize=9)
     axes.set_xlabel(LABELS[transfer["hyperparameter"]], fontsize=8)
-    axes.set_ylabel(_metric_label(transfer["metric"]), fontsize=8)
+    axes.set_ylabel(metric_label(transfer["metric"]), fontsize=8)
     axes.tick_params(labelsize=7, which="both")
