@@ -124,15 +124,15 @@ def network_scales(class_path: str) -> Sequence[str]:
     return scales
 
 
-def judge(cli: Any, what: str) -> EnvironmentSpec:
-    """The environment in which a command judges, which is there.
+def require_rollouts(cli: Any, what: str) -> None:
+    """Refuse to judge where nothing can be rolled out.
 
     Args:
         cli: With the policy and the data.
         what: The command, ``"a comparison"``.
 
     Raises:
-        UserError: The source names none, it is not installed, or the data do not fit it.
+        UserError: The source names no environment, it is not installed, or the data do not fit it.
     """
     from dopr_lightning.rollout.evaluate import check_fit
 
@@ -141,17 +141,19 @@ def judge(cli: Any, what: str) -> EnvironmentSpec:
         source = type(cli.datamodule.source).__name__
         raise UserError(f"{what} judges by rollouts, and {source} names no environment; give it one to roll out in")
     check_fit(cli.model, environment, getattr(cli.datamodule, "image_sizes", {}))
-    return environment
 
 
 def task_of(cli: Any) -> dict[str, Any]:
     """What a built configuration trains on and is judged by, for results.json."""
     environment: EnvironmentSpec | None = cli.datamodule.environment
     provenance = cli.datamodule.provenance
+    first_seed = cli.config.rollout.first_seed
+    if first_seed is None:
+        first_seed = environment.first_seed if environment else 0
     return {
         "id": environment.title if environment else provenance["source"],
         "metric": environment.metric if environment else None,
-        "first_seed": environment.first_seed if environment else 0,
+        "first_seed": first_seed,
         "steps": cli.trainer.max_steps,
         "batch_size": cli.datamodule.batch_size,
         "train_episodes": provenance["train_episodes"],

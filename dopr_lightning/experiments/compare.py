@@ -14,12 +14,12 @@ from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     check_steps,
-    judge,
     numbers,
     parse,
     quiet_building,
     refuse_dopr,
     refuse_ours,
+    require_rollouts,
     seed_numbers,
     task_of,
 )
@@ -32,7 +32,6 @@ OURS = {
     "--seed_everything": "--seeds",
     "--model.optimizer.base": "--optimizers",
     "--rollout.report_episodes": "--episodes",
-    "--rollout.first_seed": "the first_seed of the environment that the source names",
 }
 """Options of ``dopr fit`` that a comparison sets itself, and how it is told."""
 
@@ -223,11 +222,12 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
         cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
-    environment = judge(cli, "a comparison")
+    require_rollouts(cli, "a comparison")
     cli.datamodule.train_dataloader()
     check_steps(cli)
-    return task_of(cli) | {
-        "selection_seed": environment.first_seed + SELECTION_OFFSET,
+    task = task_of(cli)
+    return task | {
+        "selection_seed": task["first_seed"] + SELECTION_OFFSET,
         "parameters": sum(p.numel() for p in cli.model.parameters()),
         "lr": cli.model.optimizer_config.lr,
     }

@@ -116,14 +116,14 @@ class RolloutEvaluation(Callback):
                     f"RolloutEvaluation would see the raw weights: list {type(callback).__name__} before it in the "
                     "trainer's callbacks"
                 )
-        if stage == "fit":
-            self._check_monitors(trainer)
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "environment"):
             raise UserError(
                 "RolloutEvaluation needs a data module with an 'environment' (an EnvironmentSpec); pass one, or remove "
                 "the callback"
             )
+        if stage == "fit":
+            self._check_monitors(trainer, none="the data name no environment" if data.environment is None else "")
         if data.environment is None and trainer.is_global_zero and not self._said_none:
             self._said_none = True
             log.warning(
@@ -149,11 +149,22 @@ class RolloutEvaluation(Callback):
                 timeout_s=self.timeout_s,
             )
 
-    def _check_monitors(self, trainer: L.Trainer) -> None:
-        """Refuse checkpoints by rollouts in epochs that have none: Lightning would stop at the first of these."""
+    def _check_monitors(self, trainer: L.Trainer, none: str) -> None:
+        """Refuse checkpoints by rollouts in epochs that have none: Lightning would stop at the first of these.
+
+        Args:
+            trainer: With its checkpoint callbacks.
+            none: Why there are no rollouts at all; empty where there are.
+        """
+        none = none or ("" if self.episodes else "rollout.episodes is 0")
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not (callback.monitor or "").startswith("rollout/"):
                 continue
+            if none:
+                raise UserError(
+                    f"checkpoints are to be chosen by {callback.monitor!r}, and there are no rollouts: {none}; mend "
+                    "that, or set checkpoint.monitor to val/loss and checkpoint.mode to min"
+                )
             # 0 where steps or time decide.
             if saved := callback.every_n_epochs:
                 validated = trainer.check_val_every_n_epoch or 1

@@ -212,6 +212,10 @@ def test_tuning_may_take_several_seeds(
     assert (first["mean"], first["per_seed"]) == (5.0, [9.0, 1.0])
     assert (second["mean"], second["per_seed"]) == (6.0, [6.0, 6.0])
 
+    trials.clear()
+    assert main(arguments(tmp_path / "first", *grid, "--seeds", "0", "--rollout.first_seed=500")) == 0
+    assert [trial.first_seed for trial in trials] == [500 + SELECTION_OFFSET] * 4 + [500]
+
     assert main(arguments(tmp_path / "other", *grid, "--seeds", f"0,{TUNING_SEED + 1}")) == 2
     assert "--seeds 1001: a run of that seed tunes the learning rate" in capsys.readouterr().err
     assert main(arguments(tmp_path / "other", *grid, "--tuning-seeds", "0")) == 2

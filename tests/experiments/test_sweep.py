@@ -440,6 +440,21 @@ def test_the_report_says_what_the_losses_do(
     assert config["model"]["optimizer"]["lr"] == pytest.approx(0.04, rel=1e-3)
 
 
+def test_how_a_configuration_chooses_and_judges_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep keeps none to choose; a first seed of the file's judges its runs."""
+    trials: list[Trial] = []
+    monkeypatch.setattr(sweep, "attempt_all", made_up(lambda config: 1.0, trials))
+    file = tmp_path / "chosen.yaml"
+    file.write_text(
+        "checkpoint: {monitor: rollout/return, mode: max, save_top_k: 3}\nrollout: {first_seed: 500, episodes: 5}\n"
+    )
+    run(tmp_path / "out", *GRID, "--optimizer=adamw", f"--config={file}", "--episodes=2")
+    for trial in trials:
+        checkpoint = trial.config["checkpoint"]
+        assert (checkpoint.get("monitor"), checkpoint["save_top_k"], checkpoint["save_last"]) == (None, 1, True)
+        assert (trial.first_seed, trial.config["rollout"]["episodes"]) == (500, 0)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -459,7 +474,6 @@ def test_the_report_says_what_the_losses_do(
         (("--optimizer=dopr-adamw", *DAMPED), "DoPr"),
         (("--parametrizations=mup,sp",), "mup, standard, or mup,standard"),
         (("--model.mup.base={width: 4}",), "--model.mup.base is what a sweep sets itself; use --widths"),
-        (("--rollout.first_seed=500",), "--rollout.first_seed is what a sweep sets itself; use the first_seed of"),
         (("--gpus-per-trial=0.25",), "add --engine ray"),
         (("--recommend-width=4",), "--recommend-width 4 is less than the narrowest"),
         (("--episodes=-1",), "--episodes -1"),

@@ -319,6 +319,26 @@ def test_checkpoints_by_rollouts_are_where_rollouts_are(tmp_path: Path, saved: i
         assert model.weight == 0
 
 
+@pytest.mark.parametrize(
+    ("episodes", "spec", "why"),
+    [(0, SPEC, "rollout.episodes is 0"), (1, None, "the data name no environment")],
+)
+def test_no_checkpoint_is_chosen_by_rollouts_that_are_not(
+    episodes: int, spec: EnvironmentSpec | None, why: str, tmp_path: Path
+) -> None:
+    class Source(ToySource):
+        @property
+        def environment(self) -> EnvironmentSpec | None:  # type: ignore[override]
+            return spec
+
+    checkpoint = ModelCheckpoint(tmp_path, monitor="rollout/return")
+    run = trainer(tmp_path, [RolloutEvaluation(episodes=episodes), checkpoint], enable_checkpointing=True)
+    model = Constant()
+    with pytest.raises(UserError, match=f"chosen by 'rollout/return', and there are no rollouts: {why}; .*val/loss"):
+        run.fit(model, datamodule=DemonstrationData(Source(), batch_size=5))
+    assert model.weight == 0  # nothing was trained
+
+
 def test_training_is_not_disturbed(tmp_path: Path) -> None:
     """The global generator after a fit is the same with and without rollouts."""
     after = []

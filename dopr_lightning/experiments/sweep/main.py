@@ -14,12 +14,12 @@ from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     check_steps,
-    judge,
     network_scales,
     numbers,
     parse,
     quiet_building,
     refuse_ours,
+    require_rollouts,
     seed_numbers,
     task_of,
 )
@@ -54,7 +54,6 @@ from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 OURS = {
     "--seed_everything": "--seeds",
     "--rollout.report_episodes": "--episodes",
-    "--rollout.first_seed": "the first_seed of the environment that the source names",
     "--model.mup": "--parametrizations",
     "--model.mup.base": "--widths (the narrowest is the base)",
     "--mup.from_sweep": "a sweep's results in dopr fit",
@@ -288,6 +287,9 @@ def _plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     base = (*configs, "--rollout.episodes=0", *overrides, *(arm.arguments(None, 0.01) if arm else []))
     # Without muP: what it is based on is not known yet.
     config = resolve([*base, "--model.mup=null"], project)
+    if config["checkpoint"].get("monitor", "").startswith("rollout/"):  # no checkpoint is kept, none need be chosen
+        base = (*base, "--checkpoint.monitor=null", "--checkpoint.save_top_k=1")
+        config = resolve([*base, "--model.mup=null"], project)
     arguments = config["model"]["network"].get("init_args", {})
     scales = network_scales(config["model"]["network"]["class_path"])
     dopr = dopr_of(config)
@@ -420,7 +422,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
                 raise UserError(f"--widths {width}: {error}") from error
         parameters[width] = sum(p.numel() for p in cli.model.parameters())
     if rollouts:
-        judge(cli, "a sweep with --episodes")
+        require_rollouts(cli, "a sweep with --episodes")
     cli.datamodule.train_dataloader()
     check_steps(cli)
     return task_of(cli) | {"parameters": parameters}
