@@ -24,7 +24,7 @@ from dopr_lightning.experiments.command import (
     task_of,
 )
 from dopr_lightning.experiments.report import arm_results, differences, plot, print_table, versions
-from dopr_lightning.experiments.runner import attempt_all, cores, run_all
+from dopr_lightning.experiments.runner import cores, run_all
 from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
 
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     tuning_seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
     if rates and (reported := sorted(set(seeds) & set(tuning_seeds))):
         raise UserError(f"--seeds {reported[0]}: a run of that seed tunes the learning rate; report others")
+    if not rates and options.tuning_seeds > 1:
+        raise UserError("--tuning-seeds: nothing is tuned; give --learning-rates too")
     refuse_ours(overrides, OURS, "a comparison")
 
     from dopr_lightning.training import find_config, resolve
@@ -92,18 +94,17 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
 
     grid = [(arm, rate, seed) for arm in arms for rate in rates for seed in tuning_seeds]
     trials = [
-        trial(arm, rate, seed, f"tuning/{arm.name}/lr-{rate:g}/seed-{seed}", task["selection_seed"])
+        trial(arm, rate, seed, f"tuning/{arm.name}/{_tuning_folder(rate, seed)}", task["selection_seed"])
         for arm, rate, seed in grid
     ]
-    outcomes = dict(zip(grid, attempt_all(trials, options.workers), strict=True))
-    tuning = {
-        arm: [_tuned(rate, [outcomes[arm, rate, seed] for seed in tuning_seeds]) for rate in rates] for arm in arms
-    }
+    tuned = dict(zip(grid, run_all(trials, options.workers), strict=True))
+    tuning = {arm: [_tuned(rate, [tuned[arm, rate, seed] for seed in tuning_seeds]) for rate in rates] for arm in arms}
     best = {arm: _best_rate(arm, tuning[arm]) if rates else None for arm in arms}
 
     runs = [(arm, seed) for arm in arms for seed in seeds]
     trials = [trial(arm, best[arm], seed, f"runs/{arm.name}/seed-{seed}", task["first_seed"]) for arm, seed in runs]
-    records = dict(zip(runs, run_all(trials, options.workers), strict=True))
+    found = dict(zip(runs, run_all(trials, options.workers), strict=True))
+    outcomes = {arm: [found[arm, seed] for seed in seeds] for arm in arms}
 
     results = {
         "task": task["id"],
@@ -119,18 +120,18 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "versions": versions(),
         "data": task["data"],
         "arms": [
-            arm_results(arm, seeds, [records[arm, seed] for seed in seeds], task["metric"])
+            arm_results(arm, seeds, outcomes[arm], task["metric"])
             | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
             | {"tuning": tuning[arm]}
             for arm in arms
         ],
-        "differences": differences(arms, {arm: [records[arm, seed] for seed in seeds] for arm in arms}),
+        "differences": differences(arms, outcomes),
     }
     write_json(results, output / "results.json")
     plot(results, output / "compare.png")
     print_table(results)
     for arm in arms:
-        if len(rates) > 1 and best[arm] in (min(rates), max(rates)):
+        if rates and _at_end(tuning[arm]):
             print(f"{arm.name}: its best learning rate, {best[arm]:g}, lies at an end of the grid; give more of them")
     print(
         f"plot: {output / 'compare.png'}   numbers: {output / 'results.json'}   curves: tensorboard --logdir {output}"
@@ -148,6 +149,11 @@ def _keep_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None
         raise UserError(f"{path} also has {', '.join(sorted(lost))}; name them again too, or choose another --output")
 
 
+def _tuning_folder(rate: float, seed: int) -> str:
+    """The first seed's is named as when there was but one."""
+    return f"lr-{rate:g}" + (f"-seed-{seed}" if seed != TUNING_SEED else "")
+
+
 def _tuned(rate: float, outcomes: Sequence[Record | str]) -> dict[str, Any]:
     """What the tuning runs of one rate say, one per seed; a rate that failed once has failed."""
     if failed := [outcome for outcome in outcomes if isinstance(outcome, str)]:
@@ -162,12 +168,24 @@ def _tuned(rate: float, outcomes: Sequence[Record | str]) -> dict[str, Any]:
     }
 
 
+def _ranked(tuning: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rates with the best rollouts first, of level ones that of the lowest loss; without those that diverged."""
+    finished = [entry for entry in tuning if "failed" not in entry]
+    return sorted(finished, key=lambda entry: (-entry["mean"], entry["val_loss"], entry["lr"]))
+
+
 def _best_rate(arm: Arm, tuning: Sequence[Mapping[str, Any]]) -> float:
-    """The rate with the best rollouts; one that diverged is no candidate."""
-    finished = [(entry["mean"], entry["lr"]) for entry in tuning if "failed" not in entry]
-    if not finished:
+    ranked = _ranked(tuning)
+    if not ranked:
         raise UserError(f"{arm.name} failed at every learning rate: {tuning[0]['failed']}; give other --learning-rates")
-    return max(finished)[1]
+    return ranked[0]["lr"]
+
+
+def _at_end(tuning: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one rate is better than all others, and the smallest or largest of several."""
+    rates, ranked = [entry["lr"] for entry in tuning], _ranked(tuning)
+    level = len(ranked) > 1 and ranked[0]["mean"] == ranked[1]["mean"]
+    return len(rates) > 1 and not level and ranked[0]["lr"] in (min(rates), max(rates))
 
 
 def _parser(command: str) -> Parser:

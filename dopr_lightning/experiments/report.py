@@ -10,41 +10,59 @@ from typing import Any
 
 from dopr_lightning.experiments.arms import Arm
 from dopr_lightning.experiments.trial import Record
-from dopr_lightning.rollout.statistics import nested_bootstrap_interval, paired_interval, wilson_interval
+from dopr_lightning.rollout.statistics import bootstrap_interval, student_interval, wilson_interval
 from dopr_lightning.words import METRIC_LABELS
 
 PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-pusht", "robosuite", "numpy")
 
 
-def arm_results(arm: Arm, seeds: Sequence[int], records: Sequence[Record], metric: str) -> dict[str, Any]:
-    """One arm's entry of results.json: a record per seed, the mean over all episodes, and its interval.
+def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Record | str], metric: str) -> dict[str, Any]:
+    """One arm's entry of results.json: what each seed's run came to, the mean over all episodes, and its interval.
 
-    The interval resamples runs, then episodes within runs; null where there is too little to resample. For a success
-    rate of one run, or of runs that all ended alike, it is Wilson's: of 20 successes in 20 a resampling would be sure.
+    The interval is Student's over runs; of a single run, the bootstrap's over its episodes, which says nothing of other
+    runs; null where there is too little to judge by. For a success rate of one run, or of runs that all ended alike, it
+    is Wilson's: of 20 successes in 20 a resampling would be sure.
+
+    Runs that diverged have nulls, and an arm with one has no mean: that of the others would be the luckier ones'.
     """
-    episodes = [record.episodes for record in records]
-    low, high = nested_bootstrap_interval(episodes)
-    if metric == "success" and (len(episodes) == 1 or low == high):
-        low, high = wilson_interval(round(sum(map(sum, episodes))), sum(map(len, episodes)))
+    records = [outcome if isinstance(outcome, Record) else None for outcome in outcomes]
+    finished = [record for record in records if record]
+    mean, low, high = math.nan, math.nan, math.nan
+    if len(finished) == len(records):
+        mean = _mean([record.mean for record in finished])
+        low, high = _interval([record.episodes for record in finished], metric)
     return {
         "name": arm.name,
         "seeds": list(seeds),
-        "val_loss": [record.val_loss for record in records],
-        "episodes": episodes,
-        "mean": sum(map(sum, episodes)) / sum(map(len, episodes)),
-        "ci95": [None if math.isnan(low) else low, None if math.isnan(high) else high],
-        "train_seconds": [record.train_seconds for record in records],
+        "val_loss": [record and record.val_loss for record in records],
+        "episodes": [record and record.episodes for record in records],
+        "mean": _number(mean),
+        "ci95": [_number(low), _number(high)],
+        "train_seconds": [record and record.train_seconds for record in records],
+        "diverged": {
+            seed: outcome for seed, outcome in zip(seeds, outcomes, strict=True) if not isinstance(outcome, Record)
+        },
     }
 
 
-def differences(arms: Sequence[Arm], records: Mapping[Arm, Sequence[Record]]) -> list[dict[str, Any]]:
+def _interval(runs: Sequence[Sequence[float]], metric: str) -> tuple[float, float]:
+    low, high = bootstrap_interval(runs[0]) if len(runs) == 1 else student_interval([_mean(run) for run in runs])
+    if metric != "success":
+        return low, high
+    if len(runs) == 1 or math.isnan(low):
+        return wilson_interval(round(sum(map(sum, runs))), sum(map(len, runs)))
+    return max(0.0, low), min(1.0, high)
+
+
+def differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Record | str]]) -> list[dict[str, Any]]:
     """What each arm brings, an entry of results.json for all but the first: beside its base where that is an arm too.
 
-    Else beside the first arm. Runs pair up by their training seed (:func:`~.statistics.paired_interval`).
+    Else beside the first arm. Runs pair up by their training seed (:func:`~.statistics.student_interval`). Where one
+    of either arm diverged there is no difference.
 
     Args:
         arms: In the order they were given.
-        records: Per arm a record for each seed, in one order for all.
+        outcomes: Per arm a record for each seed, or how it diverged, in one order for all.
     """
     entries = []
     for arm in arms:
@@ -52,15 +70,19 @@ def differences(arms: Sequence[Arm], records: Mapping[Arm, Sequence[Record]]) ->
         against = base if arm.dopr and base in arms else arms[0]
         if arm == against:
             continue
-        per_seed = [one.mean - other.mean for one, other in zip(records[arm], records[against], strict=True)]
-        low, high = paired_interval(per_seed)
+        per_seed = [
+            one.mean - other.mean if isinstance(one, Record) and isinstance(other, Record) else math.nan
+            for one, other in zip(outcomes[arm], outcomes[against], strict=True)
+        ]
+        mean = _mean(per_seed)
+        low, high = (math.nan, math.nan) if math.isnan(mean) else student_interval(per_seed)
         entries.append(
             {
                 "name": arm.name,
                 "against": against.name,
-                "per_seed": per_seed,
-                "mean": _mean(per_seed),
-                "ci95": [None if math.isnan(low) else low, None if math.isnan(high) else high],
+                "per_seed": [_number(difference) for difference in per_seed],
+                "mean": _number(mean),
+                "ci95": [_number(low), _number(high)],
             }
         )
     return entries
@@ -91,15 +113,17 @@ def print_table(results: Mapping[str, Any]) -> None:
     for heading in ("optimizer", "lr", "seeds", "val loss", metric, "95 % interval", "train s"):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for arm in results["arms"]:
-        low, high = arm["ci95"]
+        found, interval = _said("{:.4g}", arm["mean"]), _ends("{:.4g}", arm["ci95"])
+        if arm["diverged"]:
+            found, interval = "diverged", f"seed {', '.join(map(str, arm['diverged']))}"
         table.add_row(
             arm["name"].replace("+", "\n+"),
             f"{arm['lr']:.2g}",
             str(len(arm["seeds"])),
-            f"{_mean(arm['val_loss']):.4g}",
-            f"{arm['mean']:.4g}",
-            _ends("{:.4g}", (low, high)),
-            f"{_mean(arm['train_seconds']):.0f}",
+            _said("{:.4g}", _mean(arm["val_loss"])),
+            found,
+            interval,
+            _said("{:.0f}", _mean(arm["train_seconds"])),
         )
     console = Console()
     console.print(table)
@@ -110,7 +134,7 @@ def print_table(results: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading in ("optimizer", "beside") else "right")
     for entry in results["differences"]:
         names = (entry[key].replace("+", "\n+") for key in ("name", "against"))
-        table.add_row(*names, f"{entry['mean']:+.4g}", _ends("{:+.4g}", entry["ci95"]))
+        table.add_row(*names, _said("{:+.4g}", entry["mean"]), _ends("{:+.4g}", entry["ci95"]))
     console.print(table)
 
 
@@ -124,7 +148,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     arms = results["arms"]
     names = [arm["name"] for arm in arms]
     colours = ["tab:orange" if name.startswith("dopr-") else "tab:gray" for name in names]
-    pairs = results["differences"]
+    pairs = [entry for entry in results["differences"] if entry["mean"] is not None]
     widths = [len(arms), len(arms), *([len(pairs)] if pairs else [])]
     figure, (left, right, *more) = plt.subplots(
         1,
@@ -134,6 +158,10 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         layout="constrained",
     )
     for index, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
+        if arm["diverged"]:
+            for axes in (left, right):
+                axes.annotate("diverged", (index, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+            continue
         left.bar(index, _mean(arm["val_loss"]), color=colour, alpha=0.5)
         left.plot([index] * len(arm["val_loss"]), arm["val_loss"], "k.", markersize=5)
         right.bar(index, arm["mean"], color=colour, alpha=0.5)
@@ -165,9 +193,19 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _number(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if math.isnan(value) else value
+
+
+def _said(number: str, value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else number.format(value)
+
+
 def _ends(number: str, interval: Sequence[float | None]) -> str:
     return "-" if None in interval else " .. ".join(map(number.format, interval))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float | None]) -> float:
+    """Of all, so nan where one is missing."""
+    return math.fsum(math.nan if value is None else value for value in values) / len(values)

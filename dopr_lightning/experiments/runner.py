@@ -24,15 +24,17 @@ KILLED = "a worker process was killed, perhaps for memory (fewer --workers need 
 """What is said of a trial that failed through no fault of its own."""
 
 
-def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
-    """Records of all trials, in their order.
+def run_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
+    """For each trial its record or, of one that diverged, how: that is a result too, the same every time.
 
     Raises:
-        UserError: Some trials failed, or a folder holds a record of other settings.
+        UserError: Some trials failed otherwise, or a folder holds a record of other settings.
     """
     outcomes = attempt_all(trials, workers)
     failed = [
-        (trial.name, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if isinstance(outcome, str)
+        (trial.name, outcome)
+        for trial, outcome in zip(trials, outcomes, strict=True)
+        if isinstance(outcome, str) and load_record(trial) is None
     ]
     if failed:
         names, more = ", ".join(name for name, _ in failed[:3]), f" and {len(failed) - 3} more" if failed[3:] else ""
@@ -40,7 +42,7 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record]:
             f"{names}{more} failed: {failed[0][1]}; see log.txt in their folders, mend it and run the same command "
             "again"
         )
-    return [outcome for outcome in outcomes if isinstance(outcome, Record)]
+    return outcomes
 
 
 def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = None) -> list[Record | str]:

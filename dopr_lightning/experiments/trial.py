@@ -217,8 +217,9 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
             self.trained = True
             self.since = time.perf_counter()
 
-        def on_validation_start(self, *_: Any) -> None:
-            self.seconds += time.perf_counter() - self.since
+        def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                self.seconds += time.perf_counter() - self.since
 
         def on_validation_end(self, *_: Any) -> None:
             self.since = time.perf_counter()

@@ -37,7 +37,7 @@ def bootstrap_interval(
     data = _checked(values)
     if len(data) == 1:
         return (math.nan, math.nan)
-    if np.ptp(data) == 0:
+    if _equal(data):
         return (float(data[0]), float(data[0]))
     interval = bootstrap(
         (data,),
@@ -50,75 +50,32 @@ def bootstrap_interval(
     return (float(interval.low), float(interval.high))
 
 
-def nested_bootstrap_interval(
-    groups: Sequence[Sequence[float]], level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Confidence interval of the mean over training runs, each with its own episodes.
+def student_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean of a few independent numbers: of runs, or of differences of runs that pair up.
 
-    Runs with different seeds differ by more than their episodes' noise (4429, 7909, 8060 for one recipe on Humanoid),
-    so episodes of one run are not independent draws of the recipe's quality, and pooling them gives an interval several
-    times too narrow. Here each resample draws runs, then episodes within each drawn run (Davison and Hinkley,
-    "Bootstrap Methods and their Application", 1997, section 3.8), and averages the runs' means.
+    Student's t. Training runs of one recipe differ by more than their episodes' noise (4429, 7909, 8060 for one recipe
+    on Humanoid), so it is their means that are independent draws of the recipe's quality, and not the episodes, which
+    pooled give an interval several times too narrow. A bootstrap over three runs, and over episodes within them, holds
+    the true mean in three cases of four where it says 95 %; this holds it in 95 (measured in the tests).
 
-    With k runs the spread between them enters with a factor (k-1)/k, so few runs still give a somewhat narrow interval.
-
-    Args:
-        groups: Per run, one value per episode. Every run counts the same, whatever its number of episodes.
-        level: Confidence.
-        resamples: 10,000 settle the ends to about a hundredth of the interval.
-        seed: The same numbers always give the same interval.
-
-    Returns:
-        Lower and upper percentile. With a single run this is `bootstrap_interval` of its episodes, and says nothing
-        of other runs.
-
-    Raises:
-        UserError: There are no runs, or a run has no values, or some are not finite.
-    """
-    if len(groups) == 0:
-        raise UserError("no runs to take a confidence interval of; run at least one seed")
-    runs = [_checked(group) for group in groups]
-    if len(runs) == 1:
-        return bootstrap_interval(groups[0], level, resamples, seed)
-    lengths = np.array([len(run) for run in runs])
-    padded = np.zeros((len(runs), lengths.max()))
-    for row, run in zip(padded, runs, strict=True):
-        row[: len(run)] = run
-
-    rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for _ in runs:  # one drawn run at a time: (resamples, episodes) is the largest array
-        chosen = rng.integers(len(runs), size=(resamples, 1))
-        counts = lengths[chosen]
-        episodes = rng.integers(counts, size=(resamples, lengths.max()))
-        drawn = np.where(np.arange(lengths.max()) < counts, padded[chosen, episodes], 0.0)
-        means += drawn.sum(axis=1) / counts[:, 0] / len(runs)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return (float(low), float(high))
-
-
-def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the mean difference of two recipes, from runs that pair up.
-
-    Student's t on the differences. Two runs of one training seed share their initial weights, their batches and the
-    seeds of their rollouts, so what is luck of the seed cancels; two separate intervals that overlap do not say that
-    the recipes are alike.
+    Two runs of one training seed share their initial weights, their batches and the seeds of their rollouts, so what is
+    luck of the seed cancels in their difference; two separate intervals that overlap do not say that recipes are alike.
 
     Args:
-        differences: Per training seed, the one recipe's mean over episodes less the other's.
+        values: One mean over episodes per training run, or per seed one recipe's less the other's.
         level: Confidence.
 
     Returns:
-        Lower and upper end. ``(nan, nan)`` for a single difference, and for equal ones (both succeed always): there is
+        Lower and upper end. ``(nan, nan)`` for a single number, and for equal ones (a rounding apart at most): there is
         no spread to judge by.
 
     Raises:
-        UserError: There are no differences, or some are not finite.
+        UserError: There are no numbers, or some are not finite.
     """
     from scipy.stats import ttest_1samp
 
-    data = _checked(differences)
-    if len(data) == 1 or np.ptp(data) == 0:
+    data = _checked(values)
+    if len(data) == 1 or _equal(data):
         return (math.nan, math.nan)
     interval = ttest_1samp(data, 0.0).confidence_interval(level)
     return (float(interval.low), float(interval.high))
@@ -150,6 +107,11 @@ def wilson_interval(successes: int, episodes: int, level: float = 0.95) -> tuple
     half = math.sqrt(odds * (rate * (1 - rate) + odds / 4)) / (1 + odds)
     # At the extremes the ends are exactly 0 and 1, which rounding may miss.
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)
+
+
+def _equal(data: np.ndarray) -> bool:
+    """But for rounding, which is no spread."""
+    return bool(np.ptp(data) <= 1e-9 * max(1.0, float(np.abs(data).max())))
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

@@ -14,11 +14,12 @@ from PIL import Image
 from toy_task import CONFIG, FIRST_SEED, ToyTask
 
 from dopr_lightning.cli import main
-from dopr_lightning.experiments import compare
+from dopr_lightning.experiments import compare, runner
 from dopr_lightning.experiments.compare import TUNING_SEED
+from dopr_lightning.experiments.runner import KILLED
 from dopr_lightning.experiments.trial import Record, Trial
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
-from dopr_lightning.rollout.statistics import nested_bootstrap_interval, paired_interval
+from dopr_lightning.rollout.statistics import student_interval
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -46,7 +47,7 @@ def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
     assert [arm["name"] for arm in results["arms"]] == ARMS
     for arm in results["arms"]:
         required = {"name", "seeds", "val_loss", "episodes", "mean", "ci95", "train_seconds"}
-        assert set(arm) == required | {"lr", "damping", "tuning"}
+        assert set(arm) == required | {"diverged", "lr", "damping", "tuning"}
         assert arm["seeds"] == seeds
         for name in ("val_loss", "train_seconds"):
             assert len(arm[name]) == len(seeds)
@@ -54,13 +55,13 @@ def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
         assert [len(episodes) for episodes in arm["episodes"]] == [3] * len(seeds)
         assert len({tuple(episodes) for episodes in arm["episodes"]}) == len(seeds)  # runs of their own
         assert arm["mean"] == pytest.approx(np.mean(arm["episodes"]))
-        assert arm["ci95"] == list(nested_bootstrap_interval(arm["episodes"]))
+        assert arm["ci95"] == list(student_interval([np.mean(episodes) for episodes in arm["episodes"]]))
         assert arm["ci95"][0] <= arm["mean"] <= arm["ci95"][1]
     (difference,) = results["differences"]
     assert (difference["name"], difference["against"]) == ("dopr-muon", "adamw")
     means = [np.mean(arm["episodes"], axis=1) for arm in results["arms"]]
     assert difference["per_seed"] == pytest.approx(means[1] - means[0])
-    assert difference["ci95"] == list(paired_interval(difference["per_seed"]))
+    assert difference["ci95"] == list(student_interval(difference["per_seed"]))
     assert results["arms"][0]["damping"] is None
     assert results["arms"][1]["damping"] == 0.01
 
@@ -129,15 +130,35 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_a_failing_arm_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_arm_that_diverges_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At this rate SGD leaves the numbers, and AdamW, whose steps do not grow with the gradient, does not."""
-    more = ("--optimizers", "sgd,adamw", "--seeds", "0", "--model.optimizer.lr=1e3")
-    assert main(arguments(tmp_path / "out", *more)) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("dopr: error: sgd seed 0 failed: ")
-    assert err.count("\n") == 1
+    more = ("--optimizers", "sgd,adamw", "--seeds", "0", "--model.optimizer.lr=1e3", "--trainer.num_sanity_val_steps=2")
+    assert main(arguments(tmp_path / "out", *more)) == 0
+    out = capsys.readouterr().out
     assert "adamw seed 0: val loss" in out
     assert list(stamps(tmp_path / "out")) == ["runs/adamw/seed-0/record.json"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    sgd, adamw = results["arms"]
+    assert (sgd["mean"], sgd["episodes"]) == (None, [None])
+    assert sgd["diverged"]["0"].startswith("diverged: ")
+    assert (len(adamw["episodes"][0]), adamw["diverged"]) == (3, {})
+    assert results["differences"][0]["mean"] is None
+
+    # Of the same command nothing else would come.
+    (tmp_path / "out" / "results.json").unlink()
+    assert main(arguments(tmp_path / "out", *more)) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
+def test_runs_that_were_killed_choose_no_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor make a table: the same command, given again, goes on."""
+    monkeypatch.setattr(runner, "_in_processes", lambda trials, display: {trial.name: KILLED for trial in trials})
+    more = ("--optimizers", "adamw", "--seeds", "0", "--learning-rates=1e-3,3e-3")
+    assert main(arguments(tmp_path / "out", *more)) == 2
+    said = "adamw seed 1000 lr 0.001 (tuning), adamw seed 1000 lr 0.003 (tuning) failed: a worker process was killed"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
 
 
@@ -157,7 +178,6 @@ def test_tuning_picks_by_rollouts_on_seeds_that_are_not_reported(
             records.append(Record(5.0 if good else rate, [10.0 if good else 1.0, 2.0], 1.0, trial.settings))
         return records
 
-    monkeypatch.setattr(compare, "attempt_all", made_up)
     monkeypatch.setattr(compare, "run_all", made_up)
     grid = ("--learning-rates", "1e-3,3e-3,1e-2", "--optimizers", ",".join(ARMS), "--seeds", "0,1")
     assert main(arguments(tmp_path / "out", *grid)) == 0
@@ -199,12 +219,13 @@ def test_tuning_may_take_several_seeds(
             for t, rate in zip(wanted, rates, strict=True)
         ]
 
-    monkeypatch.setattr(compare, "attempt_all", made_up)
     monkeypatch.setattr(compare, "run_all", made_up)
     grid = ("--learning-rates", "1e-3,3e-3", "--tuning-seeds", "2", "--optimizers", "adamw")
     assert main(arguments(tmp_path / "out", *grid, "--seeds", "0")) == 0
     assert [trial.seed for trial in trials] == [TUNING_SEED, TUNING_SEED + 1] * 2 + [0]
     assert len({trial.folder for trial in trials}) == len({trial.name for trial in trials}) == 5
+    # The first seed's folders are those of a comparison that tunes with one.
+    assert [t.folder.name for t in trials[:4]] == ["lr-0.001", "lr-0.001-seed-1001", "lr-0.003", "lr-0.003-seed-1001"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["budget"]["tuning_runs_per_arm"] == 4
     assert results["arms"][0]["lr"] == 3e-3
@@ -218,6 +239,8 @@ def test_tuning_may_take_several_seeds(
 
     assert main(arguments(tmp_path / "other", *grid, "--seeds", f"0,{TUNING_SEED + 1}")) == 2
     assert "--seeds 1001: a run of that seed tunes the learning rate" in capsys.readouterr().err
+    assert main(arguments(tmp_path / "other", "--seeds=0", "--tuning-seeds=2")) == 2
+    assert "--tuning-seeds: nothing is tuned; give --learning-rates too" in capsys.readouterr().err
     assert main(arguments(tmp_path / "other", *grid, "--tuning-seeds", "0")) == 2
     assert "--tuning-seeds must be at least 1, got 0" in capsys.readouterr().err
 
@@ -266,6 +289,21 @@ def test_arms_differ_by_their_optimizer_alone(
     assert dopr == plain
 
 
+def test_of_level_rates_the_one_of_lowest_loss_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Success rates of few episodes are often the same."""
+
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record]:
+        return [Record(t.config["model"]["optimizer"]["lr"], [1.0, 1.0], 1.0, t.settings) for t in wanted]
+
+    monkeypatch.setattr(compare, "run_all", made_up)
+    more = ("--optimizers", "adamw", "--seeds", "0", "--learning-rates", "1e-2,1e-3,3e-2")
+    assert main(arguments(tmp_path / "out", *more)) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"][0]["lr"] == 1e-3
+    assert "end of the grid" not in capsys.readouterr().out
+
+
 def test_a_rate_that_diverges_in_tuning_is_no_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def made_up(wanted: Sequence[Trial], workers: int) -> list[Record | str]:
         return [
@@ -273,7 +311,6 @@ def test_a_rate_that_diverges_in_tuning_is_no_candidate(tmp_path: Path, monkeypa
             for t in wanted
         ]
 
-    monkeypatch.setattr(compare, "attempt_all", made_up)
     monkeypatch.setattr(compare, "run_all", made_up)
     tuned = ("--optimizers", "adamw", "--seeds", "0")
     assert main(arguments(tmp_path / "out", *tuned, "--learning-rates", "1,1e-3")) == 0

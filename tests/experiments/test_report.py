@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
 from dopr_lightning.data.environment import EnvironmentSpec
-from dopr_lightning.experiments.arms import parse_arms
+from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.report import arm_results, differences, plot, print_table
 from dopr_lightning.experiments.trial import Record
-from dopr_lightning.rollout.statistics import (
-    bootstrap_interval,
-    nested_bootstrap_interval,
-    paired_interval,
-    wilson_interval,
-)
+from dopr_lightning.rollout.statistics import bootstrap_interval, student_interval, wilson_interval
 
 METRICS = get_args(get_type_hints(EnvironmentSpec)["metric"])
+
+
+DIVERGED = "diverged: the training loss is not finite, by step 3 of 7"
 
 
 def record(episodes: list[float]) -> Record:
@@ -56,7 +55,10 @@ def test_a_rate_of_one_run_or_of_runs_alike_has_wilsons_interval() -> None:
     assert interval("success", [1, 1, 1]) == wilson_interval(3, 3)
     assert interval("success", [1, 1, 1], [1, 1, 1]) == wilson_interval(6, 6)
     assert interval("success", [1, 0, 1]) == wilson_interval(2, 3)
-    assert interval("success", [1, 0, 1], [1, 1, 1]) == nested_bootstrap_interval([[1, 0, 1], [1, 1, 1]])
+    assert interval("success", [1, 0, 1], [1, 1, 1]) == (0.0, 1.0)  # Student's, of which no rate lies outside
+    low, high = interval("success", [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0])
+    assert (low, high) == (0.0, student_interval([0.25, 0.5, 0.25])[1])
+    assert interval("return", [1, 0], [3, 2], [8, 8]) == student_interval([0.5, 2.5, 8])
     assert interval("return", [1, 0, 1]) == bootstrap_interval([1, 0, 1])
     assert interval("return", [1, 1, 1]) == (1, 1)
 
@@ -79,7 +81,7 @@ def test_what_an_arm_brings_is_told_seed_by_seed() -> None:
     records[arms[2]][0] = record([1.0])
     entry = differences(arms, records)[1]
     assert entry["per_seed"] == [1, 2, 2]
-    assert entry["ci95"] == list(paired_interval([1, 2, 2]))
+    assert entry["ci95"] == list(student_interval([1, 2, 2]))
 
 
 def test_one_arm_has_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,5 +96,41 @@ def test_one_arm_has_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture
     }
     print_table(results)
     assert "Seed by seed" not in capsys.readouterr().out
+    plot(results, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+
+
+def test_an_arm_with_a_run_that_diverged_has_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others', the luckier ones', would not be the recipe's."""
+    adamw, sgd, muon = arms = parse_arms("adamw,sgd,muon")
+    outcomes: dict[Arm, list[Record | str]] = {
+        adamw: [record([1.0, 2.0]), record([2.0, 4.0])],
+        sgd: [record([9.0, 9.0]), DIVERGED],
+        muon: [record([2.0, 3.0]), record([2.0, 5.0])],
+    }
+    results = {
+        "task": "Task-v0",
+        "metric": "return",
+        "budget": {"steps": 7, "episodes_per_seed": 2},
+        "arms": [arm_results(arm, [4, 5], outcomes[arm], "return") | {"lr": 1e-3} for arm in arms],
+        "differences": differences(arms, outcomes),
+    }
+    assert json.loads(json.dumps(results, allow_nan=False))["arms"][1] == {
+        "name": "sgd",
+        "seeds": [4, 5],
+        "val_loss": [0.5, None],
+        "episodes": [[9.0, 9.0], None],
+        "mean": None,
+        "ci95": [None, None],
+        "train_seconds": [2.0, None],
+        "diverged": {"5": DIVERGED},
+        "lr": 1e-3,
+    }
+    by_sgd, by_muon = results["differences"]
+    assert (by_sgd["per_seed"], by_sgd["mean"], by_sgd["ci95"]) == ([7.5, None], None, [None, None])
+    assert (by_muon["per_seed"], by_muon["mean"]) == ([1.0, 0.5], 0.75)
+    print_table(results)
+    assert "diverged" in (said := capsys.readouterr().out)
+    assert "seed 5" in said
     plot(results, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 1000
