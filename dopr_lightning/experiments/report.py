@@ -183,7 +183,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set_xlim(-0.6, len(pairs) - 0.4)
         axes.set_title("difference, seed by seed", fontsize=10)
-        labels = [f"{entry['name']} - {entry['against']}" for entry in pairs]
+        labels = [f"{entry['name']}\n- {entry['against']}" for entry in pairs]
         axes.set_xticks(range(len(pairs)), [label.replace("+", "\n+") for label in labels], rotation=20, fontsize=8)
     budget = results["budget"]
     figure.suptitle(
