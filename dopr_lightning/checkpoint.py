@@ -5,7 +5,7 @@ The record lies under ``checkpoint["dopr"]``, as plain values, so that it loads 
     format         1
     config         the whole configuration of ``dopr fit``
     policy         class; observe, horizon, act; modes of the normalisers, whose maps are buffers of the state_dict
-    data           class, source, sha256, episodes and steps
+    data           class, source, sha256; episodes and steps on both sides of the split, and a digest of which they are
     observation    keys, dim, cameras with height and width of their images
     action         dim, kind (absolute, relative, native), rotation, low and high
     environment    the `EnvironmentSpec`, if there was one
@@ -48,6 +48,7 @@ LIBRARIES = ("dopr-lightning", "torch", "lightning", "gymnasium")
 _ELSEWHERE = ("extra", "module", "first_seed", "simulators", "name")
 
 _SPLIT = ("train_episodes", "train_steps", "validation_episodes", "validation_steps")
+_WHICH = "split_sha256"
 
 
 def describe(
@@ -213,6 +214,12 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
         raise UserError(
             f"the checkpoint was trained on another split ({changed}), and may have seen what is held out here; give "
             "--data.episodes and --data.validation_episodes as they were"
+        )
+    # Older checkpoints do not say.
+    if _WHICH in there and _WHICH in here and there[_WHICH] != here[_WHICH]:
+        raise UserError(
+            f"the checkpoint was trained on other episodes of {there['source']} than those here, and may have seen "
+            "what is held out; give --data.source the options that it had"
         )
     convention = data.convention()
     _refuse_other("observes", record["observation"]["keys"], list(convention.observation_keys))

@@ -30,7 +30,7 @@ class Walked(ToyTask):
     """The toy task with a simulator whose version matters, and numbers that mean something."""
 
     simulated, sha256, keys, missing = "pymunk", "abc", ("x", "t"), False
-    max_steps = 8
+    max_steps, numbers = 8, range(6)
 
     @property
     def environment(self) -> EnvironmentSpec:
@@ -39,7 +39,7 @@ class Walked(ToyTask):
     def load(self) -> Demonstrations:
         if self.missing:
             raise UserError("they are on the other machine")
-        return replace(super().load(), sha256=self.sha256)
+        return replace(super().load(), sha256=self.sha256, numbers=self.numbers)
 
     def convention(self) -> Convention:
         return Convention(self.keys, "relative", low=(-1.0,), high=(1.0,))
@@ -159,6 +159,10 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 CHANGES = {
     "sha256": ("def", "toy with sha256 abc, and this is toy with def; give the demonstrations"),
     "keys": (("t", "x"), "observes ['x', 't'], and here it would be ['t', 'x']"),
+    "numbers": (
+        range(1, 7),
+        "on other episodes of toy than those here, and may have seen what is held out; give --data.",
+    ),
     "max_steps": (9, "another environment (max_steps: 8 -> 9)"),
 }
 

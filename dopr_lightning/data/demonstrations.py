@@ -25,7 +25,9 @@ class Demonstrations:
             memory maps of files larger than memory.
         image_rows: (N,), which row of the images each step has; by default its own, and M is N. It lets a part of
             the demonstrations share the images of the whole. Stored as int64.
-        numbers: (E,), which episode of the whole each one is, for errors; by default its own. A part has them.
+        numbers: (E,), which episode of the whole each one is, for errors, and so that a checkpoint can say which were
+            held out; by default its own. A part has them, and so should what a source reads of a larger file. Stored
+            as int64.
 
     Raises:
         UserError: The arrays do not fit together, or hold a value that is not finite.
@@ -65,15 +67,22 @@ class Demonstrations:
                 f"{name}: episode ends do not divide the {steps} steps into episodes; they must increase from above "
                 f"0 to {steps}"
             )
+        if self.numbers is not None:
+            object.__setattr__(self, "numbers", np.ascontiguousarray(self.numbers, dtype=np.int64))
+            if self.numbers.shape != ends.shape:
+                raise UserError(
+                    f"{name}: numbers of shape {self.numbers.shape} for {len(ends)} episodes; give each its own"
+                )
         for field in ("observations", "actions"):
             finite = np.isfinite(getattr(self, field)).all(axis=1)
             if not finite.all():
                 row = int(np.argmin(finite))
                 episode = int(np.searchsorted(ends, row, side="right"))
                 step = row - (int(ends[episode - 1]) if episode else 0)
+                number = episode if self.numbers is None else self.numbers[episode]
                 what = "NaN" if np.isnan(getattr(self, field)[row]).any() else "an infinite value"
                 raise UserError(
-                    f"{name}: {field} hold {what} in episode {episode}, step {step}; mend or remove that episode"
+                    f"{name}: {field} hold {what} in episode {number}, step {step}; mend or remove that episode"
                 )
         self._check_images(name, steps)
 

@@ -93,7 +93,8 @@ class Minari(Source):
         try:
             with data_file.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            for episode in dataset.iterate_episodes(dataset.episode_indices[:count]):
+            numbers = dataset.episode_indices[:count]
+            for episode in dataset.iterate_episodes(numbers):
                 actions.append(np.asarray(episode.actions, dtype=np.float32))
                 observations.append(np.asarray(episode.observations[: len(episode.actions)], dtype=np.float32))
         except (OSError, KeyError, RuntimeError, ValueError) as error:
@@ -104,6 +105,7 @@ class Minari(Source):
             np.cumsum([len(a) for a in actions]),
             source=f"minari:{self.dataset_id}",
             sha256=sha256,
+            numbers=np.asarray(numbers),
         )
 
     def _open(self) -> MinariDataset:

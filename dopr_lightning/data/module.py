@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -120,6 +122,7 @@ class DemonstrationData(L.LightningDataModule):
             "train_steps": len(train.actions),
             "validation_episodes": validation.num_episodes,
             "validation_steps": len(validation.actions),
+            "split_sha256": _digest(train.numbers, validation.numbers),
         }
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
@@ -201,6 +204,11 @@ class _Resumable(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         skip, self._skip = self._skip, 0
         return islice(super().__iter__(), skip, None)
+
+
+def _digest(*numbers: npt.NDArray[np.int64] | None) -> str:
+    """Of the numbers of the episodes on each side of a split."""
+    return hashlib.sha256(json.dumps([side.tolist() for side in numbers if side is not None]).encode()).hexdigest()
 
 
 def _moments(rows: npt.NDArray[np.float32]) -> dict[str, Tensor]:

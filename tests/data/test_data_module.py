@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_fewer_training_episodes_keep_the_validation_set() -> None:
     assert len(rows(few, 0)) == 24
     assert rows(few, 0) < rows(everything, 0)
     assert rows(everything, 0) | rows(everything, 1) == set(range(120))
+    chosen = [few._split[side].numbers.tolist() for side in (0, 1)]
     assert few.provenance == {
         "source": "numbered",
         "sha256": "abc",
@@ -129,6 +131,7 @@ def test_fewer_training_episodes_keep_the_validation_set() -> None:
         "train_steps": 24,
         "validation_episodes": 3,
         "validation_steps": 36,
+        "split_sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
     }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,20 @@ def test_bad_values_are_placed(field: str, row: int, place: str, value: float, s
     arrays[field][row, 0] = value
     with pytest.raises(UserError, match=f"'toy': {field} hold {said} in {place}"):
         Demonstrations(**arrays, episode_ends=good.episode_ends, source="toy", sha256="")  # type: ignore[arg-type]
+
+
+def test_episodes_are_known_by_their_numbers_in_the_whole() -> None:
+    whole = numbered()
+    part = replace(whole, numbers=[2, 5, 7, 11])  # type: ignore[arg-type]
+    train, validation = part.split(2, 0)
+    assert sorted([*train.numbers, *validation.numbers]) == [2, 5, 7, 11]
+    assert part.take(3).take(2).numbers.tolist() == [2, 5]
+    bad = whole.actions.copy()
+    bad[7] = np.nan
+    with pytest.raises(UserError, match="NaN in episode 7, step 0"):
+        replace(part, actions=bad)
+    with pytest.raises(UserError, match=r"numbers of shape \(3,\) for 4 episodes"):
+        replace(whole, numbers=np.arange(3))
 
 
 @pytest.mark.parametrize("ends", [[], [0, 14], [7, 7, 14], [9, 3, 14], [7, 13], [7, 15], [[14]]])

@@ -51,7 +51,9 @@ def test_environment(root: Path) -> None:
 
 
 def test_only_the_first_episodes_are_read(root: Path) -> None:
-    assert Minari(ID, episodes=3).load().episode_ends.tolist() == [1000, 2000, 3000]
+    read = Minari(ID, episodes=3).load()
+    assert read.episode_ends.tolist() == [1000, 2000, 3000]
+    assert read.numbers.tolist() == [0, 1, 2]
 
 
 def test_a_missing_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

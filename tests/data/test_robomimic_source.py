@@ -52,6 +52,7 @@ def test_a_mask_chooses(path: Path) -> None:
     cut = sum(LENGTHS[:2])
     np.testing.assert_array_equal(train.actions, whole.actions[:cut])  # the mask names them in another order
     np.testing.assert_array_equal(valid.actions, whole.actions[cut:])
+    assert [*train.numbers, *valid.numbers] == [0, 1, 2]  # of the file
 
 
 @pytest.mark.parametrize(("observe", "horizon", "act"), [(1, 1, 1), (2, 8, 4), (3, 6, 4), (2, 9, 8)])

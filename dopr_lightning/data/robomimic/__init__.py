@@ -147,7 +147,7 @@ class Robomimic(Source):
                 _check_bounds(file, demo, done)
                 observations.append(np.concatenate(seen, axis=1))
                 actions.append(stored_as_poses(file, demo) if self.absolute else done)
-            chosen = file.demos
+            chosen, numbers = file.demos, file.numbers()
         images, rows = self._images(chosen, sha256) if self.cameras else (None, None)
         path = self._path()
         try:
@@ -160,6 +160,7 @@ class Robomimic(Source):
                 sha256=sha256,
                 images=images,
                 image_rows=rows,
+                numbers=numbers,
             )
         except UserError as error:
             raise UserError(f"{path}: {error}") from error

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +93,12 @@ class DemoFile:
     def steps(self, demo: str) -> int:
         """How many actions a demonstration has."""
         return self.shape(demo, "actions")[0]
+
+    def numbers(self) -> Array:
+        """Which of all demonstrations in the file each of `demos` is."""
+        with self._reading():
+            places = {demo: place for place, demo in enumerate(_in_order(self._file["data"]))}
+        return np.array([places[demo] for demo in self.demos])
 
     def controllers(self, absolute: bool) -> list[dict[str, Any]]:
         """As `arm_controllers`.
@@ -179,8 +185,7 @@ class DemoFile:
             names = chosen
         if not names:
             raise UserError(f"{self.path}: holds no demonstrations; fetch it again, or choose another filter_key")
-        # demo_10 after demo_9, as robomimic orders them.
-        return sorted(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+        return _in_order(names)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -191,6 +196,11 @@ class DemoFile:
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(f"{self.path}: damaged, or not HDF5 ({error}); fetch it again")
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    # demo_10 after demo_9, as robomimic orders them.
+    return sorted(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
 
 
 class DemoWriter:
