@@ -86,7 +86,7 @@ def make(folder: Path, episodes: int, steps: int, cameras: tuple[str, ...]) -> t
             for key, array in (seen | images).items():
                 demo[f"obs/{key}"] = array[part]
     ends = np.arange(steps, total + 1, steps)
-    return Demonstrations(np.concatenate([*seen.values()], axis=1), actions, ends, "made", "", images or None), path
+    return Demonstrations(np.concatenate([*seen.values()], axis=1), actions, ends, "made", images=images or None), path
 
 
 class Sliced(Dataset[Any]):

@@ -185,9 +185,10 @@ def test_another_split_is_refused(way: str, trained: Path, capsys: pytest.Captur
     assert "--data.validation_episodes as they were" in line
 
 
-def test_a_checkpoint_that_says_nothing_of_the_split(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sha256", ["abc", ""])
+def test_a_checkpoint_that_says_nothing_of_the_split_or_the_data(sha256: str, trained: Path, tmp_path: Path) -> None:
     held = torch.load(trained, weights_only=True)
-    held["dopr"]["data"] = {name: held["dopr"]["data"][name] for name in ("class", "source", "sha256")}
+    held["dopr"]["data"] = {name: held["dopr"]["data"][name] for name in ("class", "source")} | {"sha256": sha256}
     torch.save(held, tmp_path / "old.ckpt")
     assert main(commands(tmp_path / "old.ckpt")["test --ckpt"]) == 0
 

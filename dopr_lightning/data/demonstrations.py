@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,9 @@ class Demonstrations:
         actions: (N, act_dim), what the demonstrator did there. Stored as float32.
         episode_ends: (E,), one past the last step of each episode, increasing, the last equal to N. Stored as int64.
         source: Where they come from, in words for records and errors: ``"pusht"``, a Minari id.
-        sha256: Digest of the original data, so that a checkpoint can say what it was trained on.
+        sha256: Digest of the original data, so that a checkpoint can say what it was trained on, and is not judged on
+            anything else. By default of these arrays, and of each episode's first images. Where they are made anew each
+            time, give that of what decides them: another processor rounds otherwise.
         images: What cameras saw at each step, by camera (M, H, W, 3), uint8. They are never copied, so they may be
             memory maps of files larger than memory.
         image_rows: (N,), which row of the images each step has; by default its own, and M is N. It lets a part of
@@ -37,7 +41,7 @@ class Demonstrations:
     actions: npt.NDArray[np.float32]
     episode_ends: npt.NDArray[np.int64]
     source: str
-    sha256: str
+    sha256: str = ""
     images: Mapping[str, npt.NDArray[np.uint8]] | None = None
     image_rows: npt.NDArray[np.int64] | None = None
     numbers: npt.NDArray[np.int64] | None = None
@@ -85,6 +89,8 @@ class Demonstrations:
                     f"{name}: {field} hold {what} in episode {number}, step {step}; mend or remove that episode"
                 )
         self._check_images(name, steps)
+        if not self.sha256:
+            object.__setattr__(self, "sha256", self._digest())
 
     def _check_images(self, name: str, steps: int) -> None:
         if not self.images:
@@ -108,6 +114,22 @@ class Demonstrations:
                 f"{name}: image rows of shape {rows.shape} for {steps} observations and {fewest} images; give each "
                 "observation a row that is there"
             )
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        parts: dict[str, npt.NDArray[Any]] = {
+            "observations": self.observations,
+            "actions": self.actions,
+            "ends": self.episode_ends,
+        }
+        if self.images and self.image_rows is not None:
+            first = self.image_rows[np.concatenate([[0], self.episode_ends[:-1]])]
+            # All of them may be more than memory holds.
+            parts |= {f"images of {camera}": frames[first] for camera, frames in self.images.items()}
+        for part, array in parts.items():
+            digest.update(f"{part} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @property
     def cameras(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,30 @@ def test_bad_values_are_placed(field: str, row: int, place: str, value: float, s
     arrays = {"observations": good.observations.astype(np.float64), "actions": good.actions.astype(np.float64)}
     arrays[field][row, 0] = value
     with pytest.raises(UserError, match=f"'toy': {field} hold {said} in {place}"):
-        Demonstrations(**arrays, episode_ends=good.episode_ends, source="toy", sha256="")  # type: ignore[arg-type]
+        Demonstrations(**arrays, episode_ends=good.episode_ends, source="toy")  # type: ignore[arg-type]
+
+
+def test_without_a_digest_it_is_that_of_the_arrays() -> None:
+    def digest(**changes: Any) -> str:
+        good = replace(numbered(), images={"top": np.zeros((14, 4, 5, 3), np.uint8)}, sha256="")
+        return replace(good, sha256="", **changes).sha256
+
+    first = digest()
+    assert len(first) == 64
+    assert digest() == first
+    whole = replace(numbered(), sha256="")
+    assert whole.take(2).sha256 == whole.sha256  # of the whole
+    seen = np.zeros((14, 4, 5, 3), np.uint8)
+    seen[7, 0, 0, 0] = 1  # the first of an episode
+    others = [
+        digest(observations=1 + numbered().observations),
+        digest(actions=1 + numbered().actions),
+        digest(episode_ends=np.array([2, 7, 8, 14])),
+        digest(images={"top": seen}),
+        digest(images={"side": np.zeros_like(seen)}),
+        digest(images=None),
+    ]
+    assert len({first, *others}) == 7
 
 
 def test_episodes_are_known_by_their_numbers_in_the_whole() -> None:
@@ -87,12 +111,12 @@ def test_episodes_are_known_by_their_numbers_in_the_whole() -> None:
 def test_ends_must_divide_the_steps(ends: list[int]) -> None:
     good = numbered()
     with pytest.raises(UserError, match="episode ends"):
-        Demonstrations(good.observations, good.actions, np.array(ends), "toy", "")
+        Demonstrations(good.observations, good.actions, np.array(ends), "toy")
 
 
 def test_shapes_must_fit() -> None:
     good = numbered()
     with pytest.raises(UserError, match="14 observations but 13 actions"):
-        Demonstrations(good.observations, good.actions[:-1], good.episode_ends, "toy", "")
+        Demonstrations(good.observations, good.actions[:-1], good.episode_ends, "toy")
     with pytest.raises(UserError, match=r"actions have shape \(14,\)"):
-        Demonstrations(good.observations, good.actions[:, 0], good.episode_ends, "toy", "")
+        Demonstrations(good.observations, good.actions[:, 0], good.episode_ends, "toy")

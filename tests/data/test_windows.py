@@ -20,7 +20,6 @@ def demonstrations(lengths: list[int] = LENGTHS) -> Demonstrations:
         rng.normal(size=(steps, 2)).astype(np.float32),
         np.cumsum(lengths),
         "toy",
-        "",
     )
 
 

@@ -45,7 +45,7 @@ class ToySource(Source):
 
     def load(self) -> Demonstrations:
         rng = np.random.default_rng(0)
-        return Demonstrations(rng.normal(size=(40, 2)), rng.normal(size=(40, 1)), np.array([20, 40]), "toy", "")  # type: ignore[arg-type]
+        return Demonstrations(rng.normal(size=(40, 2)), rng.normal(size=(40, 1)), np.array([20, 40]), "toy")  # type: ignore[arg-type]
 
 
 class Constant(L.LightningModule):

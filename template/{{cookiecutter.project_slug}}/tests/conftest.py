@@ -31,9 +31,8 @@ class Tiny(Source):
 
     def load(self) -> Demonstrations:
         rng = np.random.default_rng(0)
-        return Demonstrations(
-            rng.uniform(0, 512, (240, 5)), rng.uniform(0, 512, (240, 2)), np.arange(30, 241, 30), "tiny", ""
-        )
+        states, actions = rng.uniform(0, 512, (240, 5)), rng.uniform(0, 512, (240, 2))
+        return Demonstrations(states, actions, np.arange(30, 241, 30), "tiny")
 {% elif c.task == "robomimic" %}
 
 @pytest.fixture(scope="session")

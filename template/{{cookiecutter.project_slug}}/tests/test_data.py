@@ -69,7 +69,7 @@ class Three(Source):
         return None
 
     def load(self) -> Demonstrations:
-        return Demonstrations(**ARRAYS, source="three", sha256="")
+        return Demonstrations(**ARRAYS, source="three")
 
 {% endif %}
 def test_noise_is_for_training_alone_and_comes_again_with_its_step({{ "source: Recorded" if recorded }}) -> None:

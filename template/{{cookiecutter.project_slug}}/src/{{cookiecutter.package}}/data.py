@@ -1,7 +1,6 @@
 {%- set recorded = cookiecutter.task in ("own", "gymnasium") -%}
 """The demonstrations: {{ "where they come from, and " if recorded }}what a batch of them holds."""
 {% if recorded %}
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,13 +71,7 @@ class Recorded(Source):
         with np.load(path, allow_pickle=False) as file:
             if missing := {"observations", "actions", "episode_ends"} - set(file):
                 raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; README.md says what it holds")
-            return Demonstrations(
-                file["observations"],
-                file["actions"],
-                file["episode_ends"],
-                source=self.path,
-                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            )
+            return Demonstrations(file["observations"], file["actions"], file["episode_ends"], source=self.path)
 {% else %}
 from typing import Any
 
