@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from baking import CHOICES, bake, possible, run
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dopr_lightning.data import Demonstrations, Source
 
 KEYS = ("task", "policy", "network", "base", "mup", "logger", "trainer")
 PROJECTS = [
@@ -89,6 +95,72 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
         run(project, "-m", "arm", "fit", *configs, "--config=dopr.yaml", *small, *narrow, **environment)
         kept = torch.load(project / "recommended" / "last.ckpt", weights_only=True)
         assert kept["hyper_parameters"]["optimizer"]["lr"] == results["recommended"]["lr"]
+
+
+class Still(Source):
+    """Four episodes whose observations are 0 but for the first step's, so that what is seen is the noise."""
+
+    environment = None
+
+    def load(self) -> Demonstrations:
+        seen = np.zeros((48, 2))
+        seen[::12] = 1
+        return Demonstrations(seen, seen, np.arange(12, 49, 12), "still")
+
+
+class Watching(L.LightningModule):
+    """Notes the observations of every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[torch.Tensor] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch["observation"].clone())
+        return self.weight**2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_every_micro_batch_has_its_own_noise_and_has_it_again_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bake(tmp_path, project_name="Noisy", task="pusht") / "src"))
+    module = importlib.import_module("noisy.data")
+
+    def fit(resume: Path | None = None) -> tuple[list[torch.Tensor], Any]:
+        model, data = Watching(), module.Data(source=Still(), noise=0.1, batch_size=6)
+        statistics, data.asked = data.statistics, 0
+
+        def counted() -> Any:
+            data.asked += 1
+            return statistics()
+
+        data.statistics = counted
+        keep_all = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = L.Trainer(
+            max_epochs=2,
+            accumulate_grad_batches=2,
+            accelerator="cpu",
+            callbacks=keep_all,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=resume and True)
+        return model.seen, data
+
+    whole, data = fit()
+    assert len(whole) == 12  # six batches, three steps an epoch
+    assert data.asked == 1
+    assert len({str(seen.tolist()) for seen in whole}) == 12
+    noise = [seen[0, 0] - seen[0, 0].round() for seen in whole]
+    assert all(not torch.allclose(noise[2 * step], noise[2 * step + 1], atol=1e-6) for step in range(6))
+    for steps in (1, 3, 4):
+        rest, _ = fit(resume=tmp_path / f"step={steps}.ckpt")
+        assert all(torch.equal(*pair) for pair in zip(rest, whole[2 * steps :], strict=True)), steps
 
 
 def demonstrations(answers: dict[str, Any], project: Path, environment: dict[str, str]) -> list[str]:

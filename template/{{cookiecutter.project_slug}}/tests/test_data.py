@@ -72,17 +72,20 @@ class Three(Source):
         return Demonstrations(**ARRAYS, source="three")
 
 {% endif %}
-def test_noise_is_for_training_alone_and_comes_again_with_its_step({{ "source: Recorded" if recorded }}) -> None:
+def test_noise_is_for_training_alone_and_comes_again_with_its_batch({{ "source: Recorded" if recorded }}) -> None:
     data = Data(source={{ "source" if recorded else "Three()" }}, noise=0.1, batch_size=16)
     batch = next(iter(data.train_dataloader()))
 
-    def seen(training: bool, step: int) -> torch.Tensor:
-        data.trainer = cast(Trainer, SimpleNamespace(training=training, global_rank=0, global_step=step))
+    def seen(training: bool, epoch: int = 0, before: int = -1) -> torch.Tensor:
+        loop = SimpleNamespace(batch_idx=before)
+        at = SimpleNamespace(training=training, global_rank=0, current_epoch=epoch, fit_loop=loop)
+        data.trainer = cast(Trainer, at)
         noisy: Batch = data.on_after_batch_transfer(batch, 0)
         assert torch.equal(noisy["action"], batch["action"])
         return noisy["observation"] - batch["observation"]
 
-    assert not seen(training=False, step=1).any()
-    assert 0.2 < seen(training=True, step=1).std() < 0.8  # a tenth of 5
-    assert torch.equal(seen(training=True, step=1), seen(training=True, step=1))
-    assert not torch.equal(seen(training=True, step=1), seen(training=True, step=2))
+    assert not seen(training=False).any()
+    assert 0.2 < seen(training=True).std() < 0.8  # a tenth of 5
+    assert torch.equal(seen(training=True), seen(training=True))
+    assert not torch.equal(seen(training=True), seen(training=True, before=0))
+    assert not torch.equal(seen(training=True), seen(training=True, epoch=1))

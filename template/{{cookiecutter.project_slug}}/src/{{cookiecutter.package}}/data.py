@@ -1,6 +1,7 @@
 {%- set recorded = cookiecutter.task in ("own", "gymnasium") -%}
 """The demonstrations: {{ "where they come from, and " if recorded }}what a batch of them holds."""
 {% if recorded %}
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,7 @@ class Recorded(Source):
                 raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; README.md says what it holds")
             return Demonstrations(file["observations"], file["actions"], file["episode_ends"], source=self.path)
 {% else %}
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,8 +101,14 @@ class Data(DemonstrationData):
         if not self.noise or self.trainer is None or not self.trainer.training:
             return batch
         seen = batch["observation"]
-        # Seeded by run, process and step, so that a resumed run sees what the uninterrupted one saw.
-        stream = (self.seed, self.trainer.global_rank, self.trainer.global_step)
+        # Seeded by run, process, epoch and batch, so that a resumed run sees what the uninterrupted one saw. Lightning
+        # counts this batch when it is here: the latest is still the one before, -1 at first.
+        stream = (self.seed, self.trainer.global_rank, self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1)[0]))
         noise = torch.randn(seen.shape, generator=generator).to(seen)
-        return {**batch, "observation": seen + self.noise * self.statistics()["observation"]["std"].to(seen) * noise}
+        self._std = self._std.to(seen)  # moved once
+        return {**batch, "observation": seen + self.noise * self._std * noise}
+
+    @cached_property
+    def _std(self) -> torch.Tensor:
+        return self.statistics()["observation"]["std"]
