@@ -25,7 +25,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.deploy import image_sizes, rebuild, speed
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.callback import RolloutEvaluation
-from dopr_lightning.rollout.environments import make
+from dopr_lightning.rollout.workers import seats
 from dopr_lightning.training import quiet
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     checkpoint.check_versions(record, options.accept_versions)
     data = RecordedData(record, _demonstrations(record, options))
     if data.environment is not None:
-        make(data.environment).close()
+        with seats(data.environment, 1, 1) as environments:
+            environments.describe()
     policy = rebuild(path, held)
     if data.demonstrations is None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ Worker processes run this module, so it imports nothing that takes seconds.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.opengl import off_screen
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.environments import make
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -154,10 +157,16 @@ class Seat:
         return Stretch(tuple(seen), tuple(rewards), success, done, tuple(frames))
 
     def close(self) -> None:
-        """Free the environment; the next episode gets a new one."""
+        """Free the environment; the next episode gets a new one.
+
+        What goes wrong here is only said: the episodes are played, and other environments wait to be closed.
+        """
         if self._env is not None:
             env, self._env = self._env, None
-            env.close()
+            try:
+                env.close()
+            except Exception as error:  # a simulator may raise anything
+                log.warning("%s cannot be closed: %s", self._spec.id, _line(error))
 
     def _made(self) -> Any:
         if self._env is None:

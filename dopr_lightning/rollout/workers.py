@@ -270,8 +270,7 @@ def _serve(connection: Connection, spec: EnvironmentSpec, observe: int, film: bo
                 answer = getattr(seat, method)(*arguments)
             except UserError as error:
                 answer = error
-                with suppress(Exception):  # it is broken, after all
-                    seat.close()
+                seat.close()  # it is broken
             connection.send(answer)
     for seat in mine.values():
         seat.close()

@@ -27,7 +27,7 @@ class Faulty(gymnasium.Env[Any, Any]):
     Args:
         fault: What goes wrong: ``raise``, ``die``, ``exit`` or ``hang``, at step 3, after which it is of no more use;
             ``reset``: it dies there; ``make``: when made; ``drift``: each episode starts elsewhere; ``blind``: nothing
-            is rendered.
+            is rendered; ``close``: it cannot be closed.
         seeds: In which episodes.
         times: How often in each.
         folder: Where to count that, over processes.
@@ -37,7 +37,7 @@ class Faulty(gymnasium.Env[Any, Any]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012  # as Gymnasium wants it
-    episodes = 0
+    episodes = closed = 0
 
     def __init__(
         self,
@@ -84,6 +84,11 @@ class Faulty(gymnasium.Env[Any, Any]):
     def render(self) -> Any:
         """The number of steps, as grey."""
         return None if self.fault == "blind" else np.full((*self.size, 3), 10 * self.t, np.uint8)
+
+    def close(self) -> None:
+        Faulty.closed += 1
+        if self.fault == "close":
+            raise RuntimeError("the display\nis gone")
 
     def _observe(self) -> Any:
         self.state[:] = self.x, self.t

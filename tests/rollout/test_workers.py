@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faulty_environment import SPEC
+from faulty_environment import SPEC, Faulty
 from torch import Tensor
 
 from dopr_lightning.data.environment import EnvironmentSpec
@@ -75,6 +75,16 @@ def test_the_same_episodes_as_in_this_process(cameras: tuple[str, ...]) -> None:
     assert same(here, elsewhere)
     assert {episode.restarts for episode in elsewhere} == {0}
     assert sorted(episode.seed for episode in told) == sorted(SEEDS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_environment_that_cannot_be_closed_costs_no_episodes(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    already = Faulty.closed
+    episodes = evaluate(Network(), replace(SPEC, kwargs={"fault": "close"}), SEEDS, num_envs=3, workers=workers)
+    assert same(episodes, evaluate(Network(), SPEC, SEEDS, num_envs=3))
+    if not workers:
+        assert Faulty.closed == already + 6
+        assert caplog.messages == ["DoprFaulty-v0 cannot be closed: RuntimeError: the display is gone"] * 3
 
 
 def failing(folder: Path, fault: str, seeds: Sequence[int] = (9,), times: int = 1) -> EnvironmentSpec:
