@@ -14,8 +14,9 @@ class EnvironmentSpec:
         id: Gymnasium id, ``"Hopper-v5"``.
         max_steps: Longest episode, in environment steps.
         metric: What an episode is worth: ``"return"``, the sum of its rewards, ``"max_reward"``, the best of them
-            (PushT's score: how much of the goal was ever covered), or ``"success"``, 1 if the environment ever reported
-            ``is_success``, else 0.
+            (PushT's score: how much of the goal was ever covered), or ``"success"``, 1 if ``info["is_success"]`` ever
+            held, else 0. The environment reports failures too: an evaluation in which no episode says anything is
+            refused, for a key that is never there would look like a policy that always fails.
         first_seed: Reported episodes reset with this seed and those after it. 100000 is Diffusion Policy's choice;
             demonstrations are recorded with small seeds, so the two never meet.
         kwargs: Passed to the environment's constructor.

@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, evaluate
+from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, check_success, evaluate
 from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
 from dopr_lightning.rollout.video import Film, animation, best_and_worst, film, require_encoder, write_mp4
 
@@ -207,6 +207,7 @@ class RolloutEvaluation(Callback):
         if failures:
             raise error or UserError(failures[0])
         episodes = sorted((e for share in _gather(episodes) for e in share), key=lambda e: e.seed)
+        check_success(spec, episodes)
         self.latest = episodes
 
         # Every rank holds all episodes, so the numbers agree without another reduction.
@@ -263,7 +264,7 @@ def _summary(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> dict[str, fl
     values = [episode.value for episode in episodes]
     summary = {f"rollout/{spec.metric}": sum(values) / len(values), "rollout/episodes": float(len(values))}
     low, high = bootstrap_interval(values)
-    # An environment may report success only when there is one.
+    # Not every episode need say so: one that was cut off, say.
     if any(episode.success is not None for episode in episodes):
         successes = sum(bool(episode.success) for episode in episodes)
         rate_low, rate_high = wilson_interval(successes, len(episodes))

@@ -70,7 +70,8 @@ class Episode:
         return_: Sum of the rewards.
         max_reward: Largest reward.
         length: Steps taken.
-        success: Whether the environment ever reported ``is_success``; ``None`` if it reports no such thing.
+        success: Whether the environment ever reported ``is_success``; ``None``, which counts as no success, if it said
+            nothing of it.
         restarts: How often it was begun again because a worker process or its environment failed.
         actions: The policy's, (length, A): with the seed, they are the episode.
     """
@@ -144,7 +145,7 @@ def evaluate(
                 log.warning("%s; the episode is begun again", what.reason)
                 waiting.appendleft(episode.seed)
             elif episode.extend(what):
-                finished[episode.seed] = episode.result(spec, restarts[episode.seed])
+                finished[episode.seed] = episode.result(spec.metric, restarts[episode.seed])
                 if progress is not None:
                     progress(finished[episode.seed])
             else:
@@ -164,6 +165,23 @@ def evaluate(
                 _decide(policy, running)
                 note(environments.execute({episode.seat: episode.chunk for episode in running}))
     return [finished[seed] for seed in seeds]
+
+
+def check_success(spec: EnvironmentSpec, episodes: Sequence[Episode]) -> None:
+    """Refuse to judge by success where no episode says anything of it: most likely none ever would.
+
+    Args:
+        spec: Of the environment.
+        episodes: All of an evaluation.
+
+    Raises:
+        UserError: Success is the metric, and no episode reported whether it was one.
+    """
+    if spec.metric == "success" and all(episode.success is None for episode in episodes):
+        raise UserError(
+            f"{spec.id} reports no 'is_success' in any of {len(episodes)} episodes; have it report failures too, and "
+            "not success alone, or choose the metric return or max_reward"
+        )
 
 
 def check_fit(
@@ -223,21 +241,13 @@ class _Running:
             self._success = bool(self._success) or stretch.success
         return stretch.done
 
-    def result(self, spec: EnvironmentSpec, restarts: int) -> Episode:
-        """The finished episode.
-
-        Raises:
-            UserError: Success is the metric, and the environment says nothing of it.
-        """
-        if spec.metric == "success" and self._success is None:
-            raise UserError(
-                f"{spec.id} reports no 'is_success' (seed {self.seed}); choose the metric return or max_reward"
-            )
+    def result(self, metric: str, restarts: int) -> Episode:
+        """The finished episode."""
         return_, max_reward = sum(self._rewards), max(self._rewards)
         values = {"return": return_, "max_reward": max_reward, "success": float(bool(self._success))}
         return Episode(
             seed=self.seed,
-            value=values[spec.metric],
+            value=values[metric],
             return_=return_,
             max_reward=max_reward,
             length=len(self._rewards),

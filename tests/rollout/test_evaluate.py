@@ -13,7 +13,7 @@ from toy_environment import SPEC, Toy, forget, length
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.evaluate import Episode, evaluate
+from dopr_lightning.rollout.evaluate import Episode, check_success, evaluate
 from dopr_lightning.rollout.seat import Seat
 
 SEEDS = [11, 3, 4, 8, 5, 21, 2, 9, 14]
@@ -90,8 +90,21 @@ def test_success_as_the_metric() -> None:
     episodes = evaluate(Feedback(act=3), spec, [3, 4, 6, 8])
     assert [e.value for e in episodes] == [1.0, 0.0, 1.0, 0.0]
     assert [e.success for e in episodes] == [True, False, True, False]
-    with pytest.raises(UserError, match=r"DoprToy-v0 reports no 'is_success' \(seed 3\)"):
-        evaluate(Feedback(), replace(SPEC, metric="success"), [3])
+    check_success(spec, episodes)
+
+
+def test_success_that_not_every_episode_reports() -> None:
+    """Here those of even seeds do."""
+    spec = replace(SPEC, metric="success")
+    episodes = evaluate(Feedback(), spec, [3, 4, 5, 8])
+    assert [e.value for e in episodes] == [0.0, 1.0, 0.0, 1.0]
+    assert [e.success for e in episodes] == [None, True, None, True]
+    check_success(spec, episodes)
+    check_success(SPEC, episodes[:1])
+    with pytest.raises(
+        UserError, match=r"DoprToy-v0 reports no 'is_success' in any of 1 episodes; have it report fail"
+    ):
+        check_success(spec, episodes[:1])
 
 
 def test_the_actions_are_kept() -> None:

@@ -167,6 +167,17 @@ def test_where_success_is_never_reported_there_is_no_rate(tmp_path: Path) -> Non
     }
 
 
+def test_success_as_the_metric_is_decided_over_all_episodes(tmp_path: Path) -> None:
+    """Reported of even seeds, and one of the three from 41 on is."""
+    spec = replace(SPEC, metric="success")
+    run = trainer(tmp_path, [RolloutEvaluation(report_episodes=3, first_seed=41, num_envs=1)])
+    run.test(Constant(), datamodule=data(spec), verbose=False)
+    assert run.callback_metrics["rollout/success"].item() == pytest.approx(1 / 3)
+    run = trainer(tmp_path / "none", [RolloutEvaluation(report_episodes=1, first_seed=41)])
+    with pytest.raises(UserError, match="DoprToy-v0 reports no 'is_success' in any of 1 episodes"):
+        run.test(Constant(), datamodule=data(spec), verbose=False)
+
+
 @pytest.mark.parametrize("fitted", [False, True], ids=["test alone", "test after a fit"])
 def test_the_best_and_the_worst_are_filmed(tmp_path: Path, fitted: bool) -> None:
     pytest.importorskip("imageio_ffmpeg")

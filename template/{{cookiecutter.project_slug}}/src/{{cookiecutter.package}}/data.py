@@ -31,7 +31,7 @@ class Recorded(Source):
         env_module: The module that registers the id on import, if it is not Gymnasium's own.
 {%- endif %}
         metric: What an episode is worth: `return`, the sum of its rewards; `max_reward`, the best of them; `success`,
-            1 if the environment ever reported `is_success` in its info, else 0.
+            1 if `is_success` in the environment's info ever held, else 0; failures are to be reported there too.
     """
 
     def __init__(
