@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,12 @@ class Frames:
         array = self._array
         # A part of a memory map keeps the whole one's offset, so only a whole one can be opened again.
         if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
-            return _open, (array.filename, array.dtype, array.offset, array.shape)
+            order = "F" if array.flags.fnc else "C"
+            return _open, (array.filename, array.dtype, array.offset, array.shape, order)
         return Frames, (array,)
 
 
-def _open(path: str, dtype: np.dtype[np.uint8], offset: int, shape: tuple[int, ...]) -> Frames:
-    return Frames(np.memmap(path, dtype, "r", offset, shape))
+def _open(
+    path: str, dtype: np.dtype[np.uint8], offset: int, shape: tuple[int, ...], order: Literal["C", "F"]
+) -> Frames:
+    return Frames(np.memmap(path, dtype, "r", offset, shape, order))

@@ -117,6 +117,16 @@ def test_frames_on_disk_stay_there(on_disk: Any) -> None:
     )
 
 
+def test_a_file_in_fortrans_order(on_disk: Any) -> None:
+    np.save(on_disk.filename, np.asfortranarray(on_disk))
+    dataset = WindowDataset(demonstrations(front=np.load(on_disk.filename, mmap_mode="r")), 1, 1, 1)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < on_disk.nbytes / 10
+    expected = frames(3, 64, 64)[5].transpose(2, 0, 1)
+    for one in (dataset, pickle.loads(sent)):
+        np.testing.assert_array_equal(one[5]["images"]["front"][0], expected)
+
+
 def test_a_part_of_a_file_is_sent_as_it_is(on_disk: Any) -> None:
     """Its offset in the file is not what numpy says."""
     later = np.concatenate([np.zeros((1, 1, 64, 64, 3), np.uint8)[0], on_disk[:-1]])
