@@ -57,9 +57,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _pusht(options: argparse.Namespace) -> None:
+    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
     from dopr_lightning.data.pusht import register
 
-    registered = register(options.path)
+    with _bar("pusht", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as update:
+        registered = register(options.path, update)
     print(f"pusht: {registered.episodes} episodes, {registered.steps} steps, registered in {registered.path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import re
 import urllib.error
@@ -23,6 +24,7 @@ def download(
     target: Path,
     sha256: str | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    otherwise: str = "",
 ) -> str:
     """Fetch a file; it appears under its name when it is complete and sound.
 
@@ -35,6 +37,7 @@ def download(
         sha256: What it must be. Where none is known, what the server announces in ``X-Linked-ETag``, as the Hugging
             Face hub does for large files.
         progress: Called with bytes so far and in all, the latter ``None`` if the server does not say.
+        otherwise: What else can be done, for errors; by default to put the file there oneself.
 
     Returns:
         The file's SHA-256.
@@ -43,23 +46,25 @@ def download(
         UserError: The download failed; running it again goes on. Or the file is not what it must be; then what was
             fetched is gone.
     """
+    otherwise = otherwise or f"put the file there yourself: {target}"
     target.parent.mkdir(parents=True, exist_ok=True)
     # Another file's beginning must not be taken for this one's.
     partial = target.with_name(f"{target.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.partial")
     try:
         announced = _fetch(url, partial, progress)
-    except OSError as error:  # URLError, a timeout, a connection reset, a full disk
+    # URLError, a timeout, a connection reset, a full disk; an answer that breaks off, or is not HTTP's.
+    except (OSError, http.client.HTTPException) as error:
         fetched = f", {partial.stat().st_size / 1e6:.0f} MB are kept" if partial.exists() else ""
+        reason = error if isinstance(error, OSError) else repr(error)  # whose text is the server's, lines and all
         raise UserError(
-            f"the download of {url} failed ({error}){fetched}; run it again to go on, or put the file there yourself: "
-            f"{target}"
+            f"the download of {url} failed ({reason}){fetched}; run it again to go on, or {otherwise}"
         ) from error
     with partial.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     expected = sha256 or announced
     if expected is not None and found != expected:
         partial.unlink()
-        raise UserError(f"{url} gave a file with SHA-256 {found}, not {expected}; run it again")
+        raise UserError(f"{url} gave a file with SHA-256 {found}, not {expected}; run it again, or {otherwise}")
     os.replace(partial, target)
     return found
 
@@ -74,6 +79,9 @@ def _fetch(url: str, partial: Path, progress: Callable[[int, int | None], None] 
     except urllib.error.HTTPError as error:
         if error.code == 416 and have == _length(error.headers):  # nothing is left to fetch
             return redirects.sha256
+        if error.code == 416 and have:  # too much to be a beginning of the file
+            partial.unlink()
+            return _fetch(url, partial, progress)
         raise
     with response:
         resumed = response.status == 206

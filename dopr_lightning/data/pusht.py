@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from dopr_lightning.data.convention import Convention
 from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.download import download
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.home import data_home
 from dopr_lightning.data.pusht_archive import CAMERA, read_archive
@@ -127,38 +129,31 @@ class PushT(Source):
         return replace(data, observations=data.observations[:, :AGENT])
 
 
-def register(path: Path | None = None) -> Registered:
+def register(path: Path | None = None, progress: Callable[[int, int | None], None] | None = None) -> Registered:
     """Check an archive and unpack it; the work behind ``dopr demos pusht``.
 
     What was registered before stays until the new copy is complete.
 
     Args:
-        path: A local archive. By default the published one is downloaded, with a progress bar and a checksum.
+        path: A local archive. By default the published one is downloaded, and checked.
+        progress: Called with bytes downloaded so far and in all, the latter ``None`` if the server does not say.
 
     Raises:
         UserError: The download failed, or the file is missing, damaged or something else.
     """
     home = data_home() / "pusht"
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as directory:
-        new = Path(directory)
-        if path is None:
-            path = new / "pusht_cchi_v7_replay.zarr.zip"
-            _download(path)
-        return _keep(path, new, home)
-
-
-def _download(archive: Path) -> None:
-    import torch.hub
-
+    archive = path or home / "pusht_cchi_v7_replay.zarr.zip"
+    if path is None:
+        download(
+            URL, archive, SHA256, progress, f"fetch {archive.name} from there yourself: dopr demos pusht --path FILE"
+        )
     try:
-        torch.hub.download_url_to_file(URL, str(archive), hash_prefix=SHA256, progress=True)
-    # No route, a refused connection, a full disk; RuntimeError is the checksum.
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"the download of PushT failed ({error}); fetch pusht_cchi_v7_replay.zarr.zip from {URL} yourself and run: "
-            "dopr demos pusht --path FILE"
-        ) from error
+        with tempfile.TemporaryDirectory(dir=home) as directory:
+            return _keep(archive, Path(directory), home)
+    finally:
+        if path is None:
+            archive.unlink()
 
 
 def _keep(archive: Path, new: Path, home: Path) -> Registered:

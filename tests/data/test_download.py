@@ -30,6 +30,7 @@ class Server:
         self.status = 200
         self.cut_after: int | None = None  # bytes of the next answer
         self.ranges = True
+        self.raw: bytes | None = None  # in place of any answer
         self.announced: str | None = None  # SHA-256, said while redirecting, as the Hugging Face hub does
         self.asked: list[tuple[str, str | None]] = []
         self.url = ""
@@ -47,6 +48,9 @@ def server() -> Iterator[Server]:
                 self.send_header("X-Linked-ETag", f'"{state.announced}"')
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
+                return
+            if state.raw is not None:
+                self.wfile.write(state.raw)
                 return
             if state.status != 200:
                 self.send_error(state.status)
@@ -119,6 +123,28 @@ def test_an_interruption_after_the_last_byte(server: Server, tmp_path: Path) -> 
     partial.write_bytes(CONTENT[:1000])
     download(server.url, tmp_path / "file.hdf5")
     assert (tmp_path / "file.hdf5").read_bytes() == CONTENT[:1000]
+
+
+def test_what_is_more_than_the_file_is_no_beginning_of_it(server: Server, tmp_path: Path) -> None:
+    """The file was replaced by a shorter one."""
+    server.cut_after = 2000
+    with pytest.raises(UserError, match="run it again"):
+        download(server.url, tmp_path / "file.hdf5")
+    server.content = CONTENT[1:1000]
+    download(server.url, tmp_path / "file.hdf5")
+    assert [range for _, range in server.asked] == [None, "bytes=2000-", None]
+    assert (tmp_path / "file.hdf5").read_bytes() == CONTENT[1:1000]
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+
+
+@pytest.mark.parametrize(("raw", "said"), [(b"nonsense\r\n\r\n", "BadStatusLine"), (CHUNKED, "IncompleteRead")])
+def test_an_answer_that_is_not_http(raw: bytes, said: str, server: Server, tmp_path: Path) -> None:
+    server.raw = raw
+    with pytest.raises(UserError, match=rf"failed \({said}.*run it again to go on") as caught:
+        download(server.url, tmp_path / "file.hdf5")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_beginning_of_another_file_is_not_gone_on_with(server: Server, tmp_path: Path) -> None:

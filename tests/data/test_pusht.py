@@ -9,7 +9,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 import zarr
 from shared_data import shared_data
 
+from dopr_lightning.cli import main
 from dopr_lightning.data import pusht
 from dopr_lightning.data.pusht import PushT, register
 from dopr_lightning.errors import UserError
@@ -328,6 +329,20 @@ def test_a_damaged_copy(tmp_path: Path, home: Path) -> None:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
+    asked: ClassVar[list[str | None]] = []
+    breaks_off = False
+
+    def do_GET(self) -> None:
+        Handler.asked.append(self.headers["Range"])
+        if not Handler.breaks_off:
+            super().do_GET()
+            return
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:1000])
+
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the test's output clean."""
 
@@ -347,11 +362,26 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     server.server_close()
 
 
-def test_download(published: Path, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert register().sha256 == hashlib.sha256(published.read_bytes()).hexdigest()
+def test_download(published: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demos", "pusht"]) == 0
+    assert PushT().load().sha256 == hashlib.sha256(published.read_bytes()).hexdigest()
     assert PushT().load().num_episodes == 3
     assert sorted(contents(home)) == ["pusht.json", "pusht.npz"]
-    assert "100%" in capfd.readouterr().err
+    out, err = capsys.readouterr()
+    assert out.startswith("pusht: 3 episodes, 30 steps, registered in ")
+    assert "pusht ━" in err
+
+
+def test_an_interrupted_download_goes_on(published: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "breaks_off", True)
+    with pytest.raises(
+        UserError, match=r"ended after 1000 of \d+ bytes.* are kept; run it again to go on, or fetch pu"
+    ):
+        register()
+    monkeypatch.setattr(Handler, "breaks_off", False)
+    register()
+    assert Handler.asked[-2:] == [None, "bytes=1000-"]
+    assert sorted(contents(home)) == ["pusht.json", "pusht.npz"]
 
 
 def wrong(archive: Path) -> None:
@@ -366,7 +396,7 @@ def gone(archive: Path) -> None:
     archive.unlink()
 
 
-@pytest.mark.parametrize(("spoil", "said"), [(wrong, "invalid hash value"), (cut, "invalid hash value"), (gone, "404")])
+@pytest.mark.parametrize(("spoil", "said"), [(wrong, "gave a file with SHA-256"), (cut, "with SHA-256"), (gone, "404")])
 def test_failed_downloads_change_nothing(
     spoil: Callable[[Path], None], said: str, published: Path, home: Path, tmp_path: Path
 ) -> None:
