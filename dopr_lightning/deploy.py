@@ -41,8 +41,9 @@ class DeployedPolicy:
 
     It holds what a rollout holds for an episode: the latest ``observe`` observations, the actions predicted but not yet
     executed, and the source of noise. So with the same seed and observations it gives, number for number, the actions
-    of :func:`dopr_lightning.rollout.evaluate.evaluate` (with ``num_envs=1``: other batch sizes round otherwise). Like
-    there, they are not clipped to what the environment takes: ``record["action"]`` has its ``low`` and ``high``.
+    that :func:`dopr_lightning.rollout.evaluate.evaluate` executes (with ``num_envs=1``: other batch sizes round
+    otherwise): clipped to ``low`` and ``high`` of ``record["action"]``. Where the source's convention named none, clip
+    them to the environment's action space, as rollouts do.
 
     Args:
         policy: In eval mode.
@@ -62,6 +63,10 @@ class DeployedPolicy:
         self.policy = policy
         self.record = dict(record or {})
         self._image_sizes = dict(image_sizes or {})
+        action = self.record.get("action", {})
+        low, high = action.get("low"), action.get("high")
+        self._low = np.float32(-np.inf if low is None else low)
+        self._high = np.float32(np.inf if high is None else high)
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
@@ -86,7 +91,7 @@ class DeployedPolicy:
                 {camera: (H, W, 3) uint8}}``. In the environment's own units: the policy normalises.
 
         Returns:
-            (A,), float32, in the environment's own units.
+            (A,), float32, in the environment's own units, within the bounds that the record has.
 
         Raises:
             UserError: It has another shape than the policy was trained on, lacks a key or a camera, or is not finite.
@@ -95,7 +100,7 @@ class DeployedPolicy:
         self._window.extend([look] if self._window else first_window(look, self.policy.observe))
         if not self._queue:
             self._queue.extend(decide(self.policy, [self._window], [self._generator])[0])
-        return self._queue.popleft()
+        return np.clip(self._queue.popleft(), self._low, self._high)
 
     def _checked(self, observation: Any) -> Observation:
         cameras = self.policy.cameras

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from toy_environment import SPEC
-from toy_task import CONFIG, train
+from toy_task import CONFIG, ToyTask, train
 from toy_views import VIEWS, ToyViews
 
 from dopr_lightning import load_policy
+from dopr_lightning.data import Convention
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.deploy import DeployedPolicy, speed
 from dopr_lightning.errors import UserError
@@ -38,6 +39,58 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     train(folder, *VIEWS, "--trainer.max_steps=4")
     return folder / "last.ckpt"
+
+
+class Bounded(ToyTask):
+    """The toy task, that says what its environment takes."""
+
+    def convention(self) -> Convention:
+        return Convention(low=(-1.0,), high=(1.0,))
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bounded")
+    train(folder, "--data.source=test_deploy.Bounded", "--trainer.max_steps=8")
+    return folder / "last.ckpt"
+
+
+def drive(policy: DeployedPolicy, env: gymnasium.Env[Any, Any], seed: int) -> float:
+    """An episode's return, as the README plays it."""
+    policy.reset(seed)
+    observation, _ = env.reset(seed=seed)
+    total, over = 0.0, False
+    while not over:
+        observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+        total += float(reward)
+        over = terminated or truncated
+    return total
+
+
+def test_an_episode_is_worth_what_it_was_in_the_evaluation(bounded: Path) -> None:
+    """The toy environment takes nothing out of bounds, and the policy asks for it."""
+    policy, env = load_policy(bounded), make(SPEC)
+    episodes = evaluate(load_policy(bounded).policy, SPEC, [40, 45, 47], num_envs=1)
+    assert all(np.abs(episode.actions).max() > 1 for episode in episodes)
+    assert [drive(policy, env, episode.seed) for episode in episodes] == [episode.return_ for episode in episodes]
+
+
+def test_the_bounds_are_of_each_number_of_an_action() -> None:
+    class Far:
+        observe, act, observation_dim, action_dim, cameras = 1, 1, 1, 3, ()
+        device = torch.device("cpu")
+
+        def predict(self, observations: Any, generators: Any) -> torch.Tensor:
+            return torch.tensor([[[-9.0, 0.5, 9.0]]])
+
+    def acted(**bounds: Any) -> list[float]:
+        action = DeployedPolicy(Far(), record={"action": bounds}).act(np.zeros(1))
+        assert action.dtype == np.float32
+        return action.tolist()
+
+    assert acted(low=[-1.0, -1.0, -np.inf], high=[1.0, 0.25, np.inf]) == [-1, 0.25, 9]
+    assert acted(low=None, high=[1.0, 0.25, 1.0]) == [-9, 0.25, 1]
+    assert acted() == [-9, 0.5, 9]
 
 
 def by_act(policy: DeployedPolicy, spec: EnvironmentSpec, seed: int) -> np.ndarray:
