@@ -91,8 +91,10 @@ class Minari(Source):
             count = min(count, self.episodes)
         observations, actions = [], []
         try:
-            with data_file.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = ""
+            if data_file.is_file():  # other formats have many files: the arrays are digested
+                with data_file.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             numbers = dataset.episode_indices[:count]
             for episode in dataset.iterate_episodes(numbers):
                 actions.append(np.asarray(episode.actions, dtype=np.float32))
@@ -117,6 +119,8 @@ class Minari(Source):
                 f"Minari dataset {self.dataset_id!r} is not on this machine; run: minari download {self.dataset_id} "
                 "(or point MINARI_DATASETS_PATH to where it lies)"
             ) from error
+        except ImportError as error:  # pyarrow
+            raise UserError(f"Minari dataset {self.dataset_id!r}: {error}") from error
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise self._damaged(error) from error
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,44 @@ def test_only_the_first_episodes_are_read(root: Path) -> None:
     read = Minari(ID, episodes=3).load()
     assert read.episode_ends.tolist() == [1000, 2000, 3000]
     assert read.numbers.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+def test_formats(data_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minari = pytest.importorskip("minari")
+    if data_format != "hdf5":
+        pytest.importorskip("pyarrow")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng = np.random.default_rng(0)
+    episodes = [
+        EpisodeBuffer(
+            id=number,
+            seed=number,
+            observations=list(rng.normal(size=(6, 3)).astype(np.float32)),
+            actions=list(rng.normal(size=(5, 1)).astype(np.float32)),
+            rewards=[0.0] * 5,
+            terminations=[False] * 5,
+            truncations=[False] * 4 + [True],
+            infos={},
+        )
+        for number in range(3)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it lacks to be published
+        minari.create_dataset_from_buffers(
+            "toy/walk-v0", buffer=episodes, env=gymnasium.make("Pendulum-v1"), data_format=data_format
+        )
+    data = Minari("toy/walk-v0").load()
+    np.testing.assert_array_equal(data.actions, np.concatenate([episode.actions for episode in episodes]))
+    np.testing.assert_array_equal(data.observations, np.concatenate([e.observations[:5] for e in episodes]))
+    assert len(data.sha256) == 64
+    if data_format != "hdf5":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        monkeypatch.delitem(sys.modules, "minari.dataset._storages.arrow_storage")
+        with pytest.raises(UserError, match="'toy/walk-v0': pyarrow is not installed"):
+            Minari("toy/walk-v0").load()
 
 
 def test_a_missing_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
