@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 from dopr_lightning.data.robomimic import HORIZONS, KEYS, Robomimic
 from dopr_lightning.data.robomimic.absolute import gripper_poses
 from dopr_lightning.data.robomimic.controllers import arm_controllers
+from dopr_lightning.data.robomimic.files import DemoFile, DemoWriter
 from dopr_lightning.data.windows import WindowDataset
 from dopr_lightning.errors import UserError
 
@@ -187,6 +188,35 @@ def test_images(path: Path, home: Path) -> None:
     spec = source.environment
     assert spec.cameras == ("sideview", "robot0_eye_in_hand")
     assert spec.kwargs["images"] == {"sideview": 6, "robot0_eye_in_hand": 4}
+
+
+def test_two_may_write_the_same_file(path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that containers share, processes of equal numbers do."""
+    source = Robomimic(path=str(with_images(path)), cameras=("sideview",))
+    read, others = DemoFile.read, []
+
+    def meanwhile(self: DemoFile, demo: str, key: str) -> Any:
+        if key.endswith("_image") and not others:
+            others.append(None)
+            source.load()
+        return read(self, demo, key)
+
+    monkeypatch.setattr(DemoFile, "read", meanwhile)
+    images = source.load().images
+    assert images is not None
+    np.testing.assert_array_equal(images["sideview"][:, 1, 2, 0], np.arange(sum(LENGTHS)))
+    assert [file.name for file in home.rglob("*.npy*")] == ["sideview.npy"]
+
+    with DemoFile(path) as file:
+        env_args, model = file.env_args, file.model("demo_0")
+    target = path.with_name("made.hdf5")
+    with DemoWriter(target, env_args) as slow:
+        with DemoWriter(target, env_args) as quick:
+            quick.add(model, {"actions": np.zeros((2, 7))})
+        slow.add(model, {"actions": np.zeros((3, 7))})
+    with DemoFile(target) as file:
+        assert file.steps("demo_0") == 3
+    assert not list(path.parent.glob("*.partial"))
 
 
 def test_other_images_under_the_same_name_are_unpacked_anew(path: Path, home: Path) -> None:

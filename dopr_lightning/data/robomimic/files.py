@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -203,6 +204,11 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
 
 
+def unfinished(path: Path) -> Path:
+    """Where a file is written until it is complete; containers that share a disk may share process numbers."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+
+
 class DemoWriter:
     """A file being written; it appears under its name when it is complete.
 
@@ -214,7 +220,7 @@ class DemoWriter:
     def __init__(self, path: Path, env_args: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._unfinished = unfinished(path)
         self._file = h5py.File(self._unfinished, "w")
         self._data = self._file.create_group("data")
         self._data.attrs["env_args"] = json.dumps(env_args, indent=4)

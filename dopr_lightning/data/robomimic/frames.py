@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.home import data_home
-from dopr_lightning.data.robomimic.files import DemoFile
+from dopr_lightning.data.robomimic.files import DemoFile, unfinished
 from dopr_lightning.errors import UserError
 
 
@@ -28,11 +28,11 @@ def unpacked(file: DemoFile, camera: str, sha256: str) -> npt.NDArray[np.uint8]:
     """
     path = data_home() / "robomimic" / "frames" / sha256 / f"{camera}.npy"
     if not path.is_file():
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = unfinished(path)
         steps, shape = sum(file.steps(demo) for demo in file.demos), image_shape(file, camera)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            frames = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(steps, *shape))
+            frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(steps, *shape))
             start = 0
             for demo in file.demos:
                 images = file.read(demo, f"obs/{camera}_image")
@@ -45,7 +45,7 @@ def unpacked(file: DemoFile, camera: str, sha256: str) -> npt.NDArray[np.uint8]:
                 frames[start:end] = images
                 start = end
             frames.flush()
-            os.replace(unfinished, path)
+            os.replace(partial, path)
         except OSError as error:
             size = steps * np.prod(shape) / 1e9
             raise UserError(
@@ -53,7 +53,7 @@ def unpacked(file: DemoFile, camera: str, sha256: str) -> npt.NDArray[np.uint8]:
                 "another folder"
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 

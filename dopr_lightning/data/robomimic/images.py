@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dopr_lightning.data.robomimic.files import DemoFile
+from dopr_lightning.data.robomimic.files import DemoFile, unfinished
 from dopr_lightning.data.robomimic.simulator import Simulator
 
 # The views that Diffusion Policy and much-ado-about-noising learn from.
@@ -43,11 +43,11 @@ def add_images(
         UserError: The file or the simulator will not do, a camera is unknown, or there is no OpenGL.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = unfinished(target)
     with DemoFile(source) as file:
         simulator = Simulator(file.env_args, cameras=cameras)
         try:
-            with h5py.File(unfinished, "w") as copy:
+            with h5py.File(partial, "w") as copy:
                 file.copy_to(copy)
                 kwargs = {"use_camera_obs": True, "has_offscreen_renderer": True, "camera_names": list(cameras)}
                 kwargs |= {"camera_heights": size, "camera_widths": size}
@@ -67,7 +67,7 @@ def add_images(
                         )
                     if progress is not None:
                         progress(done, len(file.demos))
-            os.replace(unfinished, target)
+            os.replace(partial, target)
         finally:
             simulator.close()
-            unfinished.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
