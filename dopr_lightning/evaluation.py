@@ -140,7 +140,9 @@ def _parsed(verb: str, arguments: Sequence[str], record: Mapping[str, Any]) -> N
     parser.set_defaults({f"trainer.{name}": value for name, value in one.items()})
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.yaml"
-        recorded.write_text(yaml.safe_dump({name: record["config"][name] for name in ("rollout", "data")}))
+        kept = {name: record["config"][name] for name in ("rollout", "data")}
+        kept["trainer"] = {"precision": record["config"]["trainer"].get("precision")}
+        recorded.write_text(yaml.safe_dump(kept))
         try:
             config = parser.parse_args([f"--config={recorded}", *packaged_configs(arguments)])
             return parser.instantiate_classes(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -130,6 +131,24 @@ def test_the_checkpoint_alone_is_judged_as_with_its_configuration(
     (loss,) = (line for line in table.splitlines() if "/loss" in line)
     assert loss in out
     assert "ms per prediction of 2 actions, " in out
+
+
+def test_it_is_judged_at_the_precision_it_was_trained_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def losses() -> list[str]:
+        return re.findall(r"test/loss +\S +(\S+)", capsys.readouterr().out)
+
+    precision = "--trainer.precision=bf16-mixed"
+    train(tmp_path, WALKED, precision, "--trainer.max_steps=4", "--rollout.episodes=0")
+    command = ["test", f"--ckpt={tmp_path / 'last.ckpt'}", QUIET, "--rollout.report_episodes=0"]
+    assert (
+        main(["test", "--config", CONFIG, WALKED, precision, *command[2:], f"--ckpt_path={tmp_path / 'last.ckpt'}"])
+        == 0
+    )
+    (expected,) = losses()
+    assert main(command) == 0
+    assert losses() == [expected]
+    assert main([*command, "--trainer.precision=32-true"]) == 0
+    assert losses() != [expected]
 
 
 def test_options_go_on_top(trained: Path) -> None:
