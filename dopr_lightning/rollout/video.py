@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,16 +119,19 @@ def write_mp4(film: Film, path: Path) -> None:
     encoder = import_extra("imageio_ffmpeg", EXTRA)
     height, width = film.frames[0].shape[:2]
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")  # ffmpeg goes by the suffix
     writer = encoder.write_frames(
-        str(path), (width, height), fps=film.rate, macro_block_size=2, ffmpeg_log_level="error"
+        str(partial), (width, height), fps=film.rate, macro_block_size=2, ffmpeg_log_level="error"
     )
-    with suppress(OSError):  # ffmpeg says on stderr what it misses, and leaves no file
+    try:
         writer.send(None)
         for frame in film.frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
-    if not path.is_file():
-        raise UserError(f"ffmpeg cannot write {path}; see its message above")
+        os.replace(partial, path)
+    except OSError as error:  # ffmpeg says on stderr what it misses, and leaves a part of the file, or none
+        partial.unlink(missing_ok=True)
+        raise UserError(f"ffmpeg cannot write {path}; see its message above") from error
 
 
 def animation(film: Film) -> bytes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,19 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     pytest.importorskip("imageio_ffmpeg")
     with pytest.raises(UserError, match=r"cannot write .*\.unknown"):
         write_mp4(gradient(3), tmp_path / "one.unknown")
+
+
+def test_a_file_that_is_cut_off_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def dies(path: str, *_: Any, **__: Any) -> Generator[None, Any]:
+        with Path(path).open("wb") as file:
+            for _ in range(3):
+                file.write((yield).tobytes())
+        raise OSError("broken pipe")
+
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", SimpleNamespace(write_frames=dies))
+    with pytest.raises(UserError, match=r"ffmpeg cannot write .*one.mp4; see its message above"):
+        write_mp4(gradient(5), tmp_path / "one.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_an_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
