@@ -128,7 +128,6 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     # What a comparison sets itself is not overridden behind its back.
     ([*COMPARE, "--seed_everything=4"], ["--seed_everything", "--seeds"]),
     ([*COMPARE, "--model.optimizer.base", "sgd"], ["--model.optimizer.base", "--optimizers"]),
-    ([*COMPARE, "--rollout.first_seed", "500"], ["--rollout.first_seed", "use the first_seed of the environment"]),
     ([*COMPARE, "--config", "dopr.yaml"], ["the configuration brings DoPr; leave it out there, --optimizers says"]),
     (["compare", "--config", CONFIG], ["--output", "dopr compare --help"]),
     ([*COMPARE, "--output", "broken.yaml/out"], ["broken.yaml/out"]),

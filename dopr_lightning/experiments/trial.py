@@ -127,7 +127,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     if changed := _changed(old, settings):
         raise _other_settings(folder, changed)
-    if DATA in old and old[DATA] != settings[DATA]:  # older folders do not say
+    if old.get(DATA) and old[DATA] != settings[DATA]:  # older folders do not say
         raise UserError(
             f"{folder} holds runs on demonstrations with sha256 {old[DATA][:12]}, and here they have "
             f"{settings[DATA][:12]}: the data changed; choose another --output"
