@@ -31,7 +31,7 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 
 # A name of ours that leads nowhere fails the build. Those of other projects are not looked up: that needs a network.
-OTHERS = "torch|lightning|numpy|npt|abc|collections|contextlib|pathlib|typing"
+OTHERS = "torch|lightning|numpy|npt|abc|collections|contextlib|functools|pathlib|typing"
 UNQUALIFIED = "LightningModule|Optimizer|OptimizerLRScheduler|Tensor|np.ndarray"
 TYPE_VARIABLES = "Condition|LayerType"
 nitpick_ignore_regex = [("py:.*", rf"({OTHERS})\..*|{UNQUALIFIED}|dopr_lightning\..*\.({TYPE_VARIABLES})")]

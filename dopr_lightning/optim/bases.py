@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,10 @@ from dopr_lightning.mup.rules import Growth, MatrixGrowth, gradient, orthogonal,
 from dopr_lightning.optim.adamuon import AdaMuon
 from dopr_lightning.optim.muon import Muon
 from dopr_lightning.optim.roles import Role
+
+Choice = str | type[Optimizer] | partial[Optimizer]
+"""A base by name, or any Optimizer class that takes parameter groups and steps without a closure, perhaps with options
+of its own, ``partial(torch.optim.RAdam, betas=(0.9, 0.95))``."""
 
 _FOREACH = {"foreach": True}  # one kernel for many parameters, also on CPU, where it is not the default
 
@@ -86,14 +92,29 @@ BASES: dict[str, Base] = {
 }
 
 
-def resolve(base: str | type[Optimizer]) -> Base:
-    """A base by name, or any Optimizer class for all parameters.
+def resolve(base: Choice) -> Base:
+    """A base by name, or an Optimizer class for all parameters.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: Unknown name, or a class that cannot step all parameters of a model by itself.
     """
-    if isinstance(base, type) and issubclass(base, Optimizer):
-        return Base(base)
-    if base in BASES:
+    if isinstance(base, str) and base in BASES:
         return BASES[base]
-    raise ValueError(f"unknown base optimizer {base!r}; choose from {', '.join(BASES)}, or an Optimizer class")
+    algorithm, options = (base.func, base.keywords) if isinstance(base, partial) else (base, {})
+    if not (isinstance(algorithm, type) and issubclass(algorithm, Optimizer)):
+        raise ValueError(f"unknown base optimizer {base!r}; choose from {', '.join(BASES)}, or an Optimizer class")
+    if given := {"params", "lr", "weight_decay"} & options.keys():
+        raise ValueError(
+            f"leave {' and '.join(sorted(given))} out of the partial {algorithm.__name__}; they are set here"
+        )
+    if issubclass(algorithm, torch.optim.Muon):
+        raise ValueError(
+            "torch.optim.Muon takes matrices only; base='muon' gives it the hidden ones, and AdamW the rest"
+        )
+    closure = inspect.signature(algorithm.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{algorithm.__name__} evaluates the loss several times in a step, and needs a closure that does; take an "
+            f"optimizer whose step goes without, {', '.join(BASES)} say"
+        )
+    return Base(algorithm, options)

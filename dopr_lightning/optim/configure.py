@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
-from dopr_lightning.optim.bases import resolve
+from dopr_lightning.optim.bases import Choice, resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
-from dopr_lightning.optim.plan import Assignment, plan
+from dopr_lightning.optim.plan import Assignment, is_positive, plan
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ log = getLogger(__name__)
 
 def make_optimizer(
     model: nn.Module,
-    base: str | type[Optimizer] = "adamw",
+    base: Choice = "adamw",
     *,
     lr: float,
     weight_decay: float = 0.0,
@@ -41,7 +41,8 @@ def make_optimizer(
         model: Any module.
         base: ``"adamw"``, ``"muon"`` (torch's Muon on hidden matrices, its update's RMS matched to AdamW's; AdamW with
             the same rate on the rest), ``"adamuon"`` (likewise; under muP with ``scale="spectral"``),
-            ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"`` (momentum 0.9), or an Optimizer class.
+            ``"signum"``, ``"lion"``, ``"soap"``, ``"sgd"`` (momentum 0.9), or any Optimizer class that takes parameter
+            groups and steps without a closure, perhaps as a ``functools.partial`` with options.
         lr: Peak learning rate; under muP that of the base width.
         weight_decay: For matrices; biases, norms and other vectors are never decayed.
         roles: Overrides of :func:`~dopr_lightning.optim.roles.parameter_roles`, globs on parameter names to roles.
@@ -56,14 +57,18 @@ def make_optimizer(
         **options: Further keywords of the base's algorithm, ``betas=(0.9, 0.95)`` say.
 
     Raises:
-        ValueError: Unknown base, role, rule or option, a rate that is not positive, nothing to train, a spec of another
-            model, a base whose scaling with the width is not known, or a role that no parameter has.
+        TypeError: ``mup`` is no MupSpec.
+        ValueError: Unknown base, role, rule or option, a rate that is not positive and finite, a weight decay that is
+            negative or that the base does not have, nothing to train, a spec of another model, a base whose scaling
+            with the width is not known, or a role that no parameter has.
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
+    if not is_positive(lr):
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    if weight_decay != 0 and not is_positive(weight_decay):
+        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay!r}")
     chosen = resolve(base)
     entries = plan(
-        model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
+        model, chosen, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
     )
 
     def part(algorithm: Callable[..., Optimizer], main: bool, defaults: Mapping[str, Any]) -> list[Optimizer]:
@@ -72,27 +77,33 @@ def make_optimizer(
             if entry.main is main:
                 key = (not entry.decays, entry.lr, entry.weight_decay, entry.eps)
                 alike.setdefault(key, []).append(entry)
+        kinds = sorted(alike.items(), key=lambda kind: kind[0][0])
         groups = []
-        for (vectors, lr_mult, decay_mult, _), members in sorted(alike.items(), key=lambda kind: kind[0][0]):
+        for (vectors, lr_mult, decay_mult, _), members in kinds:
             group = {
                 "params": [model.get_parameter(entry.name) for entry in members],
                 "param_names": [entry.name for entry in members],
                 "lr": lr * lr_mult,
                 "weight_decay": 0.0 if vectors else weight_decay * decay_mult,
             }
-            scaled = {"lr_mult": lr_mult, "eps_mult": members[0].eps} if mup or lr_by_role else {}
+            scaled = {"lr_mult": lr_mult} if mup or lr_by_role else {}
             if mup and group["weight_decay"]:
                 scaled["wd_mult"] = decay_mult
             groups.append(group | scaled)
+        if not groups:
+            return []
         try:
-            made = [algorithm(groups, lr=lr, **defaults)] if groups else []
+            optimizer = algorithm(groups, lr=lr, **defaults)
         except TypeError as error:
             raise ValueError(f"{algorithm.__name__} does not accept these options: {error}") from error
-        for group in (group for optimizer in made for group in optimizer.param_groups):
-            multiplier = group.pop("eps_mult", 1.0)
-            if "eps" in group:
-                group["eps"] *= multiplier
-        return made
+        if weight_decay and "weight_decay" not in optimizer.defaults:
+            raise ValueError(
+                f"{algorithm.__name__} has no weight decay, and would ignore weight_decay={weight_decay}; leave it out"
+            )
+        for group, ((*_, multiplier), _) in zip(optimizer.param_groups, kinds, strict=True):
+            if "eps" in group and multiplier != 1:
+                group["eps"] = _times(group["eps"], multiplier)
+        return [optimizer]
 
     defaults = {**chosen.options, **(chosen.mup_options if mup else {})}
     if options.get("fused"):
@@ -102,9 +113,16 @@ def make_optimizer(
     )
 
 
+def _times(eps: Any, multiplier: float) -> Any:
+    """An optimizer's eps, several or none of which it may have, as Adafactor does."""
+    if isinstance(eps, tuple):
+        return tuple(_times(one, multiplier) for one in eps)
+    return None if eps is None else eps * multiplier
+
+
 def configure_optimizers(
     module: LightningModule,
-    base: str | type[Optimizer] = "adamw",
+    base: Choice = "adamw",
     *,
     lr: float,
     weight_decay: float = 0.0,
@@ -167,7 +185,7 @@ def configure_optimizers(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _check_clipping(module: LightningModule, base: str | type[Optimizer], mup: MupSpec) -> None:
+def _check_clipping(module: LightningModule, base: Choice, mup: MupSpec) -> None:
     """Point out that the Trainer clips by a norm which changes with the width; refuse where steps are as long as it.
 
     The entries of a readout's gradient do not fall with the width, so that the norm over all parameters grows, in the

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
-from dopr_lightning.optim.bases import Base, resolve
+from dopr_lightning.optim.bases import BASES, Base
 from dopr_lightning.optim.roles import parameter_roles
 
 
@@ -44,7 +44,7 @@ class Assignment:
 
 def plan(
     model: nn.Module,
-    base: str | type[Optimizer],
+    base: Base,
     *,
     roles: Mapping[str, str] | None = None,
     mup: MupSpec | None = None,
@@ -55,10 +55,12 @@ def plan(
     """An entry per trainable parameter of ``model``, in its order; arguments as of :func:`make_optimizer`.
 
     Raises:
-        ValueError: Unknown base, role or rule, nothing to train, a spec of another model, a base whose scaling with
-            the width is not known, or a role's multiplier that is not positive, or of a role that nothing has.
+        TypeError: ``mup`` is no MupSpec.
+        ValueError: Unknown role or rule, nothing to train, a spec of another model, a base whose scaling with the width
+            is not known, or a role's multiplier that is not positive, or of a role that nothing has.
     """
-    chosen = resolve(base)
+    if not isinstance(mup, MupSpec | None):
+        raise TypeError(f"mup must be a MupSpec, as MupSpec.from_factory makes it, got {mup!r}")
     role_of = parameter_roles(model, roles, known=mup.roles(model) if mup else None)
     if not role_of:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
@@ -68,10 +70,10 @@ def plan(
     initial = mup.multiplier_of_initial_values(model) if mup else {}
     found = []
     for name, role in role_of.items():
-        main = chosen.roles is None or role in chosen.roles
+        main = base.roles is None or role in base.roles
         multipliers: dict[str, float] = {"lr": by_role.get(role, 1.0)}
         if mup:
-            update = _update(chosen, base, main, options or {})
+            update = _update(base, main, options or {})
             # Rounded, so that what differs by rounding alone shares a group.
             lr = float(f"{rules.learning_rate(growth[name], *update):.12g}")
             multipliers = {
@@ -86,25 +88,33 @@ def plan(
     return found
 
 
+def is_positive(value: object) -> bool:
+    """Whether it is a number, one in a tensor perhaps, above 0 and finite."""
+    return isinstance(value, Real | Tensor) and bool(0 < value < math.inf)  # type: ignore[operator]
+
+
 def _check_roles(by_role: Mapping[str, float], present: Collection[str]) -> None:
     for role, multiplier in by_role.items():
-        if not 0 < multiplier < math.inf:
-            raise ValueError(f"lr_by_role: the multiplier of {role!r} must be positive, got {multiplier}")
+        if not is_positive(multiplier):
+            raise ValueError(f"lr_by_role: the multiplier of {role!r} must be positive, got {multiplier!r}")
         if role not in present:
             raise ValueError(
                 f"lr_by_role: no trainable parameter has the role {role!r}; there are {', '.join(sorted(set(present)))}"
             )
 
 
-def _update(
-    chosen: Base, base: object, main: bool, options: Mapping[str, Any]
-) -> tuple[rules.Growth, Mapping[str, Any]]:
+def _update(base: Base, main: bool, options: Mapping[str, Any]) -> tuple[rules.Growth, Mapping[str, Any]]:
     """How the algorithm's update grows, and the options that it hangs on."""
     if not main:
-        return chosen.rest_growth, chosen.rest_options
-    if chosen.growth is None:
+        return base.rest_growth, base.rest_options
+    if base.growth is None:
+        known = [name for name, other in BASES.items() if other.algorithm is base.algorithm and other.growth]
         raise ValueError(
-            f"how {getattr(base, '__name__', base)}'s update grows with the width is not known, and muP needs to know; "
-            "register a dopr_lightning.optim.Base in BASES that says so (growth=), and name that"
+            f"how {base.algorithm.__name__}'s update grows with the width is not known, and muP needs to know; "
+            + (
+                f"pass base={known[0]!r} in place of the class, which says so"
+                if known
+                else "register a dopr_lightning.optim.Base in BASES that says so (growth=), and name that"
+            )
         )
-    return chosen.growth, {**chosen.options, **options}
+    return base.growth, {**base.options, **options}

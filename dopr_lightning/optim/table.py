@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from dopr_lightning.mup import MupSpec, WeightDecayRule
+from dopr_lightning.optim.bases import Choice, resolve
 from dopr_lightning.optim.plan import Assignment, plan
 
 
 def mup_table(
     model: nn.Module,
-    base: str | type[Optimizer],
+    base: Choice,
     mup: MupSpec,
     *,
     roles: Mapping[str, str] | None = None,
@@ -39,15 +39,16 @@ def mup_table(
         The table. Its columns are role; whether the base or AdamW steps it; how many parameters (tensors) and one of
         them; multipliers of learning rate, weight decay, eps and initial values.
     """
+    chosen = resolve(base)
     zero = mup.last_readouts(model) if zero_readouts else set()
     kinds: dict[tuple[Any, ...], list[Assignment]] = {}
     for entry in plan(
-        model, base, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
+        model, chosen, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
     ):
         decay = entry.weight_decay if entry.decays else 0.0
         initial = 0.0 if entry.name in zero else entry.initial_value
         kinds.setdefault((entry.role, entry.main, entry.lr, decay, entry.eps, initial), []).append(entry)
-    name = base if isinstance(base, str) else base.__name__
+    name = base if isinstance(base, str) else chosen.algorithm.__name__
     rows = [("role", "by", "tensors", "for example", "lr", "weight decay", "eps", "initial value")]
     for (role, main, *multipliers), entries in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
         first = entries[0]

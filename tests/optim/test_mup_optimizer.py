@@ -19,7 +19,8 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
 
 from dopr_lightning import ActivationPreconditioner, DoPr, MupSpec, configure_optimizers, mup_table
-from dopr_lightning.optim import make_optimizer
+from dopr_lightning.mup.rules import sign
+from dopr_lightning.optim import BASES, Base, make_optimizer
 
 BASE, WIDTH = 8, 32
 M = WIDTH / BASE
@@ -265,9 +266,21 @@ def test_without_mup_nothing_is_multiplied() -> None:
 def test_a_class_of_unknown_scaling_is_refused() -> None:
     with pytest.raises(ValueError, match=r"how NAdam's update grows with the width is not known.*BASES that says so"):
         make_optimizer(Net(WIDTH), torch.optim.NAdam, lr=0.01, mup=SPEC)
+    with pytest.raises(ValueError, match=r"how AdamW's update .*; pass base='adamw' in place of the class"):
+        make_optimizer(Net(WIDTH), torch.optim.AdamW, lr=0.01, mup=SPEC)
+
+
+def test_every_part_of_an_eps_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BASES, "own", Base(torch.optim.Adafactor, growth=sign))
+    model, optimizer = start("own", eps=(1e-6, 1e-3))
+    assert groups(model, optimizer, "eps")["input.weight"] == pytest.approx((1e-6 / M**2, 1e-3 / M**2))
+    model, optimizer = start("own")
+    assert groups(model, optimizer, "eps")["input.weight"] == (None, pytest.approx(1e-3 / M**2))
 
 
 def test_an_unknown_rule_and_another_model_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"mup must be a MupSpec, as MupSpec\.from_factory makes it, got 'x'"):
+        start(mup="x")
     with pytest.raises(ValueError, match="unknown weight decay rule 'both'"):
         start(weight_decay_rule="both")
     with pytest.raises(ValueError, match=r"MupSpec is of another model: Linear has no embedding\.weight"):

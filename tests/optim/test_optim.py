@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,8 @@ class Net(nn.Module):
         h = torch.tanh(self.conv(h.mT).mT)
         return self.readout(self.norm(torch.tanh(self.hidden(h))))
 
+
+NO_DECAY = {"weight_decay": 0.0}
 
 TOKENS = torch.tensor([[0, 1, 2, 3], [3, 4, 5, 6]])
 
@@ -224,13 +227,53 @@ def test_a_cosine_whose_end_a_callback_moves_is_refused(callback: Callback) -> N
     ("options", "message"),
     [
         ({"base": "adam-w", "lr": 1.0}, "unknown base optimizer 'adam-w'; choose from adamw, muon, sgd"),
-        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"lr": "0.1"}, "lr must be positive and finite, got '0.1'"),
+        ({"lr": 1.0, "weight_decay": -1.0}, r"weight_decay must be finite and not negative, got -1\.0"),
+        ({"lr": 1.0, "weight_decay": None}, "weight_decay must be finite and not negative, got None"),
+        ({"lr": 1.0, "lr_by_role": {"hidden": "2"}}, "the multiplier of 'hidden' must be positive, got '2'"),
+        ({"base": torch.optim.Rprop, "lr": 1.0, "weight_decay": 0.5}, r"Rprop has no weight decay, .*ignore .*=0\.5"),
+        ({"base": torch.optim.LBFGS, "lr": 1.0}, "LBFGS evaluates the loss several times.*needs a closure"),
+        ({"base": torch.optim.Muon, "lr": 1.0}, r"torch\.optim\.Muon takes matrices only; base='muon'"),
+        ({"base": partial(torch.optim.AdamW, lr=1.0), "lr": 1.0}, "leave lr out of the partial AdamW"),
+        ({"base": partial(torch.optim.AdamW, beta=0.9), "lr": 1.0}, "AdamW does not accept these options: .*'beta'"),
+        ({"base": lambda params, **options: None, "lr": 1.0}, "unknown base optimizer <function"),
         ({"lr": 1.0, "beta": 0.9}, "AdamW does not accept these options: .*'beta'"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_optimizer(Net(), **options)
+
+
+OPTIMIZERS = (
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS, ids=lambda algorithm: algorithm.__name__)
+def test_any_optimizer_class_steps_as_it_does_by_itself(algorithm: type[torch.optim.Optimizer]) -> None:
+    together, alone = Net(), Net()
+    train(together, make_optimizer(together, algorithm, lr=0.01), 3)
+    train(alone, algorithm(alone.parameters(), lr=0.01, **({} if algorithm is torch.optim.Rprop else NO_DECAY)), 3)
+    for a, b in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_partial_of_a_class_brings_its_options() -> None:
+    optimizer = make_optimizer(Net(), partial(torch.optim.RAdam, betas=(0.8, 0.9), eps=1e-5), lr=0.01, eps=1e-6)
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.9), 1e-6)}
 
 
 def test_groups_cannot_be_added_later() -> None:
