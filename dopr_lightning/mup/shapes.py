@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from mup.layer import MuReadout
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ _LOGIT_SCALES = ("scale", "scaling")
 DELTA = 2
 """The model that tells which dimensions scale is this many times as wide as the base model."""
 
+Kind = Literal["hidden", "input", "readout", "embedding", "vector", "fixed"]
+"""What the dimensions that grow say of a parameter."""
+
 _Told = Literal["input", "readout", "embedding"]
 
 
@@ -54,7 +57,7 @@ class Shape:
 
     base: tuple[int, ...]
     scales: tuple[bool, ...]
-    role: str
+    role: Kind
     fan_out: int = 0
     fan_in: int | None = None
     drawn_by: tuple[int, ...] = ()
@@ -176,8 +179,9 @@ def read_shape(
             f"roles call {name}, of shape {sizes}, {role!r}; they can tell {', '.join(get_args(_Told))} of a matrix "
             "with one dimension that scales, and readout of a vector"
         )
+    told = cast(Kind | None, role)
     seen = [
-        _owned(model.get_submodule(path), wide.get_submodule(path), attribute, name, sizes, scales, role)
+        _owned(model.get_submodule(path), wide.get_submodule(path), attribute, name, sizes, scales, told)
         for path, attribute in _owners(model, name)
     ]
     if len({(shape.fan_out, shape.fan_in, shape.role) for shape in seen}) > 1:
@@ -198,7 +202,7 @@ def _owned(
     name: str,
     sizes: tuple[int, ...],
     scales: tuple[bool, ...],
-    role: str | None,
+    role: Kind | None,
 ) -> Shape:
     """What one owner says."""
     if len(sizes) < 2 and role is not None:
@@ -221,7 +225,11 @@ def _owned(
         )
     if role is None:
         fan_out, fan_in = fans or (0, 1)
-        kinds = {(True, True): "hidden", (True, False): "input", (False, True): "readout"}
+        kinds: dict[tuple[bool, bool], Kind] = {
+            (True, True): "hidden",
+            (True, False): "input",
+            (False, True): "readout",
+        }
         role = "embedding" if isinstance(owner, _EMBEDDING) else kinds[scales[fan_out], scales[fan_in]]
     else:
         grows = scales.index(True)

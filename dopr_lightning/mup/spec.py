@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dopr_lightning.mup import rules
 from dopr_lightning.mup.declared import declared_roles
 from dopr_lightning.mup.rules import MatrixGrowth
-from dopr_lightning.mup.shapes import DELTA, Shape, check_module, read_shape
+from dopr_lightning.mup.shapes import DELTA, Kind, Shape, check_module, read_shape
 from dopr_lightning.preconditioner.layers import public_name
 
 
@@ -149,7 +149,7 @@ class MupSpec:
         parameters = dict(named.values())
         return {full: self._initial(name, parameters) for full, (name, _) in named.items()}
 
-    def roles(self, model: nn.Module) -> dict[str, str]:
+    def roles(self, model: nn.Module) -> dict[str, Kind]:
         """The role of every parameter of ``model``, by its name there."""
         return {full: self.shapes[name].role for full, (name, _) in self._match(model).items()}
 

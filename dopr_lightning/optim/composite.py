@@ -105,8 +105,8 @@ class CompositeOptimizer(Optimizer):
         if theirs != mine:
             raise ValueError(
                 f"the checkpoint's optimizer has groups of {theirs} parameters, this one's of {mine}; resume with the "
-                "base and the roles that the run was started with, or start anew from its weights (before there was a "
-                "role 'condition', Muon took the matrices of FiLM and adaptive norms too)"
+                "base and the roles that the run was started with, or start anew from its weights (earlier versions "
+                "gave Muon the matrices of FiLM and adaptive norms, position embeddings and depthwise kernels too)"
             )
         super().load_state_dict(state_dict)
         self._share()

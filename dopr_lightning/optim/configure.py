@@ -14,6 +14,7 @@ from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import Choice, resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
 from dopr_lightning.optim.plan import Assignment, is_positive, plan
+from dopr_lightning.optim.roles import guessed_ends
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def configure_optimizers(
         The optimizer alone where nothing moves its rate, so that a rate which Lightning's finder sets is kept.
 
     Raises:
+        TypeError: As :func:`make_optimizer`.
         ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative warm-up, or a cosine whose end is not
             known; or under muP a Trainer that clips the gradients of SGD by their norm, beyond the base width.
 
@@ -174,18 +176,33 @@ def configure_optimizers(
         lr_by_role=lr_by_role,
         **options,
     )
-    if mup is not None:
-        _check_clipping(module, base, mup)
+    trainer: Trainer | None = getattr(module, "_trainer", None)  # a submodule has none, nor what Fabric runs
+    if mup is not None and trainer is not None:
+        _check_clipping(module, trainer, base, mup)
+    if mup is None and roles is None and (lr_by_role or resolve(base).roles):
+        _say_guesses(module, trainer)
     if schedule == "constant" and warmup_steps == 0:
         return optimizer
     end: float = math.inf if total_steps is None else total_steps
     if schedule == "cosine" and total_steps is None:
-        end = _estimate(module.trainer)
+        end = _estimate(module, trainer)
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, end)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _check_clipping(module: LightningModule, base: Choice, mup: MupSpec) -> None:
+def _say_guesses(module: nn.Module, trainer: Trainer | None) -> None:
+    """Which matrices are taken for ends of the network by no more than their place, where something hangs on it."""
+    ends = guessed_ends(module)
+    if ends and (trainer is None or trainer.is_global_zero):
+        log.info(
+            "roles by order of registration: %s. If the network begins and ends elsewhere, or there are several, say "
+            "so: roles={%s}",
+            " and ".join(f"{name} is the {role}" for name, role in ends.items()),
+            ", ".join(f'"{name}": "{role}"' for name, role in ends.items()),
+        )
+
+
+def _check_clipping(module: nn.Module, trainer: Trainer, base: Choice, mup: MupSpec) -> None:
     """Point out that the Trainer clips by a norm which changes with the width; refuse where steps are as long as it.
 
     The entries of a readout's gradient do not fall with the width, so that the norm over all parameters grows, in the
@@ -194,8 +211,7 @@ def _check_clipping(module: LightningModule, base: Choice, mup: MupSpec) -> None
     Raises:
         ValueError: The base is SGD, or another whose update grows as the gradient does.
     """
-    trainer = module._trainer  # None where ``trainer`` raises, and under Fabric, which clips when it is told to
-    if trainer is None or not _clips_by_norm(trainer) or not _grows(module, mup):
+    if not _clips_by_norm(trainer) or not _grows(module, mup):
         return
     said = (
         f"gradient_clip_val={trainer.gradient_clip_val} under muP, in a model wider than its base {mup.base}: the norm "
@@ -213,7 +229,7 @@ def _check_clipping(module: LightningModule, base: Choice, mup: MupSpec) -> None
         log.warning("%s. Leave it out, or choose it so high that it only catches outliers. %s.", said, by_value)
 
 
-def _grows(module: LightningModule, mup: MupSpec) -> bool:
+def _grows(module: nn.Module, mup: MupSpec) -> bool:
     """Whether the module is wider than the base."""
     return any(matrix.row_growth > 1 or matrix.col_growth > 1 for matrix in mup.growth(module).values())
 
@@ -223,14 +239,19 @@ def _clips_by_norm(trainer: Trainer) -> bool:
     return (trainer.gradient_clip_val or 0) > 0 and trainer.gradient_clip_algorithm in (None, "norm")
 
 
-def _estimate(trainer: Trainer) -> float:
+def _estimate(module: nn.Module, trainer: Trainer | None) -> float:
     """How many steps the trainer is going to take.
 
     Raises:
-        ValueError: A callback changes the batches of a step, or of an epoch, after this.
+        ValueError: There is none, or a callback changes the batches of a step, or of an epoch, after this.
     """
     from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 
+    if trainer is None:
+        raise ValueError(
+            f"a cosine schedule must know its end, and {type(module).__name__} has no Trainer that tells it; give "
+            "total_steps, or the LightningModule in a Trainer's fit"
+        )
     if trainer.max_epochs != -1:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             # The Tuner's own finder exits after its search.

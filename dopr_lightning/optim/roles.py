@@ -4,35 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from itertools import chain, takewhile
 from typing import Literal, get_args
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from dopr_lightning.mup.declared import declared_roles
-from dopr_lightning.preconditioner.layers import public_name
-from dopr_lightning.preconditioner.layers.parameters import join
+from dopr_lightning.mup.shapes import Kind
+from dopr_lightning.preconditioner.layers import layer_types, public_name
 
 Role = Literal["hidden", "condition", "input", "readout", "vector", "embedding"]
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_LAYERS = (nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase)
+"""Of matrices, beside the types that DoPr covers."""
+
 
 def parameter_roles(
-    model: nn.Module, overrides: Mapping[str, str] | None = None, known: Mapping[str, str] | None = None
+    model: nn.Module, overrides: Mapping[str, str] | None = None, known: Mapping[str, Kind] | None = None
 ) -> dict[str, Role]:
     """The role of every trainable parameter.
 
-    ``embedding``: the weight of an :class:`torch.nn.Embedding`. ``vector``: anything with fewer than two dimensions
-    (biases, norms). ``input`` and ``readout``: matrices that touch a dimension which does not grow with the model. A
-    submodule that knows its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this
-    package do; if none does, the first (unless there is an embedding) and the last matrix in order of registration are
-    taken. ``condition``: matrices that see one row per sample where others see one per position, as those of FiLM, of
-    adaptive norms and of the embedding of diffusion time; only where a submodule or an override says so. ``hidden``:
-    the rest.
+    ``vector``: anything with fewer than two dimensions (biases, norms). ``embedding``: the weight of an
+    :class:`torch.nn.Embedding`, and what no layer owns, class tokens and position embeddings: a parameter of a module
+    that is no layer but has some, or whose first size is 1. ``input`` and ``readout``: matrices that touch a dimension
+    which does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
+    its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this package do; if none
+    does, the first matrix (unless there is an embedding before it) and the last in order of registration are taken.
+    ``condition``: matrices that see one row per sample where others
+    see one per position, as those of FiLM, of adaptive norms and of the embedding of diffusion time; only where a
+    submodule or an override says so. ``hidden``: the rest.
 
     Args:
         model: Any module.
         overrides: Globs on whole parameter names to roles, ``{"decoder.*": "readout"}``; they win, the last one most.
-        known: Roles read off the shapes of a narrow and a wide model (a MupSpec's), by parameter name; ``"fixed"`` says
-            nothing, and ``"hidden"`` nothing against ``"condition"``. They win over what is guessed or declared here.
+        known: What the shapes of a narrow and a wide model say (a MupSpec's), by parameter name.
 
     Returns:
         Parameter name to role, in the model's order.
@@ -40,25 +47,12 @@ def parameter_roles(
     Raises:
         ValueError: An override names an unknown role or matches no parameter.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    roles: dict[str, Role] = {name: "vector" if p.dim() < 2 else "hidden" for name, p in parameters.items()}
+    owners = _owners(model)
+    roles = {name: _role(owners[p], p) for name, p in _trainable(model).items()}
     plain = {public_name(name): name for name in roles}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and (name := plain.get(public_name(join(prefix, "weight")))):
-            roles[name] = "embedding"
-
-    declared = declared_roles(model)
-    matrices = [name for name, role in roles.items() if role == "hidden"]
-    if declared:
-        roles.update((plain[name], role) for name, role in declared.items() if name in plain)  # type: ignore[misc]
-    elif len(matrices) > 1:
-        roles[matrices[-1]] = "readout"
-        if "embedding" not in roles.values():  # else the embedding is the input
-            roles[matrices[0]] = "input"
-
-    for name, role in (known or {}).items():
-        if name in roles and role != "fixed" and (role, roles[name]) != ("hidden", "condition"):
-            roles[name] = role  # type: ignore[assignment]
+    roles.update(guessed_ends(model))
+    roles.update((plain[name], role) for name, role in declared_roles(model).items() if name in plain)  # type: ignore[misc]
+    roles.update({name: _merged(roles[name], kind) for name, kind in (known or {}).items() if name in roles})
     for pattern, role in (overrides or {}).items():
         matching = [name for name in roles if fnmatchcase(name, pattern)]
         if role not in get_args(Role):
@@ -67,3 +61,63 @@ def parameter_roles(
             raise ValueError(f"the role pattern {pattern!r} matches no trainable parameter")
         roles.update((name, role) for name in matching)  # type: ignore[misc]
     return roles
+
+
+def guessed_ends(model: nn.Module) -> dict[str, Role]:
+    """Input and readout of a model that does not declare them: its first and last matrix, in order of registration.
+
+    Where an embedding was registered before the first matrix, that is the input, and the matrix is hidden.
+    """
+    if declared_roles(model):
+        return {}
+    parameters, owners = _trainable(model), _owners(model)
+    matrices = [name for name, p in parameters.items() if _role(owners[p], p) == "hidden"]
+    if len(matrices) < 2:
+        return {}
+    before = takewhile(lambda name: name != matrices[0], parameters)
+    embedded = any(isinstance(owners[parameters[name]], _TABLES) for name in before)
+    readout: dict[str, Role] = {matrices[-1]: "readout"}
+    return readout if embedded else {matrices[0]: "input", **readout}
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
+    """The module that each parameter belongs to; of what a parametrization is made of, the one that has the weight."""
+    owners: dict[nn.Parameter, nn.Module] = {}
+    for module in model.modules():  # a layer before its parametrizations, which are modules below it
+        held = [m.parameters() for name, m in module.named_children() if name == "parametrizations"]
+        for parameter in chain(module.parameters(recurse=False), *held):
+            owners.setdefault(parameter, module)
+    return owners
+
+
+def _role(owner: nn.Module, parameter: nn.Parameter) -> Role:
+    """What can be told of a parameter by the module it belongs to."""
+    if parameter.dim() < 2:
+        return "vector"
+    if isinstance(owner, _TABLES):
+        return "embedding"
+    if isinstance(owner, _ConvNd) and owner.groups == owner.in_channels > 1:
+        return "input"
+    if layer_types(owner) or isinstance(owner, _LAYERS):
+        return "hidden"
+    return "embedding" if parameter.shape[0] == 1 or any(True for _ in owner.children()) else "hidden"
+
+
+def _merged(ours: Role, shapes: Kind) -> Role:
+    """The role of a parameter of which a model's modules, or our guess, say one thing and its shapes another.
+
+    ==============  ===========  =================================================
+    shapes say      ours         role
+    ==============  ===========  =================================================
+    ``"fixed"``     any          ours: nothing of it grows, and shapes tell nothing
+    ``"hidden"``    condition    condition: rows per sample are not seen in shapes
+    anything else   any          what the shapes say
+    ==============  ===========  =================================================
+    """
+    if shapes == "fixed" or (shapes == "hidden" and ours == "condition"):
+        return ours
+    return shapes

@@ -1,6 +1,7 @@
 """One composite Optimizer: equal to its parts run separately, whole in checkpoints, at home with schedulers."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.parametrizations import weight_norm
 
+from dopr_lightning import MupSpec
 from dopr_lightning.optim import CompositeOptimizer, configure_optimizers, make_optimizer, parameter_roles
 from dopr_lightning.optim.muon import Muon
 from dopr_lightning.optim.schedules import make_scheduler
@@ -67,6 +71,85 @@ def test_roles_are_read_off_the_model() -> None:
 def test_without_an_embedding_the_first_matrix_is_the_input() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
     assert list(parameter_roles(model).values()) == ["input", "hidden", "readout"]
+
+
+def test_an_embedding_behind_the_first_matrix_is_no_input() -> None:
+    """As that of positions is not, behind the convolution that cuts an image into patches."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1, bias=False), nn.Embedding(5, 4), nn.Linear(4, 4, bias=False))
+    model.append(nn.Linear(4, 2, bias=False))
+    assert list(parameter_roles(model).values()) == ["input", "embedding", "hidden", "readout"]
+
+
+class Tokens(nn.Module):
+    """Beside layers, what none of them owns: of a module that has some, and of one that only holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.position = nn.Parameter(torch.zeros(9, 4))
+        self.patch = nn.Conv2d(3, 4, 2)
+        self.query = nn.ParameterList([nn.Parameter(torch.zeros(1, 4))])
+        self.own = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(4, 4))})  # a linear layer, it may be
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.recurrent = nn.GRUCell(4, 4)
+        self.head = nn.Linear(4, 1)
+        self.last = nn.Parameter(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, checkpoint_wrapper], ids=["as is", "c", "cw"])
+def test_what_no_layer_owns_is_an_embedding_and_no_end(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    roles = {name.replace("_orig_mod.", ""): role for name, role in parameter_roles(wrap(Tokens())).items()}
+    assert {name: role for name, role in roles.items() if role != "vector"} == {
+        "token": "embedding",
+        "position": "embedding",
+        "patch.weight": "input",
+        "query.0": "embedding",
+        "own.weight": "hidden",
+        "attention.in_proj_weight": "hidden",
+        "attention.out_proj.weight": "hidden",
+        "recurrent.weight_ih": "hidden",
+        "recurrent.weight_hh": "hidden",
+        "head.weight": "readout",
+        "last": "embedding",
+    }
+
+
+@pytest.mark.parametrize("norm", [lambda layer: layer, weight_norm], ids=["plain", "weight_norm"])
+def test_depthwise_kernels_are_inputs_with_muP_and_without(norm: Callable[[nn.Module], nn.Module]) -> None:  # noqa: N802
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv1d(3, width, 1),
+            norm(nn.Conv1d(width, 2 * width, 3, groups=width)),
+            norm(nn.ConvTranspose1d(2 * width, 2 * width, 3, groups=2 * width)),
+            nn.Conv1d(2 * width, width, 1),
+            nn.Conv1d(width, 2, 1),
+        )
+
+    model = build(16)
+    roles = parameter_roles(model)
+    assert [role for role in roles.values() if role != "vector"][-2:] == ["hidden", "readout"]
+    assert {role for name, role in roles.items() if name[0] in "12"} == {"input", "vector"}
+    assert parameter_roles(model, known=MupSpec.from_factory(build, width=8).roles(model)) == roles
+
+
+def test_what_is_guessed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Where something hangs on it and nobody has told: two networks in one have an end each in the middle."""
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for name in ("actor", "critic")})
+    own = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    own.parameter_roles = lambda: {"1.weight": "readout"}
+    told = {"actor.1.weight": "readout", "critic.0.weight": "input"}
+    with caplog.at_level(logging.INFO, "dopr_lightning"):
+        configure_optimizers(model, "adamw", lr=0.1)
+        configure_optimizers(own, "muon", lr=0.1)
+        configure_optimizers(model, "muon", lr=0.1, roles=told)
+        assert caplog.messages == []
+        configure_optimizers(model, "muon", lr=0.1)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "roles by order of registration: actor.0.weight is the input and critic.1.weight is the readout. If"
+    )
+    assert said.endswith('roles={"actor.0.weight": "input", "critic.1.weight": "readout"}')
+    assert list(parameter_roles(model, told).values())[::2] == ["input", "readout"] * 2
 
 
 def test_roles_declared_by_a_submodule_and_overrides_win() -> None:
@@ -215,12 +298,20 @@ def test_a_constant_rate_is_left_to_whoever_sets_it() -> None:
 @pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 8}), BatchSizeFinder()])
 def test_a_cosine_whose_end_a_callback_moves_is_refused(callback: Callback) -> None:
     model, options = Net(), {"lr": 0.1, "schedule": "cosine"}
-    model.trainer = SimpleNamespace(max_epochs=4, callbacks=[callback], estimated_stepping_batches=8)
+    model._trainer = SimpleNamespace(max_epochs=4, callbacks=[callback], estimated_stepping_batches=8)
     with pytest.raises(ValueError, match=f"{type(callback).__name__} moves it; .* or total_steps"):
         configure_optimizers(model, **options)
     assert configure_optimizers(model, **options, total_steps=8)
-    model.trainer.max_epochs = -1  # as it is in a fit of so many steps
+    model._trainer.max_epochs = -1  # as it is in a fit of so many steps
     assert configure_optimizers(model, **options)
+
+
+@pytest.mark.parametrize("module", [Net(), LightningModule()], ids=["a submodule", "outside a fit"])
+def test_a_cosine_without_a_trainer_must_be_told_its_end(module: nn.Module) -> None:
+    module.part = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=f"must know its end, and {type(module).__name__} has no Trainer.*total_steps"):
+        configure_optimizers(module, lr=0.1, schedule="cosine")
+    assert configure_optimizers(module, lr=0.1, schedule="cosine", total_steps=8)
 
 
 @pytest.mark.parametrize(
