@@ -111,7 +111,7 @@ class MupSpec:
         Raises:
             ValueError: The model is not of this family, has no values yet, or was initialised before.
         """
-        if any(getattr(module, _DONE, False) for module in model.modules()):
+        if _is_marked(model):
             raise ValueError(
                 f"this {type(model).__name__} was initialised before, and a second time would rescale it again; start "
                 "from a new one"
@@ -132,6 +132,24 @@ class MupSpec:
         for module in model.modules():  # of which any may be handed over, alone or in a wrapper
             setattr(module, _DONE, True)
         return model
+
+    def as_torch_draws(self, model: nn.Module) -> list[str]:
+        """Readouts wider than the base's that are as torch's layers draw them, and so as nobody initialised them.
+
+        Values tell more than the mark that :meth:`initialize` leaves, which a model that was loaded need not have.
+        Weights that were initialised, trained or drawn in another way lie elsewhere; of a few entries nothing is said.
+        """
+        if _is_marked(model):
+            return []
+        return [
+            full
+            for full, (name, parameter) in self._match(model).items()
+            if self.shapes[name].role == "readout"
+            and (fan_in := self.shapes[name].fan_in) is not None
+            and parameter.dim() > 1
+            and self._grown(name, parameter, fan_in) > 1
+            and _is_torchs_draw(parameter)
+        ]
 
     def last_readouts(self, model: nn.Module) -> set[str]:
         """The readouts that end the model, by their names there: those that its modules declare, or the last one.
@@ -273,6 +291,29 @@ class MupSpec:
 
 
 _DONE = "_mup_initialized"
+
+_FEW, _MANY = 128, 2**20
+"""Entries of a readout: fewer do not tell how they were drawn, and more need not be looked at."""
+
+
+def _is_marked(model: nn.Module) -> bool:
+    return any(getattr(module, _DONE, False) for module in model.modules())
+
+
+def _is_torchs_draw(weight: Tensor) -> bool:
+    """Whether the entries have the bound and the size of a uniform draw within fan_in^-1/2, torch's default.
+
+    Of n of them the largest falls short of the bound by a share of 1/n, and the mean square differs from a third of the
+    bound's by one of 0.9 n^-1/2, on average: ten and five times that are allowed, and a hundredth for bfloat16.
+    """
+    bound = math.prod(weight.shape[1:]) ** -0.5
+    values = getattr(weight, "to_local", lambda: weight)().detach()  # of FSDP2's shards ours, without a collective
+    values = values.flatten()[:_MANY].float() / bound
+    count = values.numel()
+    if values.is_meta or count < _FEW:
+        return False
+    largest, square = float(values.abs().max()), float(values.square().mean())
+    return 0.99 - 10 / count < largest < 1.01 and abs(3 * square - 1) < 4.5 * count**-0.5 + 0.01
 
 
 def _on_meta(factory: Callable[..., nn.Module], keywords: Mapping[str, Any]) -> nn.Module:

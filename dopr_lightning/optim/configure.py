@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,13 @@ def make_optimizer(
     entries = plan(
         model, chosen, roles=roles, mup=mup, weight_decay_rule=weight_decay_rule, lr_by_role=lr_by_role, options=options
     )
+    if mup and (drawn := mup.as_torch_draws(model)):
+        warnings.warn(
+            f"{drawn[0]} is as torch drew it, in a model wider than its base {mup.base}: under muP it must start "
+            "smaller. Call initialize(model) of the MupSpec before this, unless weights of a model that was "
+            "initialised are loaded later",
+            stacklevel=2,
+        )
 
     def part(algorithm: Callable[..., Optimizer], main: bool, defaults: Mapping[str, Any]) -> list[Optimizer]:
         alike: dict[tuple[Any, ...], list[Assignment]] = {}

@@ -32,9 +32,8 @@ def parameter_roles(
     which does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
     its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this package do; if none
     does, the first matrix (unless there is an embedding before it) and the last in order of registration are taken.
-    ``condition``: matrices that see one row per sample where others
-    see one per position, as those of FiLM, of adaptive norms and of the embedding of diffusion time; only where a
-    submodule or an override says so. ``hidden``: the rest.
+    ``condition``: matrices that see one row per sample where others see one per position, as those of FiLM, of adaptive
+    norms and of the embedding of diffusion time; only where a submodule or an override says so. ``hidden``: the rest.
 
     Args:
         model: Any module.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,54 @@ def test_an_unknown_rule_and_another_model_are_refused() -> None:
         make_optimizer(nn.Linear(3, 4), "adamw", lr=0.01, mup=SPEC)
     with pytest.raises(ValueError, match="narrower than the base model"):
         make_optimizer(Net(4), "adamw", lr=0.01, mup=SPEC)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forgotten_initialisation_is_pointed_out(dtype: torch.dtype) -> None:
+    model = Net(128).to(dtype)
+    with pytest.warns(UserWarning, match=r"readout\.weight is as torch drew it, in a model wider than its base .*: 8"):
+        make_optimizer(model, "adamw", lr=0.01, mup=SPEC)
+
+
+def loaded(width: int) -> nn.Module:
+    """Bears no mark, but the values of one that was initialised."""
+    model = Net(width)
+    model.load_state_dict(SPEC.initialize(Net(width)).state_dict())
+    return model
+
+
+def trained(width: int) -> nn.Module:
+    """Without muP, by which it now goes on."""
+    model = Net(width)
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01), 5)
+    return model
+
+
+def drawn_otherwise(width: int) -> nn.Module:
+    model = Net(width)
+    nn.init.normal_(model.readout.weight, std=width**-0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: SPEC.initialize(Net(128)),
+        lambda: SPEC.initialize(Net(128), zero_readouts=True),
+        lambda: copy.deepcopy(SPEC.initialize(Net(128))),
+        lambda: loaded(128),
+        lambda: trained(128),
+        lambda: drawn_otherwise(128),
+        lambda: Net(BASE),
+        lambda: Net(128).to("meta"),
+    ],
+    ids=["initialised", "zero", "copied", "loaded", "trained", "drawn otherwise", "base", "meta"],
+)
+def test_nothing_is_said_of_what_was_initialised_trained_or_need_not_be(model: Callable[[], nn.Module]) -> None:
+    made = model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_optimizer(made, "adamw", lr=0.01, mup=SPEC)
 
 
 # The table ---------------------------------------------------------------------------------------------------------
