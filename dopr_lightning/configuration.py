@@ -21,7 +21,10 @@ CLASS = ("class_path", "init_args", "dict_kwargs")
 NO_PATH = r"- Expected a path but \S+ either not accessible or invalid - "
 """jsonargparse also takes the path of a file with the settings of a class, and says so first."""
 
-NOTHING_CHOSEN = "the following arguments are required: fit.model.network, fit.model.algorithm, fit.data.source"
+REQUIRED = re.compile(r"the following arguments are required: (fit|validate|test)\.")
+"""What jsonargparse says where no configuration is given, with the verb."""
+
+NOTHING_TO_JUDGE = "what is to be judged? Give --ckpt FILE, or --ckpt_path FILE beside its configuration"
 
 
 def find_config(name: str) -> str:
@@ -32,7 +35,8 @@ def find_config(name: str) -> str:
     """
     path = locate(name)
     if not Path(path).is_file():
-        close = difflib.get_close_matches(name, available(), n=1, cutoff=0.8)
+        known = available()
+        close = [f"{name}.yaml"] if f"{name}.yaml" in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         hint = f"did you mean {close[0]}?" if close else "dopr --help lists the package's"
         raise UserError(f"no configuration file {name!r} here, nor in the package; {hint}")
     _check(Path(path))
@@ -83,15 +87,21 @@ def reason_with_place(error: Exception, args: Sequence[str], known: Iterable[str
         known: The options that there are.
     """
     text = reason(error)
-    if text == NOTHING_CHOSEN:
-        return f"{text}; name a configuration, as in --config walker2d.yaml"
+    if (missing := REQUIRED.match(text)) and not any(_config_names(args)):
+        if missing[1] == "fit":
+            return f"{text}; name a configuration, as in --config walker2d.yaml"
+        return NOTHING_TO_JUDGE
+    if stray := re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)", text):
+        return f"{text}; did you mean --config {stray[1]}?"
     said = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", text)
     if said is None:
         return text
     option = said[1] or said[2]
     files = [Path(find_config(name)) for name in _config_names(args)] if said[2] else []
     where = [f"{file}: " for file in files if _sets(yaml.safe_load(file.read_text()), option)]
-    return f"{where[-1] if where else ''}{text}{did_you_mean(option, known)}"
+    options = [name for name in known if not name.endswith(".help")]
+    hint = did_you_mean(option, options) or did_you_mean(option.rpartition(".")[0], options)
+    return f"{where[-1] if where else ''}{text}{hint}"
 
 
 def _config_names(args: Sequence[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from dopr_lightning import checkpoint, proxy
-from dopr_lightning.configuration import find_config, packaged_configs, reason, reason_with_place
+from dopr_lightning.configuration import NOTHING_TO_JUDGE, find_config, packaged_configs, reason, reason_with_place
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder
@@ -115,7 +115,7 @@ class CLI(LightningCLI):
         if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
             checkpoint.require_file(path, "--ckpt_path")
         elif path is None and subcommand in ("validate", "test"):
-            raise UserError("what is to be judged? Give --ckpt FILE, or --ckpt_path FILE beside its configuration")
+            raise UserError(NOTHING_TO_JUDGE)
 
     def _choose_what_is_shown(self, trainer: Namespace) -> None:
         """Our own words, and a bar where there is a terminal, unless the user chose otherwise."""

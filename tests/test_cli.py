@@ -60,6 +60,12 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["fut"], ["unknown verb 'fut'", *VERBS]),
     (["demo", "lift"], ["unknown verb 'demo'; did you mean demos?"]),
     (["fit"], ["fit.data.source; name a configuration, as in --config walker2d.yaml"]),
+    (["test"], ["what is to be judged? Give --ckpt FILE, or --ckpt_path FILE beside its configuration"]),
+    (["validate", "--trainer.max_steps=3"], ["what is to be judged? Give --ckpt FILE"]),
+    (["fit", "walker2d.yaml"], ["unrecognized arguments: walker2d.yaml; did you mean --config walker2d.yaml? see"]),
+    (["fit", "--config", "walker2d"], ["no configuration file 'walker2d' here, nor", "did you mean walker2d.yaml?"]),
+    ([*FIT, "--model.netwrok.width", "64"], ["arguments: --model.netwrok.width 64; did you mean model.network? see"]),
+    ([*COMPARE, "--optimizers", "adamw,dopr-adamw+update_evry=10"], ["'dopr-adamw+update_evry=10'", "update_every?"]),
     # Unknown keys, on the command line and in a file; abbreviations are not guessed at.
     ([*FIT, "--model.network.widht", "3"], ["model.network", "'widht'", "dopr fit --help"]),
     ([*FIT, "--modle.seed=3"], ["--modle.seed", "dopr fit --help"]),

@@ -16,9 +16,12 @@ from dopr_lightning.bench.machine import Rates, measure_rates
 from dopr_lightning.bench.plan import RANK, Planned, count_rows, plan
 from dopr_lightning.bench.predict import PHASES, predict
 from dopr_lightning.bench.report import COLOURS
-from dopr_lightning.bench.workloads import workloads
+from dopr_lightning.bench.workloads import known, workloads
 from dopr_lightning.errors import UserError
 from dopr_lightning.preconditioner.solvers import Solver
+
+LLAMA = "llama-3.1-8b"
+"""A model that is asked about and never measured."""
 
 H100 = Rates(
     square=50e12,
@@ -113,11 +116,15 @@ def resolve(name: str, rows: int) -> tuple[nn.Module, Mapping[str, int] | int, f
     Raises:
         UserError: There is no such model.
     """
-    if name == "llama-3.1-8b" or ":" in name:
+    if name == LLAMA or ":" in name:
         with torch.device("meta"):
             model = Llama8B() if ":" not in name else _call(name)
         planned = plan(model, rows)
         return model, rows, 6.0 * rows * sum(_weights(layer) for layer in planned)
+    if name not in known():
+        raise UserError(
+            f"unknown model {name!r}; choose from {LLAMA}, {', '.join(known())}, or package.module:function"
+        )
     workload = workloads([name], None)[0]
     model = workload.model("meta")
     ((inputs, target),) = workload.batches(1, "meta")

@@ -114,6 +114,11 @@ class TransformerBlock(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+def known() -> list[str]:
+    """The names of all workloads."""
+    return list(_makers())
+
+
 def workloads(names: Sequence[str] | None, batch_sizes: Sequence[int] | None) -> list[Workload]:
     """The workloads of these names (None: all) at these batch sizes (None: each one's own).
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.callback import DoPr
+from dopr_lightning.errors import UserError, did_you_mean
 from dopr_lightning.optim import BASES
 
 PREFIX = "dopr-"
@@ -49,7 +51,7 @@ def parse_arms(names: str) -> list[Arm]:
     """Arms from ``"adamw,dopr-adamw,dopr-adamw+solver=lowrank+update_every=10"``.
 
     Raises:
-        UserError: An unknown or repeated name, or options where there is no DoPr.
+        UserError: An unknown or repeated name, options where there is no DoPr, or one that it does not have.
     """
     arms = []
     for text in names.split(","):
@@ -61,6 +63,23 @@ def parse_arms(names: str) -> list[Arm]:
         if arm.base not in BASES:
             known = ", ".join(BASES)
             raise UserError(f"unknown optimizer {arm.name!r}; choose from {known}, each also as {PREFIX}NAME")
+        _check_options(arm)
     if len(set(arms)) < len(arms):
         raise UserError(f"--optimizers {names}: an optimizer is named twice")
     return arms
+
+
+def _check_options(arm: Arm) -> None:
+    """Refuse options that DoPr does not have, with the arm's name; it checks their values itself.
+
+    Raises:
+        UserError: There is none of that name, or it is given no value.
+    """
+    known = inspect.signature(DoPr).parameters
+    for option in arm.options:
+        name, _, value = option.partition("=")
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; choose from {', '.join(known)}"
+            raise UserError(f"{arm.name!r}: DoPr has no option {name!r}{hint}")
+        if not value:
+            raise UserError(f"{arm.name!r}: {name} needs a value, as in update_every=10")

@@ -26,6 +26,13 @@ def test_arms_may_carry_options_of_dopr() -> None:
         ("adamw+solver=exact", "options after \\+ are DoPr's, as in dopr-adamw\\+update_every=10"),
         ("dopr-adam", "unknown optimizer 'dopr-adam'"),
         ("adamw,adamw", "named twice"),
+        (
+            "adamw,dopr-adamw+update_evry=10",
+            "'dopr-adamw\\+update_evry=10': DoPr has no option 'update_evry'; did you mean update_every\\?",
+        ),
+        ("dopr-adamw+often=1", "DoPr has no option 'often'; choose from damping, damping_scale, update_every, ema"),
+        ("adamw,dopr-adamw+damping", "'dopr-adamw\\+damping': damping needs a value, as in update_every=10"),
+        ("dopr-adamw+solver=", "solver needs a value"),
     ],
 )
 def test_mistakes_are_named(names: str, message: str) -> None:

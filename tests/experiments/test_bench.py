@@ -288,6 +288,8 @@ def test_any_model_can_be_asked_about(tmp_path: Path) -> None:
         (["--batch", "32,x"], "--batch 32,x"),
         (["--tf32"], "--tf32: only GPUs have it"),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--model", "mlp-3"], "unknown model 'mlp-3'; choose from llama-3.1-8b, mlp-256, "),
+        (["--model", "mlp-3"], "resnet18, or package.module:function"),
         (["--model", "nowhere:make"], "nowhere"),
         (["--model", "math:pi"], "--model math:pi"),
         (["--model", "llama-3.1-8b", "--ranks", "2"], "--rates h100"),
