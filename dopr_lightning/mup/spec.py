@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mup.shape import zip_infshapes
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dopr_lightning.mup import rules
 from dopr_lightning.mup.declared import declared_roles
@@ -60,10 +61,10 @@ class MupSpec:
                 condition_dim=32``.
 
         Raises:
-            ValueError: Nothing scales; or something scales in a way that muP has no rule for: a dimension that is part
-                fixed, part scaling; three scaling dimensions, or two beside a fixed one; an embedding tied to a
-                readout; a readout whose weight is normalised, or weight_norm that is not by outputs; an embedding's
-                max_norm; torch's attention with growing heads; mup's MuReadout.
+            ValueError: The factory asks for values or leaves shapes open; nothing scales; or something scales in a way
+                that muP has no rule for: a dimension that is part fixed, part scaling; three scaling dimensions, or two
+                beside a fixed one; an embedding tied to a readout; a readout whose weight is normalised, or weight_norm
+                that is not by outputs; an embedding's max_norm; torch's attention with growing heads; mup's MuReadout.
         """
         if not base:
             raise ValueError(
@@ -317,9 +318,28 @@ def _is_torchs_draw(weight: Tensor) -> bool:
 
 
 def _on_meta(factory: Callable[..., nn.Module], keywords: Mapping[str, Any]) -> nn.Module:
+    """A model of the family, without values.
+
+    Raises:
+        ValueError: The factory asks for values, or leaves shapes open.
+    """
     # A factory may seed, or draw something on the CPU all the same.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return factory(**keywords)
+        try:
+            model = factory(**keywords)
+        except (RuntimeError, TypeError) as error:
+            if "meta" not in str(error):
+                raise
+            raise ValueError(
+                "a MupSpec's factory runs on the meta device, where tensors have shapes and no values, and this one "
+                f"asks for values ({error}); move to a device (.to, .cpu) and look at numbers (.item) outside of it"
+            ) from error
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise ValueError(
+            f"{_some(lazy)}: of a lazy layer, whose shape is open until data come; give its inputs, or run the model "
+            "once in the factory"
+        )
+    return model
 
 
 def _times(key: str, value: Any, factor: int) -> Any:

@@ -28,7 +28,8 @@ class CompositeOptimizer(Optimizer):
         self._bound = False
         groups = [group for part in self.parts for group in part.param_groups]
         self._peak = max(float(group["lr"]) / group.get("lr_mult", 1.0) for group in groups)
-        # What all parts have: OneCycleLR and CyclicLR look for betas or momentum there.
+        # What all parts have: OneCycleLR and CyclicLR look there for the betas or the momentum that they cycle, and
+        # refuse where parts differ, Muon's momentum and AdamW's betas, unless told cycle_momentum=False.
         common = set.intersection(*(set(part.defaults) for part in self.parts))
         super().__init__(groups, {name: self.parts[0].defaults[name] for name in common})
         self._bound = True

@@ -737,6 +737,18 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
     "fraction": (lambda width: nn.Linear(3, 4), {"width": 8.0}, r"width=8\.0 cannot scale.*positive whole number"),
     "zero": (lambda width: nn.Linear(3, 4), {"width": 0}, r"width=0 cannot scale"),
     "flag": (lambda width: nn.Linear(3, 4), {"width": True}, r"width=True cannot scale"),
+    "moved": (
+        lambda width: nn.Linear(3, width).to("cpu"),
+        {"width": 8},
+        r"runs on the meta device, .* \(Cannot copy out of meta.*\); move to a device \(\.to.* outside of it",
+    ),
+    "looked at": (
+        lambda width: nn.Linear(3, width if torch.ones(1).item() else 1),
+        {"width": 8},
+        r"asks for values \(Tensor\.item",
+    ),
+    "to numpy": (lambda width: nn.Linear(len(torch.ones(3).numpy()), width), {"width": 8}, "asks for values .*numpy"),
+    "lazy": (lambda width: nn.LazyLinear(width), {"width": 8}, "weight, bias: of a lazy layer, .*give its inputs"),
     "text": (lambda width: nn.Linear(3, 4), {"width": "8"}, r"width='8' cannot scale"),
     "no sizes": (lambda width: nn.Linear(3, 4), {"width": []}, r"width=\[\] cannot scale"),
     "a bad size": (lambda width: nn.Linear(3, 4), {"width": [8, -1]}, r"width=-1 cannot scale"),
@@ -766,6 +778,14 @@ def test_refused_by_name_and_with_the_way_out(case: str) -> None:
     factory, base, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         MupSpec.from_factory(factory, **base)
+
+
+def test_a_factorys_own_error_is_its_own() -> None:
+    def factory(width: int) -> nn.Module:
+        raise RuntimeError("no such camera")
+
+    with pytest.raises(RuntimeError, match=r"^no such camera$"):
+        MupSpec.from_factory(factory, width=8)
 
 
 @pytest.mark.parametrize(

@@ -486,6 +486,10 @@ def test_momentum_is_cycled_where_all_parts_have_the_same() -> None:
     assert after < 0.9
     with pytest.raises(ValueError, match="`cycle_momentum`"):  # Muon's momentum, AdamW's betas
         lr_scheduler.OneCycleLR(start("muon")[1], 0.01, total_steps=10)
+    model, optimizer = start("muon")
+    scheduler = lr_scheduler.OneCycleLR(optimizer, peaks(optimizer), total_steps=10, cycle_momentum=False)
+    train(model, optimizer, 3, lambda _: scheduler.step())
+    assert {group["momentum"] for group in optimizer.param_groups if "momentum" in group} == {0.95}
 
 
 class Trained(L.LightningModule):
