@@ -90,10 +90,14 @@ class CLI(LightningCLI):
                 **options,
             )
         except ArgumentError as error:
-            parser = getattr(self, "_subcommand_parsers", {}).get("fit", self.parser)
+            words = sys.argv[1:] if args is None else args
+            verb = next((word for word in words[:1] if word in HELP), "fit")  # `resolve` has options only
+            parser = getattr(self, "_subcommand_parsers", {}).get(verb, self.parser)
             known = [action.dest for action in parser._actions]
-            said = reason_with_place(error, sys.argv[1:] if args is None else args, known)
-            raise UserError(f"{said}{'' if said.endswith('?') else ';'} see: {project.command} fit --help") from error
+            said = reason_with_place(error, words, known)
+            raise UserError(
+                f"{said}{'' if said.endswith('?') else ';'} see: {project.command} {verb} --help"
+            ) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, fill in what a sweep found, and refuse a ``--ckpt_path`` that is no checkpoint before it is opened.

@@ -61,7 +61,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["demo", "lift"], ["unknown verb 'demo'; did you mean demos?"]),
     (["fit"], ["fit.data.source; name a configuration, as in --config walker2d.yaml"]),
     (["test"], ["what is to be judged? Give --ckpt FILE, or --ckpt_path FILE beside its configuration"]),
-    (["validate", "--trainer.max_steps=3"], ["what is to be judged? Give --ckpt FILE"]),
+    (["validate", "--trainer.max_steps=3"], ["what is to be judged? Give --ckpt FILE", "see: dopr validate --help"]),
     (["fit", "walker2d.yaml"], ["unrecognized arguments: walker2d.yaml; did you mean --config walker2d.yaml? see"]),
     (["fit", "--config", "walker2d"], ["no configuration file 'walker2d' here, nor", "did you mean walker2d.yaml?"]),
     ([*FIT, "--model.netwrok.width", "64"], ["arguments: --model.netwrok.width 64; did you mean model.network? see"]),

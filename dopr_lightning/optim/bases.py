@@ -103,6 +103,8 @@ def resolve(base: Choice) -> Base:
     algorithm, options = (base.func, base.keywords) if isinstance(base, partial) else (base, {})
     if not (isinstance(algorithm, type) and issubclass(algorithm, Optimizer)):
         raise ValueError(f"unknown base optimizer {base!r}; choose from {', '.join(BASES)}, or an Optimizer class")
+    if isinstance(base, partial) and base.args:
+        raise ValueError(f"give the partial {algorithm.__name__} its options by name")
     if given := {"params", "lr", "weight_decay"} & options.keys():
         raise ValueError(
             f"leave {' and '.join(sorted(given))} out of the partial {algorithm.__name__}; they are set here"

@@ -329,6 +329,7 @@ def test_a_cosine_without_a_trainer_must_be_told_its_end(module: nn.Module) -> N
         ({"base": torch.optim.LBFGS, "lr": 1.0}, "LBFGS evaluates the loss several times.*needs a closure"),
         ({"base": torch.optim.Muon, "lr": 1.0}, r"torch\.optim\.Muon takes matrices only; base='muon'"),
         ({"base": partial(torch.optim.AdamW, lr=1.0), "lr": 1.0}, "leave lr out of the partial AdamW"),
+        ({"base": partial(torch.optim.AdamW, []), "lr": 1.0}, "give the partial AdamW its options by name"),
         ({"base": partial(torch.optim.AdamW, beta=0.9), "lr": 1.0}, "AdamW does not accept these options: .*'beta'"),
         ({"base": lambda params, **options: None, "lr": 1.0}, "unknown base optimizer <function"),
         ({"lr": 1.0, "beta": 0.9}, "AdamW does not accept these options: .*'beta'"),
