@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -262,7 +263,11 @@ class _SaveConfig(SaveConfigCallback):
 def run(verb: str, arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Run ``dopr fit``, ``validate`` or ``test``."""
     quiet()
+    joined = dist.is_initialized()
     CLI([verb, *arguments], project=project)
+    if dist.is_initialized() and not joined:
+        # Lightning leaves it to the interpreter's end, where its threads now and then abort the process.
+        dist.destroy_process_group()
 
 
 def quiet() -> None:

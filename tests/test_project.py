@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from toy_project import Data, Policy
 from toy_task import CONFIG
 
@@ -57,6 +58,15 @@ def test_fit_on_two_processes_and_resumed(here: Path) -> None:
     assert re.search(r"reported: held-out loss \S+, return \S+ in \d+ rollouts", said)
     policy = Policy.load_from_checkpoint(here / "last.ckpt")
     assert policy.weight == 0.5
+
+
+def test_no_process_group_is_left_to_the_interpreters_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ["--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.max_steps=4", "--trainer.logger=false"]
+    joined: list[bool] = []
+    monkeypatch.setattr(Policy, "on_train_end", lambda self: joined.append(dist.is_initialized()), raising=False)
+    assert main(["fit", *ARGUMENTS, *one, f"--checkpoint.dirpath={here}"], OWN) == 0
+    assert joined == [True]
+    assert not dist.is_initialized()
 
 
 def test_compare_trains_it_in_worker_processes(here: Path) -> None:
