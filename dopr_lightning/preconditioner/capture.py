@@ -146,9 +146,13 @@ class _Tap:
         if not output.requires_grad:
             return output
         x = x.to_local() if isinstance(x, DTensor) else x
+        # Autocast's own cast is what the weight multiplied and what autograd keeps: x itself may be overwritten.
+        if self.layer.rearranges and output.dtype in _LOW_PRECISION:
+            x = x.to(output.dtype)
         return _CountRows.apply(output, x.detach(), self.capture.current_mask, self.key, self)
 
 
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _keys = count()
 _tap_of_key: WeakValueDictionary[int, _Tap] = WeakValueDictionary()
 

@@ -28,6 +28,7 @@ class Watched:
     functional: bool = False
     position: int = 0
     attribute: str = "weight"
+    rearranges: bool = True
 
     @property
     def kind(self) -> str:
@@ -206,12 +207,15 @@ def test_an_output_that_autograd_needs_still_may_not_be_overwritten() -> None:
 
 
 def test_an_input_overwritten_before_backward_is_refused() -> None:
-    """Under autocast autograd keeps a cast copy and would not notice; the covariance would be of other rows."""
-    module = nn.Linear(4, 2)
-    Rows().capture(Watched([module]))
+    """Under autocast autograd keeps a cast copy and would not notice; a layer that computes its rows needs x itself."""
+    module, rows = nn.Linear(4, 2), Rows()
+    layer = Watched([module], rearranges=False)
+    rows.capture(layer)
     x = torch.randn(8, 4)
     with torch.autocast("cpu", torch.bfloat16):
+        module(x).sum().backward()
         y = module(x)
+    assert torch.equal(rows.of(layer), x)
     x.mul_(100)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -254,7 +258,7 @@ def test_the_sink_runs_without_autocast_and_gradients() -> None:
     Capture([Watched([module])], sink, lambda: True)  # type: ignore[list-item, arg-type]
     with torch.autocast("cpu", torch.bfloat16):
         module(torch.randn(3, 4)).sum().backward(create_graph=True)
-    assert seen == [(torch.float32, False, False)]
+    assert seen == [(torch.bfloat16, False, False)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -186,3 +186,39 @@ def test_autocast_around_everything_leaves_statistics_and_m_in_float32(
         found = model.get_parameter(name).grad.double()
         assert float((found - expected).norm() / expected.norm()) < 1e-4
     assert {row.rows for row in ap.summary() if row.covered} == {n}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layer", ["linear", "conv", "attention"])
+def test_under_autocast_a_residual_may_be_added_in_place_and_the_rows_are_those_of_the_cast_input(
+    layer: str, compiled: bool, attach, damped_solve
+) -> None:
+    """As without DoPr: torch keeps its cast of the input. Of these inputs little is left in bfloat16."""
+    torch.manual_seed(0)
+    module = {
+        "linear": nn.Linear(6, 6),
+        "conv": nn.Conv1d(6, 6, 1),
+        "attention": nn.MultiheadAttention(6, 2, batch_first=True),
+    }[layer]
+    x = 4 + 0.05 * torch.randn(20, 7, 6)
+    ap = attach(module, solver="exact")
+
+    def residual(h: Tensor) -> Tensor:
+        if layer == "attention":
+            h += module(h, h, h, need_weights=False)[0]
+        elif layer == "conv":
+            h += module(h.mT).mT
+        else:
+            h += module(h)
+        return h.square().mean()
+
+    run = torch.compile(residual, backend="aot_eager", fullgraph=True) if compiled else residual
+    with torch.autocast("cpu", torch.bfloat16):
+        run(x.clone()).backward()
+    weight = next(module.parameters())
+    before = weight.grad.detach().clone()
+    ap.step()
+    for dtype, is_it in ((torch.bfloat16, True), (torch.float32, False)):
+        expected = damped_solve(before.flatten(1).double(), x.to(dtype).double().flatten(0, 1))
+        error = (weight.grad.flatten(1).double() - expected).norm() / expected.norm()
+        assert bool(error < 1e-5) is is_it

@@ -42,6 +42,8 @@ class Layer(ABC):
         functional: Its input is no argument of its module's forward; a functional linear within it uses the weight.
         part: Tells the layers of one module type apart; None where there is but one.
         submodules: Children of the module whose parameters belong to it since their forward is never called.
+        rearranges: Whether the rows are made of the input's entries without arithmetic, so that it may come in any
+            dtype, as autocast rounded it for example; others are given it as the module got it, in the statistics'.
         name: The weight's public name, ``"blocks.2.fc1.weight"``, and unique: a span's layer adds its :attr:`part`.
         modules: The modules that feed the weight: one, or several that share it.
         blocks: Number of independent covariances, all of one size.
@@ -58,6 +60,7 @@ class Layer(ABC):
     functional: bool = False
     part: ClassVar[str | None] = None
     submodules: ClassVar[tuple[str, ...]] = ()
+    rearranges: bool = False
 
     name: str
     modules: list[nn.Module]
@@ -154,14 +157,7 @@ class Layer(ABC):
 
 
 class DenseLayer(Layer):
-    """A layer with full covariances over explicit rows.
-
-    Attributes:
-        rearranges: Whether :meth:`rows` does no arithmetic, so that it may be given inputs of any dtype; others are
-            given the statistics'.
-    """
-
-    rearranges: bool = False
+    """A layer with full covariances over explicit rows."""
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
