@@ -32,8 +32,9 @@ class DiagonalStack(Stack):
     def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> Tensor:
         assert isinstance(layer, DiagonalLayer)
         tokens, is_row = layer.tokens(x)
-        if mask is not None and mask.numel() == tokens.numel():
-            is_row = is_row & layer.positions(mask)
+        keep = None if mask is None else self._keep(layer, x, mask, len(tokens))
+        if keep is not None:
+            is_row = is_row & keep
         self._sums[part.start].index_add_(0, tokens, is_row.to(self.dtype))
         return is_row.sum()
 

@@ -161,6 +161,7 @@ class ActivationPreconditioner:
         )
         self._stacks = make_stacks(layers, options, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
+        self._masks = _Masks()
         self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
@@ -194,6 +195,7 @@ class ActivationPreconditioner:
             if refreshed:
                 self._refresh()
                 self._audit.report()
+                self._masks.report()
             if measure:
                 before = {name: gradient.clone() for name, gradient in self._gradients()}
             with _range("dopr::apply"):
@@ -212,6 +214,7 @@ class ActivationPreconditioner:
         """
         for stack in self._stacks:
             stack.discard()
+        self._masks.clear()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -241,12 +244,20 @@ class ActivationPreconditioner:
 
         Args:
             mask: Boolean, True for rows that count, shaped like the positions of the layers' inputs: (B, T) for inputs
-                (B, T, d). Layers that see another number of rows, after pooling for example, count all of theirs.
+                (B, T, d), (T, B) for inputs (T, B, d). Layers that see another number of rows, after pooling for
+                example, count all of theirs.
+
+        Raises:
+            TypeError: The mask is not boolean.
+            ValueError: In the backward: a layer's input has the mask's positions in another order.
 
         Example:
             >>> with ap.mask(tokens != PADDING):  # doctest: +SKIP
             ...     loss = loss_function(model(tokens), targets)
         """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a boolean tensor, True for rows that count, got {found}; write mask.bool()")
         return self._capture.mask(mask)
 
     def remove(self) -> None:
@@ -372,6 +383,8 @@ class ActivationPreconditioner:
         with _range("dopr::statistics"):
             stack = self._stack_of[layer]
             stack.add(layer, x, mask)
+            if mask is not None:
+                self._masks.note(mask, stack.mask_fits)
             if isinstance(stack, WoodburyStack) and stack.too_many_rows:
                 self._replace(stack, stack.to_exact())
 
@@ -449,6 +462,33 @@ class ActivationPreconditioner:
         elif not stack.warned:
             stack.warned = True
             log.warning("%s", _describe(stack, "raise max_error or damping, or take solver='auto'"))
+
+
+class _Masks:
+    """Did the masks of a step fit any layer?"""
+
+    def __init__(self) -> None:
+        self._warned = False
+        self._shape: tuple[int, ...] | None = None
+        self._fitted = False
+
+    def note(self, mask: Tensor, fits: bool) -> None:
+        self._shape = tuple(mask.shape)
+        self._fitted |= fits
+
+    def report(self) -> None:
+        """Say once that they did not."""
+        if self._shape is not None and not self._fitted and not self._warned:
+            self._warned = True
+            log.warning(
+                "the mask of shape %s fits the input of no covered layer, so all rows count, padding too; it must have "
+                "the shape of the inputs' positions, (B, T) for (B, T, d)",
+                self._shape,
+            )
+        self.clear()
+
+    def clear(self) -> None:
+        self._shape, self._fitted = None, False
 
 
 @dataclass(frozen=True)

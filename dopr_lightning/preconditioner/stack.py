@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Stack(ABC):
         refreshed_at: Step of the last good inverse, per layer, None before the first.
         refreshes: How many there were.
         failures: Refreshes that gave no usable inverse, per layer; and how many of them in a row.
+        mask_fits: Whether the latest mask had as many positions as the layer saw rows.
     """
 
     solver: ClassVar[str]
@@ -77,6 +79,7 @@ class Stack(ABC):
         self.failures = [0] * len(self.layers)
         self.failures_in_a_row = [0] * len(self.layers)
         self.refreshes = 0
+        self.mask_fits = False
         self._rows_added = [0] * len(self.layers)
         self._index = {layer: index for index, layer in enumerate(self.layers)}
         self._allocated = False
@@ -124,6 +127,9 @@ class Stack(ABC):
             layer: One of :attr:`layers`.
             x: What its module was called with.
             mask: Which rows count; ignored by a layer that sees another number of rows than the mask has.
+
+        Raises:
+            ValueError: The mask has the input's positions in another order.
         """
         self.begin()
         index = self._index[layer]
@@ -302,7 +308,7 @@ class Stack(ABC):
         """The rows of a dense layer's input, (blocks, n, d), in the statistics' dtype, and how many count."""
         assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
         rows = layer.rows(x if layer.rearranges else x.to(self.dtype))
-        keep = None if mask is None or mask.numel() != rows.shape[1] else layer.positions(mask)
+        keep = None if mask is None else self._keep(layer, x, mask, rows.shape[1])
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:
             stride = -(-rows.shape[1] // limit)
@@ -311,6 +317,19 @@ class Stack(ABC):
         if keep is None:
             return rows, rows.shape[1]
         return torch.where(keep[:, None], rows, 0), keep.sum()  # where, not times: padding may hold NaN
+
+    def _keep(self, layer: Layer, x: Tensor, mask: Tensor, rows: int) -> Tensor | None:
+        """The mask in the order of the layer's rows; None where it is not for as many."""
+        self.mask_fits = mask.numel() == rows
+        if not self.mask_fits:
+            return None
+        grid = layer.grid(x)
+        if mask.dim() == len(grid) and mask.shape != grid and mask.numel() == math.prod(grid):
+            raise ValueError(
+                f"{layer.name}: the mask's shape is {tuple(mask.shape)}, that of the input's positions {grid}; "
+                "transpose the mask around this layer's forward (or flatten it, where its order is the rows')"
+            )
+        return layer.positions(mask)
 
     def _damping(self, traces: Tensor) -> Tensor:
         return damping_values(traces, self.dim, self.options.damping, self.options.damping_scale)

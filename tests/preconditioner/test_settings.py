@@ -146,6 +146,62 @@ def test_a_layer_that_sees_other_positions_than_the_mask_counts_all_of_its_rows(
     assert rows(ap) == {"0.weight": 15, "1.weight": 3}
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "positions"),
+    [
+        (nn.Linear(6, 4), (7, 3, 6), (7, 3)),
+        (nn.Linear(12, 4), (7, 3, 12), (7, 3)),
+        (nn.Embedding(9, 4), (7, 3), (7, 3)),
+        (nn.Conv1d(6, 4, 1), (7, 6, 3), (7, 3)),
+        (nn.ConvTranspose2d(6, 4, 1, bias=False), (6, 7, 3), (7, 3)),
+        (nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0), (7, 3, 6), (7, 3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_mask_of_another_order_is_refused_with_both_shapes(
+    model: nn.Module, shape: tuple[int, ...], positions: tuple[int, int]
+) -> None:
+    """As many positions, so that nothing else would tell."""
+    x = torch.randint(9, shape) if isinstance(model, nn.Embedding) else torch.randn(*shape)
+    ap = ActivationPreconditioner(model, max_dim=6)
+    with ap.mask(MASK):
+        y = model(x)
+    with pytest.raises(ValueError, match=r"weight.*: the mask's shape is \(3, 7\).* \(7, 3\); transpose the mask"):
+        y.sum().backward()
+    ap.discard()
+    for mask in (MASK.T, MASK.T.flatten()):  # of the input's shape, or by its rows
+        model.zero_grad()
+        with ap.mask(mask):
+            model(x).sum().backward()
+        ap.step()
+        assert set(rows(ap).values()) == {15}
+
+
+def test_a_mask_that_is_not_boolean_is_refused_when_it_is_given() -> None:
+    ap = ActivationPreconditioner(nn.Linear(6, 4))
+    with pytest.raises(TypeError, match=r"mask must be a boolean tensor.*, got torch\.int64; write mask\.bool\(\)"):
+        ap.mask(MASK.long())
+
+
+def test_a_mask_that_fits_no_layer_in_a_step_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    def warnings(*masks: Tensor) -> list[str]:
+        caplog.clear()
+        for mask in masks:
+            with ap.mask(mask):
+                model[1](torch.tanh(model[0](draw(0, 3, 7, 6))).mean(1)).sum().backward()
+        ap.step()
+        model.zero_grad()
+        return [record.getMessage() for record in caplog.records]
+
+    model = nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 2)]).double()
+    ap = ActivationPreconditioner(model)
+    assert not warnings(MASK)
+    assert not warnings(MASK[:, 1:], MASK)
+    (message,) = warnings(MASK[:, 1:])
+    assert "the mask of shape (3, 6) fits the input of no covered layer" in message
+    assert not warnings(MASK[:, 1:])
+
+
 # Rows and sizes
 
 

@@ -139,6 +139,10 @@ class Layer(ABC):
         """A mask of the input's positions in the order of the rows, (n,)."""
         return mask.flatten()
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of an input's positions, which a mask of it must have: (B, T) for (B, T, d)."""
+        return tuple(x.shape[:-1])
+
     def check_sharding(self) -> None:  # noqa: B027 - nothing to refuse by default
         """Raise ValueError if the weight is sharded such that its gradient would have to be gathered."""
 

@@ -44,6 +44,9 @@ class BlockDiagonal(DenseLayer):
     def positions(self, mask: Tensor) -> Tensor:
         return self.layer.positions(mask)
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        return self.layer.grid(x)
+
     def check_sharding(self) -> None:
         self.layer.check_sharding()
 

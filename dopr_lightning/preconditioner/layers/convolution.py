@@ -55,6 +55,9 @@ class Convolution(MatrixLayer):
         geometry = (tuple(self._windows), tuple(self._padding), self._padding_mode) if self.conv == "patch" else None
         return super().signature, geometry
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        return _grid(x, self._spatial)
+
     def vectors(self, x: Tensor) -> Tensor:
         x = x if x.dim() == self._spatial + 2 else x[None]
         if self.conv == "patch":
@@ -103,6 +106,9 @@ class TransposedConvolution(MatrixLayer):
         self.dim = module.in_channels // module.groups
         self._spatial = len(module.kernel_size)
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        return _grid(x, self._spatial)
+
     def vectors(self, x: Tensor) -> Tensor:
         return _channels(x if x.dim() == self._spatial + 2 else x[None], self.blocks)
 
@@ -111,6 +117,11 @@ class TransposedConvolution(MatrixLayer):
 
     def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         return matrix.transpose(1, 2).reshape(shape)
+
+
+def _grid(x: Tensor, spatial: int) -> tuple[int, ...]:
+    """The batch, if there is one, and the positions."""
+    return *x.shape[: x.dim() - spatial - 1], *x.shape[-spatial:]
 
 
 def _channels(x: Tensor, groups: int) -> Tensor:

@@ -30,6 +30,9 @@ class Embedding(DiagonalLayer):
     def signature(self) -> Hashable:
         return super().signature, self._padding
 
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape)
+
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.flatten().long()
         if self._padding is None:
