@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dopr_lightning.preconditioner.layers import (
     ConvCovariance,
     Layer,
+    layer_types,
     layers_of,
     named_modules,
     not_covered,
@@ -80,11 +82,12 @@ def find_coverage(
 
     Raises:
         NothingToPreconditionError: Nothing is left to cover.
-        ValueError: A weight is sharded such that its gradient would have to be gathered.
+        ValueError: A weight is sharded such that its gradient would have to be gathered, or a pattern matches nothing.
     """
     root = model
     while (inside := _inside(root)) is not None:
         root = inside
+    _check_patterns(root, include or (), exclude)
     chosen = None if parameters is None else {id(parameter) for parameter in parameters}
     reasons: dict[str, str] = {}
     frozen: list[Layer] = []
@@ -134,6 +137,27 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, DistributedDataParallel):
         return model.module
     return next((child for name, child in model.named_children() if not public_name(name)), None)
+
+
+def _check_patterns(root: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise ValueError for a glob that matches no module with parameters: it would do nothing, in silence."""
+    names = [
+        name
+        for name, module in named_modules(root)
+        if layer_types(module) or any(value is not None for value in module._parameters.values())
+    ]
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if any(fnmatchcase(name, pattern) for name in names):
+                continue
+            globs = {f"{name.rsplit('.', level)[0]}.*" for name in names for level in range(1, name.count(".") + 1)}
+            near = [name for name in (pattern.rpartition(".")[0], f"{pattern}.*") if name in {*names, *globs} - {""}]
+            near += get_close_matches(pattern, [*names, *globs], n=1, cutoff=0.7)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            parameters = (public_name(name) for name, _ in root.named_parameters())
+            if any(fnmatchcase(name, pattern) for name in parameters):
+                guess = f": these are names of modules, not of parameters{guess}"
+            raise ValueError(f"{option}: {pattern!r} matches no module with parameters in {type(root).__name__}{guess}")
 
 
 def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:

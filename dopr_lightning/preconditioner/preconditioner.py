@@ -77,8 +77,9 @@ class ActivationPreconditioner:
         max_rows: Use at most so many rows of each input, evenly spread over it. None: all. 16 times the width leaves
             little noise, whatever the batch.
         max_failures: Raise after so many failed refreshes of one layer in a row.
-        include: Globs on whole module names (``"blocks.*"``); only matching modules are covered. None: all.
-        exclude: Globs on whole module names that are left alone.
+        include: Globs on whole module names (``"blocks.*"``); only matching modules are covered. None: all. Each must
+            match a module of the model that has parameters.
+        exclude: Globs on whole module names that are left alone. Likewise.
         parameters: Only these parameters are covered, for one of several optimizers. None: all.
         process_group: The ranks that hold the model, over which statistics are pooled; needed where pipeline stages
             hold different layers. None: the default group where one exists. Ranks that see the same rows
@@ -89,8 +90,8 @@ class ActivationPreconditioner:
         steps: Calls of :meth:`step` so far.
 
     Raises:
-        ValueError: An argument is out of range, a weight is sharded in a way that would need its gradient gathered, or
-            nothing in ``model`` is left to cover.
+        ValueError: An argument is out of range, a pattern matches nothing, a weight is sharded in a way that would need
+            its gradient gathered, or nothing in ``model`` is left to cover.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))

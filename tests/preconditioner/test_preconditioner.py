@@ -295,7 +295,8 @@ def test_remove_takes_the_hooks_off() -> None:
         ({"update_every": 0}, "update_every must be at least 1"),
         ({"ema": 1.0}, "ema must lie in"),
         ({"conv": "pixel"}, "conv must be one of"),
-        ({"include": ["nowhere"]}, "nothing to precondition in Sequential"),
+        ({"include": ["1"]}, "include: '1' matches no module with parameters in Sequential"),
+        ({"exclude": ["?"]}, "nothing to precondition in Sequential"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from itertools import pairwise, product
 
 import pytest
@@ -478,7 +479,7 @@ def test_include_and_exclude_are_globs_on_whole_names() -> None:
     assert covered(exclude=["m.1"]) == every - {"m.1.weight"}
     assert covered(exclude=["m.1?"]) == every - {"m.10.weight", "m.11.weight"}
     assert covered(exclude=["m*"]) == {"n.weight"}
-    assert covered(exclude=["M.1", "m"]) == every
+    assert covered(exclude=["m.1", "n"]) == every - {"m.1.weight", "n.weight"}
     assert covered(include=["m.1", "n"]) == {"m.1.weight", "n.weight"}
     assert covered(include=["m.*"], exclude=["m.1*"]) == every - {
         "n.weight",
@@ -486,6 +487,32 @@ def test_include_and_exclude_are_globs_on_whole_names() -> None:
         "m.10.weight",
         "m.11.weight",
     }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("encodr.*", "; did you mean 'encoder.*'?"),
+        ("Head", "; did you mean 'head'?"),
+        ("head.*", ": these are names of modules, not of parameters; did you mean 'head'?"),
+        ("encoder.1.*", "; did you mean 'encoder.*'?"),
+        ("encoder", "; did you mean 'encoder.*'?"),
+        ("head.weight", ": these are names of modules, not of parameters; did you mean 'head'?"),
+        ("*.bias", ": these are names of modules, not of parameters"),
+        ("somewhere.else", ""),
+    ],
+)
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_refused_with_a_guess(option: str, pattern: str, said: str) -> None:
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4))
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(4, 2), "frozen": nn.Linear(2, 2)})
+    model["frozen"].requires_grad_(False)
+    expected = f"{option}: {pattern!r} matches no module with parameters in ModuleDict{said}"
+    for some in (None, list(model["head"].parameters())):  # for one of several optimizers, the same
+        with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+            ActivationPreconditioner(model, parameters=some, **{option: ["head", pattern]})
+        # Those of another optimizer, frozen ones and norms are there.
+        ActivationPreconditioner(model, parameters=some, exclude=["encoder.0", "frozen", "encoder.2"])
 
 
 def test_frozen_and_excluded_layers_cost_nothing() -> None:
