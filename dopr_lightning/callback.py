@@ -31,8 +31,9 @@ class DoPr(pl.Callback):
     see. Under data parallelism covariances are pooled over ranks, so ranks stay bit-identical. The state travels in
     Lightning's checkpoints. A step that a gradient scaler skips (``precision="16-mixed"``) leaves no trace.
 
-    With several optimizers (manual optimization) each has statistics and a cadence of its own, for the layers whose
-    weights it holds. Use ``toggle_optimizer``, or rows that one network saw for the other's loss count for both.
+    Layers whose weights no optimizer holds are left alone. With several optimizers (manual optimization) each has
+    statistics and a cadence of its own, for the layers whose weights it holds. Use ``toggle_optimizer``, or rows that
+    one network saw for the other's loss count for both.
 
     Args:
         damping: See :class:`~dopr_lightning.preconditioner.preconditioner.ActivationPreconditioner`, as for the rest.
@@ -136,10 +137,16 @@ class DoPr(pl.Callback):
         self.preconditioners = [ActivationPreconditioner(pl_module, **self.options)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Now that the optimizers are there: one preconditioner each. Go on from a checkpoint."""
-        if len(trainer.optimizers) > 1:
+        """Now that the optimizers are there: one preconditioner each. Go on from a checkpoint.
+
+        Raises:
+            ValueError: No optimizer holds the weight of a layer that is covered.
+        """
+        if len(trainer.optimizers) > 1 or any(_leaves_some_out(o, pl_module) for o in trainer.optimizers):
             self._remove()
             self.preconditioners = [self._for(optimizer, pl_module) for optimizer in trainer.optimizers]
+            if not any(self.preconditioners):
+                raise ValueError("nothing to precondition: no optimizer holds the weight of a layer that DoPr covers")
         if self._state:
             self._load(self._state["preconditioners"])
         self._state = None
@@ -255,6 +262,16 @@ class DoPr(pl.Callback):
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _leaves_some_out(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether there are parameters that are trained, and not by this optimizer.
+
+    Not where it holds others than the model's, flattened ones say: what it trains cannot be told then.
+    """
+    held = {id(parameter) for parameter in _parameters(optimizer)}
+    parameters = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    return held <= parameters.keys() and any(trained for key, trained in parameters.items() if key not in held)
 
 
 def _will_skip(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -611,6 +611,66 @@ def test_an_optimizer_with_nothing_to_precondition_is_left_alone(tmp_path: Path)
     assert dopr.state_dict()["preconditioners"][1] is None
 
 
+class Half(TwoLayers):
+    """Its optimizer holds the second layer alone, and nobody zeroes the gradient of the first."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.second.parameters(), lr=0.01)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_no_optimizer_holds_are_left_alone(frozen: bool, tmp_path: Path) -> None:
+    class Frozen(TwoLayers):
+        """Frozen before training, and among the optimizer's parameters all the same."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first.requires_grad_(False)
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *args: Any) -> None:
+            reasons.update({row.parameter: row.reason for row in dopr.preconditioners[0].summary()})
+            gradients.append(None if model.first.weight.grad is None else model.first.weight.grad.clone())
+
+    model, dopr, batches = Frozen() if frozen else Half(), DoPr(damping=GAMMA), [draw(step, 9, 6) for step in range(3)]
+    if frozen:
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.01)  # type: ignore[method-assign]
+    reasons, gradients = {}, []
+    before, after = fit(tmp_path, model, dopr, batches, callbacks=[Look()])
+    for step, (_, h) in enumerate(model.inputs):
+        expected = rewritten(before[step]["second.weight"], h)
+        assert distance(after[step]["second.weight"], expected) < 1e-4
+    assert reasons["second.weight"] == ""
+    if frozen:
+        assert "frozen" in reasons["first.weight"]
+        return
+    assert reasons["first.weight"] == "its weight is not among the optimizer's parameters"
+    plain = Half()
+    expected = torch.zeros_like(plain.first.weight)
+    for step, x in enumerate(batches):  # by the plain gradients, as they add up
+        weight = model.second.weight.detach() + 0.01 * sum(m["second.weight"] for m in after[step:])
+        plain.second.weight.data.copy_(weight)
+        plain.training_step(x).backward()
+        expected = plain.first.weight.grad
+        torch.testing.assert_close(gradients[step], expected)
+
+
+def test_an_optimizer_that_holds_nothing_to_precondition_is_refused_where_it_is_the_only_one(tmp_path: Path) -> None:
+    class Norm(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(6)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.norm.parameters(), lr=0.01)
+
+    with pytest.raises(ValueError, match="nothing to precondition: no optimizer holds the weight of a layer"):
+        fit(tmp_path, Norm(), DoPr(), [draw(0, 9, 6)])
+
+
 def test_an_optimizer_whose_layers_are_all_unfrozen_later_is_named(tmp_path: Path) -> None:
     class WarmUp(Game):
         def __init__(self) -> None:

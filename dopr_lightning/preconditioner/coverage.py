@@ -103,7 +103,7 @@ def find_coverage(
                     frozen.append(layer)
                 reason = refused or FROZEN
             elif chosen is not None and id(layer.weight) not in chosen:
-                reason = "its parameters belong to another optimizer"
+                reason = "its weight is not among the optimizer's parameters"
             if reason is None:
                 used.append(layer)
                 found.setdefault(layer.key, []).append(layer)

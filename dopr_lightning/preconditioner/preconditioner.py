@@ -80,7 +80,7 @@ class ActivationPreconditioner:
         include: Globs on whole module names (``"blocks.*"``); only matching modules are covered. None: all. Each must
             match a module of the model that has parameters.
         exclude: Globs on whole module names that are left alone. Likewise.
-        parameters: Only these parameters are covered, for one of several optimizers. None: all.
+        parameters: Only these parameters are covered, those of one optimizer. None: all.
         process_group: The ranks that hold the model, over which statistics are pooled; needed where pipeline stages
             hold different layers. None: the default group where one exists. Ranks that see the same rows
             (tensor parallelism) may be among them: sums and counts multiply alike.

@@ -538,7 +538,7 @@ def test_parameters_of_another_optimizer_are_left_alone() -> None:
     assert torch.equal(after["0.weight"], before["0.weight"])
     assert rows(ap) == {"2.weight": 9}
     reasons = {row.parameter: row.reason for row in ap.summary()}
-    assert reasons["0.weight"] == "its parameters belong to another optimizer"
+    assert reasons["0.weight"] == "its weight is not among the optimizer's parameters"
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.5}, {"solver": "lowrank"}, {"update_every": 2}])
