@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from logging import getLogger
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -15,7 +17,7 @@ from torch.optim import Optimizer
 from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, check_still_frozen
-from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
+from dopr_lightning.preconditioner.layers import ConvCovariance, Layer, named_modules
 from dopr_lightning.preconditioner.preconditioner import check_options
 from dopr_lightning.preconditioner.solvers import Solver
 
@@ -132,9 +134,21 @@ class DoPr(pl.Callback):
             self._state = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it."""
+        """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it.
+
+        Raises:
+            ValueError: Nothing in the model is left to cover, or another callback is going to unfreeze layers.
+        """
         self._remove()  # where another callback's on_exception kept an earlier fit from it
-        self.preconditioners = [ActivationPreconditioner(pl_module, **self.options)]
+        preconditioner = ActivationPreconditioner(pl_module, **self.options)
+        self.preconditioners = [preconditioner]
+        tuners = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]
+        if tuners and preconditioner.frozen:
+            exclude = [*self.options["exclude"], *_frozen_globs(preconditioner, pl_module)]
+            raise ValueError(
+                f"{type(tuners[0]).__name__} unfreezes layers in the middle of the fit, and DoPr covers none then; "
+                f"leave those that are frozen now to the base optimizer: DoPr(exclude={exclude})"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Now that the optimizers are there: one preconditioner each. Go on from a checkpoint.
@@ -272,6 +286,18 @@ def _leaves_some_out(optimizer: Optimizer, model: nn.Module) -> bool:
     held = {id(parameter) for parameter in _parameters(optimizer)}
     parameters = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     return held <= parameters.keys() and any(trained for key, trained in parameters.items() if key not in held)
+
+
+def _frozen_globs(preconditioner: ActivationPreconditioner, model: nn.Module) -> list[str]:
+    """Few patterns for the modules of its frozen layers, which match none that it covers."""
+    covered = [row.parameter for row in preconditioner.summary() if row.covered]
+    frozen = {id(module) for layer in preconditioner.frozen for module in layer.modules}
+    globs = []
+    for name in (name for name, module in named_modules(model) if id(module) in frozen):
+        around = [f"{name[: dot.start()]}." for dot in re.finditer(r"\.", name)]
+        free = (prefix for prefix in around if not any(parameter.startswith(prefix) for parameter in covered))
+        globs.append(next((f"{prefix}*" for prefix in free), name))
+    return list(dict.fromkeys(globs))
 
 
 def _will_skip(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -9,7 +9,12 @@ from typing import Any, Self
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -609,6 +614,49 @@ def test_an_optimizer_with_nothing_to_precondition_is_left_alone(tmp_path: Path)
     assert distance(after[0]["generator.weight"], rewritten(before[0]["generator.weight"], draw(0, 9, 6))) < 1e-4
     assert torch.equal(after[1]["temperature"], before[1]["temperature"])
     assert dopr.state_dict()["preconditioners"][1] is None
+
+
+class Backbone(TwoLayers):
+    """Whose backbone is frozen at first, and trained from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return super().training_step(self.backbone(x))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_gradual_unfreezing_is_refused_before_training_with_a_way_out_that_works(behind: bool, tmp_path: Path) -> None:
+    def run(dopr: DoPr) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], Backbone]:
+        model, tuner = Backbone(), BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+        before, after = Gradients(), Gradients()
+        callbacks = [before, dopr, after]
+        callbacks.insert(3 if behind else 0, tuner)
+        L.Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=2,
+        ).fit(model, DataLoader([draw(step, 9, 6) for step in range(2)], batch_size=None, shuffle=False))
+        return before.seen, after.seen, model
+
+    with pytest.raises(ValueError, match="BackboneFinetuning unfreezes layers") as error:
+        run(DoPr(damping=GAMMA))
+    assert str(error.value).endswith("DoPr(exclude=['backbone.*'])")
+    before, after, model = run(DoPr(damping=GAMMA, exclude=["backbone.*"]))
+    assert ["backbone.0.weight" in seen for seen in before] == [False, False, True, True]
+    for raw, m, (x, _) in zip(before, after, model.inputs, strict=True):
+        assert distance(m["first.weight"], rewritten(raw["first.weight"], x)) < 1e-4
+        assert all(torch.equal(m[name], raw[name]) for name in raw if name.startswith("backbone"))
 
 
 class Half(TwoLayers):

@@ -175,6 +175,11 @@ class ActivationPreconditioner:
             return True
         return self.steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
 
+    @property
+    def frozen(self) -> Sequence[Layer]:
+        """Layers left out because their weight was frozen: one that is unfrozen later is an error of :meth:`step`."""
+        return self._coverage.frozen
+
     @torch.no_grad()
     def step(self, *, measure: bool = False) -> None:
         """Rewrite the gradients of the covered parameters in place: call between backward and the optimizer's step.
@@ -317,8 +322,12 @@ class ActivationPreconditioner:
         saved = state["layers"]
         known = {layer.name for layer in self._stack_of}
         if saved and saved.keys() != known:
-            difference = ", ".join(sorted(saved.keys() ^ known))
-            raise ValueError(f"the preconditioner's state was saved for other layers; they differ in: {difference}")
+            differences = {
+                "it lacks, so exclude their modules or start the preconditioner afresh": known - saved.keys(),
+                "not covered here": saved.keys() - known,
+            }
+            listed = "; ".join(f"{said}: {', '.join(sorted(names))}" for said, names in differences.items() if names)
+            raise ValueError(f"the preconditioner's state was saved for other layers; {listed}")
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         self.discard()
         if not saved:
