@@ -110,6 +110,12 @@ class DoPr(pl.Callback):
         # in between, when the preconditioners have it.
         self._state: dict[str, Any] | None = {}
 
+    @property
+    def state_key(self) -> str:
+        """Of its state in checkpoints: told from another's of the same trainer by what each covers."""
+        chosen = {name: list(globs) for name in ("include", "exclude") if (globs := self.options[name])}
+        return self._generate_state_key(**chosen) if chosen else super().state_key
+
     @contextmanager
     def mask(self, mask: Tensor) -> Iterator[None]:
         """Leave rows out of the statistics, padding tokens say, for forwards inside.
@@ -216,6 +222,15 @@ class DoPr(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hooks off: Lightning skips ``teardown`` after an exception."""
         self._stop()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A trainer's only DoPr takes a checkpoint's only state whatever its key: other layers are refused."""
+        own, states = type(self).__qualname__, checkpoint.get("callbacks", {})
+        saved = [key for key in states if key == own or str(key).startswith(f"{own}{{")]
+        if len(saved) == 1 and sum(isinstance(callback, DoPr) for callback in trainer.callbacks) == 1:  # type: ignore[attr-defined]
+            states[self.state_key] = states[saved[0]]
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint, during a fit or after it."""

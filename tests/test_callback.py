@@ -333,6 +333,7 @@ def fit(
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Train on the batches; the gradients before and after the rewrite, per step."""
     before, after = Gradients(), Gradients()
+    checkpoint = options.pop("ckpt_path", None)
     defaults = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
     L.Trainer(
         default_root_dir=folder,
@@ -341,7 +342,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         **(defaults | options),
-    ).fit(model, DataLoader(batches, batch_size=None, shuffle=False), options.pop("ckpt_path", None))
+    ).fit(model, DataLoader(batches, batch_size=None, shuffle=False), ckpt_path=checkpoint)
     return before.seen, after.seen
 
 
@@ -614,6 +615,65 @@ def test_an_optimizer_with_nothing_to_precondition_is_left_alone(tmp_path: Path)
     assert distance(after[0]["generator.weight"], rewritten(before[0]["generator.weight"], draw(0, 9, 6))) < 1e-4
     assert torch.equal(after[1]["temperature"], before[1]["temperature"])
     assert dopr.state_dict()["preconditioners"][1] is None
+
+
+def parts() -> list[DoPr]:
+    return [DoPr(include=["first"], damping=GAMMA), DoPr(include=["second"], damping=2 * GAMMA, update_every=2)]
+
+
+def test_two_callbacks_give_two_parts_options_of_their_own_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    class Saves(TwoLayers):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 0 and checkpoint is None:
+                self.trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    batches, weights = [draw(step, 9, 6) for step in range(3)], []
+    for checkpoint in (None, tmp_path / "half.ckpt"):
+        model, (first, second) = Saves(), parts()
+        options = {"callbacks": [second], "max_epochs": 2, "ckpt_path": checkpoint}
+        before, after = fit(tmp_path, model, first, batches, **options)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        # DoPr(second) stands behind what records.
+        for raw, m, (x, _) in zip(before, after, model.inputs, strict=True):
+            assert distance(m["first.weight"], rewritten(raw["first.weight"], x)) < 1e-4
+            assert torch.equal(m["second.weight"], raw["second.weight"])
+        states = [dopr.state_dict()["preconditioners"][0] for dopr in (first, second)]
+        assert [list(state["layers"]) for state in states] == [["first.weight"], ["second.weight"]]
+        assert [state["steps"] for state in states] == [6, 6]
+        last = model.trainer.optimizers[0].given[-1][30:].view(2, 5)
+        rows = model.inputs[-2][1].double()  # refreshed at every second step
+        sigma = rows.T @ rows / len(rows)
+        expected = before[-1]["second.weight"].double() @ torch.linalg.inv(
+            sigma + 2 * GAMMA * sigma.trace() * torch.eye(5, dtype=torch.double)
+        )
+        assert distance(last, expected) < 1e-4
+    assert len(model.inputs) == 3
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_two_callbacks_on_one_layer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"first\.weight: another preconditioner covers this weight already"):
+        fit(tmp_path, TwoLayers(), DoPr(), [draw(0, 9, 6)], callbacks=[DoPr(include=["first"])])
+
+
+@pytest.mark.parametrize("key", ["DoPr", "DoPr{'include': ['f*']}"])
+def test_the_only_state_of_a_checkpoint_is_found_whatever_its_key(key: str, tmp_path: Path) -> None:
+    """Keys of older checkpoints have no patterns; and a state of other layers is refused, not passed over."""
+    options = {"max_steps": 2, "enable_checkpointing": False}
+    data = DataLoader([draw(step, 9, 6) for step in range(4)], batch_size=None)
+    first = trainer(tmp_path, DoPr(include=["first"]), **options)
+    first.fit(TwoLayers(), data)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    checkpoint = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    checkpoint["callbacks"] = {key: checkpoint["callbacks"]["DoPr{'include': ['first']}"]}
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    dopr = DoPr(include=["first"])
+    longer = options | {"max_steps": 3}
+    trainer(tmp_path, dopr, **longer).fit(TwoLayers(), data, ckpt_path=tmp_path / "other.ckpt")
+    assert dopr.state_dict()["preconditioners"][0]["steps"] == 3
+    with pytest.raises(ValueError, match="state was saved for other layers"):
+        trainer(tmp_path, DoPr(), **longer).fit(TwoLayers(), data, ckpt_path=tmp_path / "other.ckpt")
 
 
 class Backbone(TwoLayers):

@@ -2,12 +2,15 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from logging import getLogger
 from typing import Any, get_args
+from weakref import WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -91,7 +94,8 @@ class ActivationPreconditioner:
 
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, a weight is sharded in a way that would need
-            its gradient gathered, or nothing in ``model`` is left to cover.
+            its gradient gathered, nothing in ``model`` is left to cover, or another preconditioner covers one of its
+            weights (unless both have ``parameters``: optimizers may share a layer).
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
@@ -165,8 +169,13 @@ class ActivationPreconditioner:
         self._masks = _Masks()
         self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
+        self._is_one_of_several = parameters is not None
+        self._check_alone()
         self._audit = GradientAudit(layers)
-        self._capture = Capture(layers, self._count, lambda: self.collecting, self._audit)
+        # Weakly, or the model's hooks would keep alive, and counting, a preconditioner that nobody can step any more.
+        me = ref(self)
+        self._capture = Capture(layers, partial(_count, me), partial(_collecting, me), self._audit)
+        _live.add(self)
 
     @property
     def collecting(self) -> bool:
@@ -268,6 +277,7 @@ class ActivationPreconditioner:
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
+        _live.discard(self)
         self._pending = None
         self._capture.remove()
         self._audit.remove()
@@ -344,6 +354,25 @@ class ActivationPreconditioner:
             if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1:
                 loaded = loaded.to_exact()
             self._replace(stack, loaded)
+
+    def _check_alone(self) -> None:
+        """Raise ValueError if another preconditioner would rewrite a gradient too; optimizers may share a weight."""
+        if self._taken() is None:
+            return
+        gc.collect()  # it may be one that only an exception's frames remember
+        taken = self._taken()
+        if taken is not None:
+            raise ValueError(
+                f"{taken.name}: another preconditioner covers this weight already; both would rewrite its gradient, so "
+                "call the other's remove() first, or exclude the module in one of them"
+            )
+
+    def _taken(self) -> Layer | None:
+        """A layer that another preconditioner covers, if there is one."""
+        mine = {id(layer.weight): layer for layer in self._stack_of}
+        others = [other for other in _live if not (self._is_one_of_several and other._is_one_of_several)]
+        weights = (id(layer.weight) for other in others for layer in other._stack_of)
+        return next((mine[weight] for weight in weights if weight in mine), None)
 
     def _plan(self, refreshed: bool) -> None:
         """A layer first used between refreshes must not wait for the next one."""
@@ -499,6 +528,20 @@ class _Masks:
 
     def clear(self) -> None:
         self._shape, self._fitted = None, False
+
+
+_live: WeakSet[ActivationPreconditioner] = WeakSet()
+
+
+def _count(owner: ref[ActivationPreconditioner], layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+    preconditioner = owner()
+    if preconditioner is not None:
+        preconditioner._count(layer, x, mask)
+
+
+def _collecting(owner: ref[ActivationPreconditioner]) -> bool:
+    preconditioner = owner()
+    return preconditioner is not None and preconditioner.collecting
 
 
 @dataclass(frozen=True)

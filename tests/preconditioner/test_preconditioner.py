@@ -369,6 +369,37 @@ def test_a_trainable_bias_of_a_frozen_weight_is_left_alone() -> None:
     assert torch.equal(model[0].bias.grad, before)
 
 
+def test_a_second_preconditioner_of_a_weight_is_refused_while_the_first_one_lives() -> None:
+    model = mlp(5, 4, 3)
+    first = ActivationPreconditioner(model, exclude=["0"])
+    second = ActivationPreconditioner(model, include=["0"])  # each has its own
+    for whole in (model, nn.Sequential(model, nn.Linear(3, 3))):
+        with pytest.raises(
+            ValueError, match=r"2\.weight: another preconditioner covers .*; call the other's remove\(\)"
+        ):
+            ActivationPreconditioner(whole, exclude=["0" if whole is model else "0.0"])
+    ActivationPreconditioner(copy.deepcopy(model))
+    first.remove()
+    third = ActivationPreconditioner(model, exclude=["0"])
+    forgotten = weakref.ref(third)
+    del third
+    assert forgotten() is None  # its hooks do not keep it alive
+    backward(model, batch(0))
+    fourth = ActivationPreconditioner(model, exclude=["0"])
+    backward(model, batch(0))
+    fourth.step()
+    second.step()
+
+
+def test_optimizers_may_share_a_weight() -> None:
+    model = mlp(5, 4, 3)
+    everything, last = list(model.parameters()), list(model[2].parameters())
+    one, two = (ActivationPreconditioner(model, parameters=held) for held in (everything, last))
+    for ap in (one, two):
+        backward(model, batch(0))
+        ap.step()
+
+
 def test_globs_are_lists() -> None:
     """Iterated by letter, ``exclude="0"`` would do and ``include="bo*"`` cover everything."""
     for name in ("include", "exclude"):
@@ -395,6 +426,7 @@ def test_names_are_the_models_own_however_it_is_wrapped(tmp_path: Path) -> None:
         for wrapped in (torch.compile(parallel, backend="eager"), fabric.setup(parallel), fabric.setup(mlp(5, 4, 3))):
             ap = ActivationPreconditioner(wrapped, exclude=["0"])
             assert [row.parameter for row in ap.summary() if row.covered] == ["2.weight"]
+            ap.remove()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -405,9 +437,9 @@ def test_failures_survive_a_resume(caplog: pytest.LogCaptureFixture) -> None:
     for seed in range(2):
         backward(model, torch.full_like(batch(seed), torch.nan))
         ap.step()
+    ap.remove()
     resumed = ActivationPreconditioner(model, max_failures=3)
     resumed.load_state_dict(ap.state_dict())
-    ap.remove()
     assert resumed.summary()[0].failures == 2
     caplog.clear()
     backward(model, torch.full_like(batch(2), torch.nan))

@@ -136,6 +136,7 @@ def test_a_resume_may_change_the_cadence(saved: int, loaded: int) -> None:
     model, x = linear(24, 3), draw(0, 90, 24)
     first = ActivationPreconditioner(model, solver="exact", update_every=saved)
     gradient, expected = step(model, first, x)
+    first.remove()
     second = ActivationPreconditioner(model, solver="exact", update_every=loaded)
     second.load_state_dict(first.state_dict())
     while second.collecting:
@@ -647,10 +648,12 @@ def test_state_of_another_solver_is_refused_unless_auto() -> None:
     model = linear(256, 3)
     ap = ActivationPreconditioner(model, solver="lowrank")
     step(model, ap, draw(0, 300, 256))
+    ap.remove()
     with pytest.raises(ValueError, match=r"^0\.weight: .* saved by solver='lowrank', this one has solver='exact'"):
         ActivationPreconditioner(model, solver="exact").load_state_dict(ap.state_dict())
     exact = ActivationPreconditioner(model, solver="exact")
     step(model, exact, draw(0, 300, 256))
+    exact.remove()
     with pytest.raises(ValueError, match="saved by solver='exact', this one has solver='lowrank'"):
         ActivationPreconditioner(model, solver="lowrank").load_state_dict(exact.state_dict())
     auto = ActivationPreconditioner(model, solver="auto")
@@ -664,5 +667,6 @@ def test_a_state_without_averages_is_refused_where_there_are_to_be_some(rows: in
     model = linear(40, 3)
     ap = ActivationPreconditioner(model, solver="exact")
     step(model, ap, draw(0, rows, 40))
+    ap.remove()
     with pytest.raises(ValueError, match=r"^0\.weight: .* ema "):
         ActivationPreconditioner(model, solver="exact", ema=0.9).load_state_dict(ap.state_dict())
