@@ -142,7 +142,12 @@ class _Tap:
             return False
         return self.layer.weight.requires_grad
 
-    def __call__(self, output: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, output: Any, x: Any) -> Tensor:
+        if not (isinstance(output, Tensor) and isinstance(x, Tensor)) or x.is_nested:
+            raise TypeError(
+                f"{self.layer.name}: rows cannot be taken from a call with {_describe(x)} that returns "
+                f"{_describe(output)}; exclude the module, or cover its type by register_layer"
+            )
         if not output.requires_grad:
             return output
         x = x.to_local() if isinstance(x, DTensor) else x
@@ -150,6 +155,12 @@ class _Tap:
         if self.layer.rearranges and output.dtype in _LOW_PRECISION:
             x = x.to(output.dtype)
         return _CountRows.apply(output, x.detach(), self.capture.current_mask, self.key, self)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else "a tensor"
+    return f"a {type(value).__name__}" if value is not None else "no tensor"
 
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -253,8 +264,9 @@ class _TapOutput(_Hook):
         if self.tap is None or not self.tap.wanted(module):
             return None
         x = self.tap.layer.input(args, kwargs)
-        if isinstance(output, tuple):
-            return self.tap(output[0], x), *output[1:]
+        if isinstance(output, tuple) and output:
+            tapped = self.tap(output[0], x), *output[1:]
+            return type(output)(*tapped) if hasattr(output, "_fields") else tapped
         return self.tap(output, x)
 
 

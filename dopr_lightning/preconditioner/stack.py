@@ -116,6 +116,7 @@ class Stack(ABC):
     def allocate(self) -> None:
         """Make the tensors at first use, when the model has found its device."""
         if not self._allocated:
+            self._allocated_as = self.dtype, self.device
             self.counts = torch.zeros(self.blocks, dtype=torch.int64, device=self.device)
             self._allocate()
             self._allocated = True
@@ -141,9 +142,19 @@ class Stack(ABC):
             self._rows_added[index] += rows
 
     def begin(self) -> None:
-        """Start counting from zero, unless a window of rows is open already."""
+        """Start counting from zero, unless a window of rows is open already.
+
+        Raises:
+            RuntimeError: The layers are of another dtype, or elsewhere, than when the tensors were made.
+        """
         self.allocate()
         if not self._open:
+            if (self.dtype, self.device) != self._allocated_as:
+                was, now = ("{} on {}".format(*at) for at in (self._allocated_as, (self.dtype, self.device)))
+                raise RuntimeError(
+                    f"{self.layers[0].name}: statistics are in {was} and would now be in {now}; make a new "
+                    "preconditioner after converting or moving the model"
+                )
             self.counts.zero_()
             self._rows_added = [0] * len(self.layers)
             self._current = [False] * len(self.layers)

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.audit import GradientAudit
 from dopr_lightning.preconditioner.capture import Capture
+from dopr_lightning.preconditioner.layers.linear import Linear
 
 
 @dataclass(eq=False)
@@ -246,6 +248,72 @@ def test_keyword_calls_tied_modules_and_removal() -> None:
     assert len(rows.of(layer)) == 12
     assert not first._forward_hooks
     assert not second._forward_hooks
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_of_keywords_the_first_tensor_is_the_input() -> None:
+    module, rows = Scaled(5, 4).double(), Rows()
+    layer = Linear("fc", module, conv="channel", bias=False)
+    rows.capture(layer)
+    module(scale=2.0, x=batch(6, 5)).sum().backward()
+    assert torch.equal(rows.of(layer), batch(6, 5))
+
+
+class Result(NamedTuple):
+    y: Tensor
+    extra: int
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [(lambda y: {"y": y}, "a dict"), (lambda y: [y], "a list"), (lambda y: (None, y), "no tensor"), (tuple, None)],
+)
+def test_an_output_that_is_no_tensor_is_refused_by_name(wrap: Callable, said: str | None) -> None:
+    class Wraps(nn.Linear):
+        def forward(self, input: Tensor) -> object:
+            return wrap(super().forward(input))
+
+    module, rows = Wraps(5, 4).double(), Rows()
+    layer = Linear("block.fc", module, conv="channel", bias=False)
+    rows.capture(layer)
+    if said is None:  # of a tuple the first output is tapped
+        module(batch(1, 5))[0].sum().backward()
+        assert torch.equal(rows.of(layer), batch(1, 5))
+        return
+    message = f"^block.fc.weight: rows cannot be taken from a call with a tensor that returns {said}; exclude"
+    with pytest.raises(TypeError, match=message):
+        module(batch(6, 5))
+    module.eval()
+    module(batch(6, 5))
+
+
+def test_named_outputs_keep_their_names() -> None:
+    class Names(nn.Linear):
+        def forward(self, input: Tensor) -> Result:
+            return Result(super().forward(input), 3)
+
+    module, rows = Names(5, 4).double(), Rows()
+    layer = Watched([module])
+    rows.capture(layer)
+    result = module(batch(6, 5))
+    result.y.sum().backward()
+    assert result.extra == 3
+    assert torch.equal(rows.of(layer), batch(6, 5))
+
+
+def test_an_input_that_is_no_plain_tensor_is_refused_by_name() -> None:
+    scaled, plain, rows = Scaled(4, 2), nn.Linear(4, 2), Rows()
+    rows.capture(Watched([plain], "fc.weight"), Linear("s", scaled, conv="channel", bias=False))
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"^fc\.weight: rows cannot be taken from a call with a nested tensor"):
+        plain(nested)
+    scaled.forward = lambda scale, x: F.linear(x, scaled.weight) * scale  # type: ignore[method-assign,misc,assignment]
+    with pytest.raises(TypeError, match=r"^s\.weight: rows cannot be taken from a call with a float that"):
+        scaled(2.0, torch.randn(3, 4))
 
 
 def test_the_sink_runs_without_autocast_and_gradients() -> None:

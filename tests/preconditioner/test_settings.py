@@ -617,6 +617,19 @@ def test_no_grad_validation_rollouts_and_target_networks_are_not_counted() -> No
 # Dtypes
 
 
+@pytest.mark.parametrize("options", [{"solver": "exact"}, {"solver": "lowrank"}, {"ema": 0.5}])
+def test_a_model_that_is_converted_after_a_step_is_refused_by_name(options: dict) -> None:
+    model = mlp(12, 3).float()
+    ap = ActivationPreconditioner(model, **options)
+    step(model, ap, model(draw(0, 9, 12).float()).square().sum())
+    loss = model.double()(draw(1, 9, 12)).square().sum()
+    said = r"^0\.weight: statistics are in torch.float32 on cpu and would now be in torch.float64 on cpu; make a new"
+    with pytest.raises(RuntimeError, match=said):
+        loss.backward()
+    ap.remove()
+    step(model, ActivationPreconditioner(model, **options), model(draw(1, 9, 12)).square().sum())
+
+
 def test_a_float64_submodule_keeps_its_precision_beside_float32() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

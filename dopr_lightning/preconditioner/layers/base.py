@@ -147,10 +147,10 @@ class Layer(ABC):
         """Raise ValueError if the weight is sharded such that its gradient would have to be gathered."""
 
     def input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """The tensor that a call ``module(*args, **kwargs)`` feeds to the weight."""
+        """The tensor that a call ``module(*args, **kwargs)`` feeds to the weight: the first, or ``input``."""
         if args:
             return args[0]
-        return kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+        return kwargs.get("input", next((value for value in kwargs.values() if isinstance(value, Tensor)), None))
 
     @abstractmethod
     def gradient(self) -> Tensor:
