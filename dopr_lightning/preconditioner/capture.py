@@ -137,7 +137,8 @@ class _Tap:
             return False
         if not (module.training and torch.is_grad_enabled()):
             return False
-        # The gradients of torch.func are values, they never become a weight's .grad.
+        # Within torch.func tensors are wrapped. Its gradients are values; where they become a weight's .grad all the
+        # same (vmap of the module itself, then backward), no row is counted, and step() says so.
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return False
         return self.layer.weight.requires_grad

@@ -252,7 +252,7 @@ class ActivationPreconditioner:
         }
         for layer, gradient in zip(pending.suspects, gradients.tolist(), strict=True):
             if gradient and layer not in seen:
-                raise _unseen(layer)
+                raise self._unseen(layer, masked=pending.masked)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """A context for forwards in which some rows do not count, such as padding tokens.
@@ -467,13 +467,37 @@ class ActivationPreconditioner:
             found = [layer.gradient().any().to(self._stacks[0].device) for layer in suspects]
             gradients = torch.stack(found) if found else torch.zeros(0)
             download = ToHost(*outcomes.values(), gradients)
-            self._pending = _Pending(later, tuple(outcomes), suspects, download, self.steps)
+            self._pending = _Pending(later, tuple(outcomes), suspects, download, self.steps, self._masks.fitted)
             return
         self._accept(outcomes, self.steps)
         for stack in stacks:
             for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
-                if rows == 0:
-                    _check_unused(layer)
+                if rows == 0 and layer.has_gradient and bool(layer.gradient().any()):
+                    raise self._unseen(layer, masked=self._masks.fitted)
+
+    def _unseen(self, layer: Layer, *, masked: bool) -> RuntimeError:
+        """That a layer's gradient has no rows, with the likeliest cause."""
+        seen = {
+            layer
+            for stack in self._stacks
+            for layer, at in zip(stack.layers, stack.refreshed_at, strict=True)
+            if at is not None
+        }
+        if not any(module.training for module in layer.modules):
+            cause = "It is in eval mode: put it in training mode, or exclude the module."
+        elif masked:
+            cause = "Did the mask leave all of its rows out? It must keep those of which the loss is made."
+        elif layer in seen:
+            cause = (
+                "Earlier ones were: is this a second step() after one backward, without zero_grad()? Or is the gradient "
+                "of torch.func or a functional call on the weight?"
+            )
+        else:
+            cause = (
+                "Was the backward, or the first run of the compiled model, before the preconditioner was made? Or is "
+                "the gradient of torch.func or a functional call on the weight? Mend that, or exclude the module."
+            )
+        return RuntimeError(f"{layer.name}: has a gradient, but its module's inputs were not seen. {cause}")
 
     def _may_overlap(self) -> bool:
         """Whether this refresh may be finished in the next step, which is none itself."""
@@ -504,20 +528,24 @@ class ActivationPreconditioner:
 
 
 class _Masks:
-    """Did the masks of a step fit any layer?"""
+    """Did the masks of a step fit any layer?
+
+    Attributes:
+        fitted: Whether one did.
+    """
 
     def __init__(self) -> None:
         self._warned = False
         self._shape: tuple[int, ...] | None = None
-        self._fitted = False
+        self.fitted = False
 
     def note(self, mask: Tensor, fits: bool) -> None:
         self._shape = tuple(mask.shape)
-        self._fitted |= fits
+        self.fitted |= fits
 
     def report(self) -> None:
         """Say once that they did not."""
-        if self._shape is not None and not self._fitted and not self._warned:
+        if self._shape is not None and not self.fitted and not self._warned:
             self._warned = True
             log.warning(
                 "the mask of shape %s fits the input of no covered layer, so all rows count, padding too; it must have "
@@ -527,7 +555,7 @@ class _Masks:
         self.clear()
 
     def clear(self) -> None:
-        self._shape, self._fitted = None, False
+        self._shape, self.fitted = None, False
 
 
 _live: WeakSet[ActivationPreconditioner] = WeakSet()
@@ -554,6 +582,7 @@ class _Pending:
         suspects: Layers with a gradient that no row of this rank has reached.
         download: The outcomes of ``done``, and whether the gradients of ``suspects`` are other than 0.
         step: When it began.
+        masked: Whether a mask may have left out rows.
     """
 
     finish: FinishRefresh
@@ -561,6 +590,7 @@ class _Pending:
     suspects: Sequence[Layer]
     download: ToHost
     step: int
+    masked: bool
 
 
 def _range(name: str) -> AbstractContextManager[Any]:
@@ -573,19 +603,6 @@ def _describe(stack: LowRankStack, consequence: str) -> str:
     return (
         f"{stack.layers[worst].name}: {stack.tracked} of {stack.dim} directions leave a certified error of "
         f"{stack.errors[worst]:.2g}, more than max_error={stack.options.max_error:g}; {consequence}"
-    )
-
-
-def _check_unused(layer: Layer) -> None:
-    if layer.has_gradient and bool(layer.gradient().any()):
-        raise _unseen(layer)
-
-
-def _unseen(layer: Layer) -> RuntimeError:
-    return RuntimeError(
-        f"{layer.name}: has a gradient, but its module's forward was never seen in training mode. Was it called in "
-        "eval mode, through a functional call on its weight, or compiled and run before the preconditioner was "
-        "made? Mend that, or exclude the module."
     )
 
 

@@ -375,7 +375,7 @@ def test_a_second_preconditioner_of_a_weight_is_refused_while_the_first_one_live
     second = ActivationPreconditioner(model, include=["0"])  # each has its own
     for whole in (model, nn.Sequential(model, nn.Linear(3, 3))):
         with pytest.raises(
-            ValueError, match=r"2\.weight: another preconditioner covers .*; call the other's remove\(\)"
+            ValueError, match=r"2\.weight: another preconditioner covers .* call the other's remove\(\)"
         ):
             ActivationPreconditioner(whole, exclude=["0" if whole is model else "0.0"])
     ActivationPreconditioner(copy.deepcopy(model))

@@ -454,6 +454,36 @@ def test_a_covered_layer_that_is_never_captured_while_its_gradient_moves_is_an_e
         ap.step()
 
 
+def test_what_is_known_of_a_gradient_without_rows_is_said() -> None:
+    def said() -> str:
+        with pytest.raises(
+            RuntimeError, match=r"^0\.weight: has a gradient, but its module's inputs were not seen"
+        ) as error:
+            ap.step()
+        ap.remove()
+        model.zero_grad()
+        return str(error.value)
+
+    model, x = mlp(5, 3), draw(0, 9, 5)
+    model(x).sum().backward()
+    ap = ActivationPreconditioner(model)
+    assert "before the preconditioner was made" in said()
+    ap = ActivationPreconditioner(model)
+    torch.func.vmap(model)(x).sum().backward()
+    assert "torch.func" in said()
+    ap = ActivationPreconditioner(model)
+    model(x).sum().backward()
+    ap.step()
+    assert "a second step() after one backward, without zero_grad()" in said()
+    ap = ActivationPreconditioner(model)
+    with ap.mask(torch.zeros(9, dtype=torch.bool)):
+        model(x).sum().backward()
+    assert "Did the mask leave all of its rows out?" in said()
+    ap = ActivationPreconditioner(model.eval())
+    model(x).sum().backward()
+    assert "eval mode" in said()
+
+
 def test_rows_that_a_functional_use_adds_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     """The layer is captured too, so only the audit can tell: its covariance is of other rows than its gradient."""
     model = nn.ModuleList([nn.Linear(4, 4, bias=False)]).double()
