@@ -653,7 +653,7 @@ def test_two_callbacks_give_two_parts_options_of_their_own_and_resume_bit_for_bi
 
 
 def test_two_callbacks_on_one_layer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"first\.weight: another preconditioner covers this weight already"):
+    with pytest.raises(RuntimeError, match=r"first\.weight: another preconditioner has rewritten this gradient"):
         fit(tmp_path, TwoLayers(), DoPr(), [draw(0, 9, 6)], callbacks=[DoPr(include=["first"])])
 
 

@@ -2,7 +2,6 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -94,8 +93,7 @@ class ActivationPreconditioner:
 
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, a weight is sharded in a way that would need
-            its gradient gathered, nothing in ``model`` is left to cover, or another preconditioner covers one of its
-            weights (unless both have ``parameters``: optimizers may share a layer).
+            its gradient gathered, or nothing in ``model`` is left to cover.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
@@ -169,13 +167,13 @@ class ActivationPreconditioner:
         self._masks = _Masks()
         self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
-        self._is_one_of_several = parameters is not None
-        self._check_alone()
         self._audit = GradientAudit(layers)
         # Weakly, or the model's hooks would keep alive, and counting, a preconditioner that nobody can step any more.
         me = ref(self)
         self._capture = Capture(layers, partial(_count, me), partial(_collecting, me), self._audit)
-        _live.add(self)
+        self._rewritten: dict[Tensor, tuple[int, int]] = {}
+        self._rivals: list[tuple[ref[ActivationPreconditioner], Layer]] = []
+        self._meet_rivals()
 
     @property
     def collecting(self) -> bool:
@@ -186,7 +184,7 @@ class ActivationPreconditioner:
 
     @property
     def frozen(self) -> Sequence[Layer]:
-        """Layers left out because their weight was frozen: one that is unfrozen later is an error of :meth:`step`."""
+        """What is left out since its weight was frozen; one that is unfrozen later is an error of :meth:`step`."""
         return self._coverage.frozen
 
     @torch.no_grad()
@@ -201,9 +199,11 @@ class ActivationPreconditioner:
 
         Raises:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;
-                or its inverse has failed ``max_failures`` times in a row.
+                or its inverse has failed ``max_failures`` times in a row; or another preconditioner has rewritten its
+                gradient already.
         """
         check_still_frozen(self._coverage.frozen)
+        self._refuse_twice()
         refreshed = self.collecting
         self.settle()
         with torch.autocast(self._stacks[0].device.type, enabled=False):
@@ -218,6 +218,7 @@ class ActivationPreconditioner:
             if measure:
                 self._alignment = self._compare(before)
                 self.settle()  # on all ranks, for one may ask for a summary
+        self._rewritten = {layer.weight: _stamp(layer.weight) for _, layer in self._rivals}
         self._plan(refreshed)
         self.steps += 1
 
@@ -355,24 +356,24 @@ class ActivationPreconditioner:
                 loaded = loaded.to_exact()
             self._replace(stack, loaded)
 
-    def _check_alone(self) -> None:
-        """Raise ValueError if another preconditioner would rewrite a gradient too; optimizers may share a weight."""
-        if self._taken() is None:
-            return
-        gc.collect()  # it may be one that only an exception's frames remember
-        taken = self._taken()
-        if taken is not None:
-            raise ValueError(
-                f"{taken.name}: another preconditioner covers this weight already; both would rewrite its gradient, so "
-                "call the other's remove() first, or exclude the module in one of them"
-            )
-
-    def _taken(self) -> Layer | None:
-        """A layer that another preconditioner covers, if there is one."""
+    def _meet_rivals(self) -> None:
+        """Find, for each other preconditioner of a layer, such a layer; one in disuse, of a notebook say, is none."""
         mine = {id(layer.weight): layer for layer in self._stack_of}
-        others = [other for other in _live if not (self._is_one_of_several and other._is_one_of_several)]
-        weights = (id(layer.weight) for other in others for layer in other._stack_of)
-        return next((mine[weight] for weight in weights if weight in mine), None)
+        for other in _live:
+            shared = next((layer for layer in other._stack_of if id(layer.weight) in mine), None)
+            if shared is not None:
+                self._rivals.append((ref(other), mine[id(shared.weight)]))
+                other._rivals.append((ref(self), shared))
+        _live.add(self)
+
+    def _refuse_twice(self) -> None:
+        for other, layer in self._rivals:
+            rival = other()
+            if rival and layer.weight.grad is not None and rival._rewritten.get(layer.weight) == _stamp(layer.weight):
+                raise RuntimeError(
+                    f"{layer.name}: another preconditioner has rewritten this gradient already, and twice would be "
+                    "wrong; call remove() of one of them, or exclude the module in one"
+                )
 
     def _plan(self, refreshed: bool) -> None:
         """A layer first used between refreshes must not wait for the next one."""
@@ -489,8 +490,8 @@ class ActivationPreconditioner:
             cause = "Did the mask leave all of its rows out? It must keep those of which the loss is made."
         elif layer in seen:
             cause = (
-                "Earlier ones were: is this a second step() after one backward, without zero_grad()? Or is the gradient "
-                "of torch.func or a functional call on the weight?"
+                "Earlier ones were: is this a second step() after one backward, without zero_grad()? Or is the "
+                "gradient of torch.func or a functional call on the weight?"
             )
         else:
             cause = (
@@ -559,6 +560,12 @@ class _Masks:
 
 
 _live: WeakSet[ActivationPreconditioner] = WeakSet()
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    """What tells a gradient from another, and from itself once it has been written to."""
+    local = getattr(weight.grad, "_local_tensor", weight.grad)
+    return id(local), 0 if local is None else local._version
 
 
 def _count(owner: ref[ActivationPreconditioner], layer: Layer, x: Tensor, mask: Tensor | None) -> None:
