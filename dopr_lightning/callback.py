@@ -61,6 +61,7 @@ class DoPr(pl.Callback):
             optimizer that holds nothing to precondition.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range; said at once, not after the data is loaded.
 
     Example:
@@ -85,7 +86,7 @@ class DoPr(pl.Callback):
         log_every: int | None = None,
         overlap: bool = False,
     ) -> None:
-        checked: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "damping": damping,
             "damping_scale": damping_scale,
             "update_every": update_every,
@@ -93,16 +94,15 @@ class DoPr(pl.Callback):
             "solver": solver,
             "max_error": max_error,
             "conv": conv,
+            "bias": bias,
             "max_dim": max_dim,
             "max_rows": max_rows,
             "max_failures": max_failures,
             "include": include,
             "exclude": exclude,
+            "overlap": overlap,
         }
-        check_options(**checked)
-        if log_every is not None and log_every < 1:
-            raise ValueError(f"log_every must be at least 1 step, got {log_every}")
-        self.options: dict[str, Any] = {**checked, "bias": bias, "overlap": overlap}
+        check_options(**self.options, log_every=log_every)
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
         self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition

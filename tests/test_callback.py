@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -969,7 +971,7 @@ def test_steps_of_manual_optimization_are_logged_at_their_own_interval(tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"log_every": 0}, "log_every must be at least 1 step, got 0"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
         ({"update_every": 0}, "update_every must be at least 1, got 0"),
         ({"solver": "svd"}, "solver must be one of"),
         ({"max_error": -0.1}, "max_error must be positive"),
@@ -981,3 +983,34 @@ def test_steps_of_manual_optimization_are_logged_at_their_own_interval(tmp_path:
 def test_options_out_of_range_are_refused_when_the_callback_is_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DoPr(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update_every": 2.5}, "update_every must be a whole number, got 2.5"),
+        ({"update_every": "10"}, "update_every must be a whole number, got '10'"),
+        ({"update_every": None}, "update_every must be a whole number, got None"),
+        ({"log_every": 2.5}, "log_every must be a whole number or None, got 2.5"),
+        ({"max_dim": 3.5}, "max_dim must be a whole number or None, got 3.5"),
+        ({"max_rows": True}, "max_rows must be a whole number or None, got True"),
+        ({"damping": True}, "damping must be a number, got True"),
+        ({"damping": "0.01"}, "damping must be a number, got '0.01'"),
+        ({"ema": None}, "ema must be a number, got None"),
+        ({"bias": "no"}, "bias must be True or False, got 'no'"),
+        ({"overlap": 1}, "overlap must be True or False, got 1"),
+        ({"exclude": None}, "exclude must be a list of globs, got None"),
+        ({"exclude": "head"}, "exclude must be a list of globs, got 'head'; write ['head']"),
+        ({"include": [1]}, "include must be a list of globs or None, got [1]"),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        DoPr(**options)
+    if "log_every" not in options:
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            ActivationPreconditioner(nn.Linear(4, 2), **options)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    DoPr(damping=np.float32(0.1), update_every=np.int64(2), max_dim=np.int32(8), include=("a", "b"))  # type: ignore[arg-type]

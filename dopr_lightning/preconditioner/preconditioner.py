@@ -3,11 +3,12 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
+from numbers import Integral, Real
 from typing import Any, get_args
 from weakref import WeakSet, ref
 
@@ -92,6 +93,7 @@ class ActivationPreconditioner:
         steps: Calls of :meth:`step` so far.
 
     Raises:
+        TypeError: An argument is of another type.
         ValueError: An argument is out of range, a pattern matches nothing, a weight is sharded in a way that would need
             its gradient gathered, or nothing in ``model`` is left to cover.
 
@@ -130,9 +132,11 @@ class ActivationPreconditioner:
             damping_scale=damping_scale,
             update_every=update_every,
             ema=ema,
+            overlap=overlap,
             solver=solver,
             max_error=max_error,
             conv=conv,
+            bias=bias,
             max_dim=max_dim,
             max_rows=max_rows,
             max_failures=max_failures,
@@ -633,45 +637,56 @@ def _report(failure: Failure, most: int) -> None:
         log.warning("%s; %s", problem, kept)
 
 
-def check_options(
-    *,
-    damping: float,
-    damping_scale: str,
-    update_every: int,
-    ema: float,
-    solver: str,
-    max_error: float,
-    conv: str,
-    max_dim: int | None,
-    max_rows: int | None,
-    max_failures: int,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-) -> None:
-    """Raise ValueError for an option out of range, before anything is built."""
-    for name, globs in {"include": include, "exclude": exclude}.items():
-        if isinstance(globs, str):
-            raise ValueError(f"{name} must be a list of globs, got the string {globs!r}; write [{globs!r}]")
-    if not (0 < damping < math.inf):
-        raise ValueError(f"damping must be positive, got {damping}; 0.01 is a good start")
-    if not 0 <= ema < 1:
-        raise ValueError(f"ema must lie in [0, 1), got {ema}")
-    if not 0 < max_error < math.inf:
-        raise ValueError(f"max_error must be positive, got {max_error}")
-    at_least_one = {
-        "update_every": update_every,
-        "max_dim": max_dim,
-        "max_rows": max_rows,
-        "max_failures": max_failures,
-    }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _are_globs(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(glob, str) for glob in value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("damping", "ema", "max_error"), (_is_number, "a number")),
+    **dict.fromkeys(("update_every", "max_failures"), (_is_whole, "a whole number")),
+    **dict.fromkeys(("max_dim", "max_rows", "log_every"), (_is_whole, "a whole number or None")),
+    **dict.fromkeys(("bias", "overlap"), (_is_flag, "True or False")),
+    "include": (_are_globs, "a list of globs or None"),
+    "exclude": (_are_globs, "a list of globs"),
+}
+_CHOICES: dict[str, Any] = {"damping_scale": DampingScale, "solver": Solver, "conv": ConvCovariance}
+
+
+def check_options(**options: Any) -> None:
+    """Check options of :class:`ActivationPreconditioner` and the callback's ``log_every``, before anything is built.
+
+    Raises:
+        TypeError: One is of another type.
+        ValueError: One is out of range.
+    """
+    for name, value in options.items():
+        if name in _CHOICES:
+            if value not in get_args(_CHOICES[name]):
+                raise ValueError(f"{name} must be one of {get_args(_CHOICES[name])}, got {value!r}")
+            continue
+        fits, kind = _TYPES[name]
+        if value is None and kind.endswith("or None"):
+            continue
+        if not fits(value):
+            way_out = f"; write [{value!r}]" if fits is _are_globs and isinstance(value, str) else ""
+            raise TypeError(f"{name} must be {kind}, got {value!r}{way_out}")
+        if fits is _is_whole and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    choices: list[tuple[str, str, Any]] = [
-        ("damping_scale", damping_scale, DampingScale),
-        ("solver", solver, Solver),
-        ("conv", conv, ConvCovariance),
-    ]
-    for name, choice, allowed in choices:
-        if choice not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {get_args(allowed)}, got {choice!r}")
+    if not 0 < options["damping"] < math.inf:
+        raise ValueError(f"damping must be positive, got {options['damping']}; 0.01 is a good start")
+    if not 0 <= options["ema"] < 1:
+        raise ValueError(f"ema must lie in [0, 1), got {options['ema']}")
+    if not 0 < options["max_error"] < math.inf:
+        raise ValueError(f"max_error must be positive, got {options['max_error']}")
