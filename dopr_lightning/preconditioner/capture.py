@@ -257,6 +257,13 @@ class _Hook:
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return type(self), ()
 
+    @property
+    def __name__(self) -> str:
+        """Asked by ``torch.jit.script``, which compiles hooks; it cannot compile these."""
+        raise AttributeError(
+            "torch.jit.script compiles no model with a preconditioner, nor a copy of one: call its remove() first"
+        )
+
 
 class _TapOutput(_Hook):
     """Forward hook: taps the module's output, or the first of a tuple of outputs."""

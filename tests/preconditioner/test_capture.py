@@ -316,6 +316,19 @@ def test_an_input_that_is_no_plain_tensor_is_refused_by_name() -> None:
         scaled(2.0, torch.randn(3, 4))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("module", [nn.Linear(4, 2), nn.MultiheadAttention(4, 2)])
+def test_scripting_a_hooked_model_is_refused_with_the_way_out(module: nn.Module) -> None:
+    ap = ActivationPreconditioner(module)
+    for model in (module, copy.deepcopy(module)):
+        with pytest.raises(
+            AttributeError, match=r"compiles no model with a preconditioner.* call its remove\(\) first"
+        ):
+            torch.jit.script(model)
+    ap.remove()
+    torch.jit.script(module)
+
+
 def test_the_sink_runs_without_autocast_and_gradients() -> None:
     seen = []
     module = nn.Linear(4, 2)
