@@ -18,7 +18,7 @@ from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, check_still_frozen
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer, named_modules
-from dopr_lightning.preconditioner.preconditioner import check_options
+from dopr_lightning.preconditioner.options import check_options
 from dopr_lightning.preconditioner.solvers import Solver
 
 log = getLogger(__name__)

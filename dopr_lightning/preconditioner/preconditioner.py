@@ -2,15 +2,13 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
-from numbers import Integral, Real
-from typing import Any, get_args
-from weakref import WeakSet, ref
+from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -23,12 +21,16 @@ from dopr_lightning.preconditioner.capture import Capture
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import check_still_frozen, find_coverage
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
+from dopr_lightning.preconditioner.failures import report, too_inexact, unseen
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
+from dopr_lightning.preconditioner.masks import Masks
+from dopr_lightning.preconditioner.options import check_options
 from dopr_lightning.preconditioner.replay import Replay
+from dopr_lightning.preconditioner.rivals import Rivals
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
-from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions
+from dopr_lightning.preconditioner.stack import FinishRefresh, Stack, StackOptions
 from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, moments
 from dopr_lightning.preconditioner.threads import ToHost
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
@@ -168,16 +170,14 @@ class ActivationPreconditioner:
         )
         self._stacks = make_stacks(layers, options, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
-        self._masks = _Masks()
+        self._masks = Masks()
         self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
         # Weakly, or the model's hooks would keep alive, and counting, a preconditioner that nobody can step any more.
         me = ref(self)
         self._capture = Capture(layers, partial(_count, me), partial(_collecting, me), self._audit)
-        self._rewritten: dict[Tensor, tuple[int, int]] = {}
-        self._rivals: list[tuple[ref[ActivationPreconditioner], Layer]] = []
-        self._meet_rivals()
+        self._rivals = Rivals(layers)
 
     @property
     def collecting(self) -> bool:
@@ -207,7 +207,7 @@ class ActivationPreconditioner:
                 gradient already.
         """
         check_still_frozen(self._coverage.frozen)
-        self._refuse_twice()
+        self._rivals.refuse_twice()
         refreshed = self.collecting
         self.settle()
         with torch.autocast(self._stacks[0].device.type, enabled=False):
@@ -222,7 +222,7 @@ class ActivationPreconditioner:
             if measure:
                 self._alignment = self._compare(before)
                 self.settle()  # on all ranks, for one may ask for a summary
-        self._rewritten = {layer.weight: _stamp(layer.weight) for _, layer in self._rivals}
+        self._rivals.note()
         self._plan(refreshed)
         self.steps += 1
 
@@ -282,7 +282,7 @@ class ActivationPreconditioner:
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
-        _live.discard(self)
+        self._rivals.leave()
         self._pending = None
         self._capture.remove()
         self._audit.remove()
@@ -359,25 +359,6 @@ class ActivationPreconditioner:
             if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1:
                 loaded = loaded.to_exact()
             self._replace(stack, loaded)
-
-    def _meet_rivals(self) -> None:
-        """Find, for each other preconditioner of a layer, such a layer; one in disuse, of a notebook say, is none."""
-        mine = {id(layer.weight): layer for layer in self._stack_of}
-        for other in _live:
-            shared = next((layer for layer in other._stack_of if id(layer.weight) in mine), None)
-            if shared is not None:
-                self._rivals.append((ref(other), mine[id(shared.weight)]))
-                other._rivals.append((ref(self), shared))
-        _live.add(self)
-
-    def _refuse_twice(self) -> None:
-        for other, layer in self._rivals:
-            rival = other()
-            if rival and layer.weight.grad is not None and rival._rewritten.get(layer.weight) == _stamp(layer.weight):
-                raise RuntimeError(
-                    f"{layer.name}: another preconditioner has rewritten this gradient already, and twice would be "
-                    "wrong; call remove() of one of them, or exclude the module in one"
-                )
 
     def _plan(self, refreshed: bool) -> None:
         """A layer first used between refreshes must not wait for the next one."""
@@ -481,28 +462,9 @@ class ActivationPreconditioner:
                     raise self._unseen(layer, masked=self._masks.fitted)
 
     def _unseen(self, layer: Layer, *, masked: bool) -> RuntimeError:
-        """That a layer's gradient has no rows, with the likeliest cause."""
-        seen = {
-            layer
-            for stack in self._stacks
-            for layer, at in zip(stack.layers, stack.refreshed_at, strict=True)
-            if at is not None
-        }
-        if not any(module.training for module in layer.modules):
-            cause = "It is in eval mode: put it in training mode, or exclude the module."
-        elif masked:
-            cause = "Did the mask leave all of its rows out? It must keep those of which the loss is made."
-        elif layer in seen:
-            cause = (
-                "Earlier ones were: is this a second step() after one backward, without zero_grad()? Or is the "
-                "gradient of torch.func or a functional call on the weight?"
-            )
-        else:
-            cause = (
-                "Was the backward, or the first run of the compiled model, before the preconditioner was made? Or is "
-                "the gradient of torch.func or a functional call on the weight? Mend that, or exclude the module."
-            )
-        return RuntimeError(f"{layer.name}: has a gradient, but its module's inputs were not seen. {cause}")
+        stack = self._stack_of[layer]
+        before = stack.refreshed_at[stack.layers.index(layer)] is not None
+        return RuntimeError(unseen(layer, masked=masked, before=before))
 
     def _may_overlap(self) -> bool:
         """Whether this refresh may be finished in the next step, which is none itself."""
@@ -518,7 +480,7 @@ class ActivationPreconditioner:
         for stack in list(self._stacks):
             # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
             for failure in stack.accept(outcomes[stack].tolist(), step):
-                _report(failure, self._max_failures)
+                report(failure, self._max_failures)
             if isinstance(stack, LowRankStack) and stack.unattainable:
                 self._fall_back(stack)
 
@@ -526,50 +488,10 @@ class ActivationPreconditioner:
         """The tolerance needs too many directions: the exact solver takes over, where it may."""
         if self._solver == "auto":
             self._replace(stack, stack.to_exact())
-            log.info("%s", _describe(stack, "solver='auto' goes on with the exact solver"))
+            log.info("%s", too_inexact(stack, "solver='auto' goes on with the exact solver"))
         elif not stack.warned:
             stack.warned = True
-            log.warning("%s", _describe(stack, "raise max_error or damping, or take solver='auto'"))
-
-
-class _Masks:
-    """Did the masks of a step fit any layer?
-
-    Attributes:
-        fitted: Whether one did.
-    """
-
-    def __init__(self) -> None:
-        self._warned = False
-        self._shape: tuple[int, ...] | None = None
-        self.fitted = False
-
-    def note(self, mask: Tensor, fits: bool) -> None:
-        self._shape = tuple(mask.shape)
-        self.fitted |= fits
-
-    def report(self) -> None:
-        """Say once that they did not."""
-        if self._shape is not None and not self.fitted and not self._warned:
-            self._warned = True
-            log.warning(
-                "the mask of shape %s fits the input of no covered layer, so all rows count, padding too; it must have "
-                "the shape of the inputs' positions, (B, T) for (B, T, d)",
-                self._shape,
-            )
-        self.clear()
-
-    def clear(self) -> None:
-        self._shape, self.fitted = None, False
-
-
-_live: WeakSet[ActivationPreconditioner] = WeakSet()
-
-
-def _stamp(weight: Tensor) -> tuple[int, int]:
-    """What tells a gradient from another, and from itself once it has been written to."""
-    local = getattr(weight.grad, "_local_tensor", weight.grad)
-    return id(local), 0 if local is None else local._version
+            log.warning("%s", too_inexact(stack, "raise max_error or damping, or take solver='auto'"))
 
 
 def _count(owner: ref[ActivationPreconditioner], layer: Layer, x: Tensor, mask: Tensor | None) -> None:
@@ -607,86 +529,3 @@ class _Pending:
 def _range(name: str) -> AbstractContextManager[Any]:
     """A label for profilers, which costs nothing without one."""
     return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
-
-
-def _describe(stack: LowRankStack, consequence: str) -> str:
-    worst = max(range(len(stack.layers)), key=stack.errors.__getitem__)
-    return (
-        f"{stack.layers[worst].name}: {stack.tracked} of {stack.dim} directions leave a certified error of "
-        f"{stack.errors[worst]:.2g}, more than max_error={stack.options.max_error:g}; {consequence}"
-    )
-
-
-def _report(failure: Failure, most: int) -> None:
-    """Warn once per layer; raise when it does not get better."""
-    stack, index, name = failure.stack, failure.index, failure.layer.name
-    if not math.isfinite(failure.trace):
-        problem = "has NaN or infinity"
-    elif failure.trace == 0:
-        problem = "is zero, every input of the layer was 0"
-    else:
-        problem = "is not positive definite, raise the damping"
-    problem = f"{name}: covariance {problem} (rows {stack.rows_seen[index]})"
-    if stack.failures_in_a_row[index] >= most:
-        raise RuntimeError(
-            f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
-        )
-    if stack.failures[index] == 1:
-        step = stack.refreshed_at[index]
-        kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
-        log.warning("%s; %s", problem, kept)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _are_globs(value: Any) -> bool:
-    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(glob, str) for glob in value)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("damping", "ema", "max_error"), (_is_number, "a number")),
-    **dict.fromkeys(("update_every", "max_failures"), (_is_whole, "a whole number")),
-    **dict.fromkeys(("max_dim", "max_rows", "log_every"), (_is_whole, "a whole number or None")),
-    **dict.fromkeys(("bias", "overlap"), (_is_flag, "True or False")),
-    "include": (_are_globs, "a list of globs or None"),
-    "exclude": (_are_globs, "a list of globs"),
-}
-_CHOICES: dict[str, Any] = {"damping_scale": DampingScale, "solver": Solver, "conv": ConvCovariance}
-
-
-def check_options(**options: Any) -> None:
-    """Check options of :class:`ActivationPreconditioner` and the callback's ``log_every``, before anything is built.
-
-    Raises:
-        TypeError: One is of another type.
-        ValueError: One is out of range.
-    """
-    for name, value in options.items():
-        if name in _CHOICES:
-            if value not in get_args(_CHOICES[name]):
-                raise ValueError(f"{name} must be one of {get_args(_CHOICES[name])}, got {value!r}")
-            continue
-        fits, kind = _TYPES[name]
-        if value is None and kind.endswith("or None"):
-            continue
-        if not fits(value):
-            way_out = f"; write [{value!r}]" if fits is _are_globs and isinstance(value, str) else ""
-            raise TypeError(f"{name} must be {kind}, got {value!r}{way_out}")
-        if fits is _is_whole and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < options["damping"] < math.inf:
-        raise ValueError(f"damping must be positive, got {options['damping']}; 0.01 is a good start")
-    if not 0 <= options["ema"] < 1:
-        raise ValueError(f"ema must lie in [0, 1), got {options['ema']}")
-    if not 0 < options["max_error"] < math.inf:
-        raise ValueError(f"max_error must be positive, got {options['max_error']}")

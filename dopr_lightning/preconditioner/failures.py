@@ -1,0 +1,66 @@
+"""What is said of a layer that something is wrong with?"""
+
+from __future__ import annotations
+
+import math
+from logging import getLogger
+
+from dopr_lightning.preconditioner.layers import Layer
+from dopr_lightning.preconditioner.lowrank import LowRankStack
+from dopr_lightning.preconditioner.stack import Failure
+
+log = getLogger(__name__)
+
+
+def unseen(layer: Layer, *, masked: bool, before: bool) -> str:
+    """That its gradient has no rows, with the likeliest cause.
+
+    Args:
+        layer: The layer.
+        masked: Whether a mask may have left them out.
+        before: Whether there were some in an earlier step.
+    """
+    if not any(module.training for module in layer.modules):
+        cause = "It is in eval mode: put it in training mode, or exclude the module."
+    elif masked:
+        cause = "Did the mask leave all of its rows out? It must keep those of which the loss is made."
+    elif before:
+        cause = (
+            "Earlier ones were: is this a second step() after one backward, without zero_grad()? Or is the "
+            "gradient of torch.func or a functional call on the weight?"
+        )
+    else:
+        cause = (
+            "Was the backward, or the first run of the compiled model, before the preconditioner was made? Or is "
+            "the gradient of torch.func or a functional call on the weight? Mend that, or exclude the module."
+        )
+    return f"{layer.name}: has a gradient, but its module's inputs were not seen. {cause}"
+
+
+def too_inexact(stack: LowRankStack, consequence: str) -> str:
+    """That the tolerance needs more directions than there are, and what comes of it."""
+    worst = max(range(len(stack.layers)), key=stack.errors.__getitem__)
+    return (
+        f"{stack.layers[worst].name}: {stack.tracked} of {stack.dim} directions leave a certified error of "
+        f"{stack.errors[worst]:.2g}, more than max_error={stack.options.max_error:g}; {consequence}"
+    )
+
+
+def report(failure: Failure, most: int) -> None:
+    """Warn of a refresh that gave no inverse, once per layer; raise RuntimeError after ``most`` in a row."""
+    stack, index, name = failure.stack, failure.index, failure.layer.name
+    if not math.isfinite(failure.trace):
+        problem = "has NaN or infinity"
+    elif failure.trace == 0:
+        problem = "is zero, every input of the layer was 0"
+    else:
+        problem = "is not positive definite, raise the damping"
+    problem = f"{name}: covariance {problem} (rows {stack.rows_seen[index]})"
+    if stack.failures_in_a_row[index] >= most:
+        raise RuntimeError(
+            f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
+        )
+    if stack.failures[index] == 1:
+        step = stack.refreshed_at[index]
+        kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
+        log.warning("%s; %s", problem, kept)
