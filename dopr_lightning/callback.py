@@ -113,7 +113,7 @@ class DoPr(pl.Callback):
     @property
     def state_key(self) -> str:
         """Of its state in checkpoints: told from another's of the same trainer by what each covers."""
-        chosen = {name: list(globs) for name in ("include", "exclude") if (globs := self.options[name])}
+        chosen = {name: sorted(globs) for name in ("include", "exclude") if (globs := self.options[name])}
         return self._generate_state_key(**chosen) if chosen else super().state_key
 
     @contextmanager
@@ -143,18 +143,12 @@ class DoPr(pl.Callback):
         """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it.
 
         Raises:
-            ValueError: Nothing in the model is left to cover, or another callback is going to unfreeze layers.
+            ValueError: Nothing in the model is left to cover, or another DoPr covers some of it too.
         """
         self._remove()  # where another callback's on_exception kept an earlier fit from it
         preconditioner = ActivationPreconditioner(pl_module, **self.options)
         self.preconditioners = [preconditioner]
-        tuners = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]
-        if tuners and preconditioner.frozen:
-            exclude = [*self.options["exclude"], *_frozen_globs(preconditioner, pl_module)]
-            raise ValueError(
-                f"{type(tuners[0]).__name__} unfreezes layers in the middle of the fit, and DoPr covers none then; "
-                f"leave those that are frozen now to the base optimizer: DoPr(exclude={exclude})"
-            )
+        self._look_around(trainer, pl_module, preconditioner)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Now that the optimizers are there: one preconditioner each. Go on from a checkpoint.
@@ -222,6 +216,28 @@ class DoPr(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hooks off: Lightning skips ``teardown`` after an exception."""
         self._stop()
+
+    def _look_around(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, preconditioner: ActivationPreconditioner
+    ) -> None:
+        """Refuse a second rewriting of a gradient, and point out who may unfreeze what is not covered."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks[: callbacks.index(self)]:
+            for earlier in other.preconditioners if isinstance(other, DoPr) else []:
+                if earlier is not None and (shared := sorted(preconditioner.covered & earlier.covered)):
+                    raise ValueError(
+                        f"{shared[0]}: two DoPr callbacks cover it, and would precondition its gradient twice; give "
+                        "each an include of its own"
+                    )
+        tuners = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+        if tuners and preconditioner.frozen:
+            exclude = [*self.options["exclude"], *_frozen_globs(preconditioner, pl_module)]
+            log.warning(
+                "%s may unfreeze layers in the middle of the fit, which DoPr then stops; to leave those that are "
+                "frozen now to the base optimizer: DoPr(exclude=%s)",
+                type(tuners[0]).__name__,
+                exclude,
+            )
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -305,7 +321,7 @@ def _leaves_some_out(optimizer: Optimizer, model: nn.Module) -> bool:
 
 def _frozen_globs(preconditioner: ActivationPreconditioner, model: nn.Module) -> list[str]:
     """Few patterns for the modules of its frozen layers, which match none that it covers."""
-    covered = [row.parameter for row in preconditioner.summary() if row.covered]
+    covered = preconditioner.covered
     frozen = {id(module) for layer in preconditioner.frozen for module in layer.modules}
     globs = []
     for name in (name for name, module in named_modules(model) if id(module) in frozen):

@@ -655,7 +655,7 @@ def test_two_callbacks_give_two_parts_options_of_their_own_and_resume_bit_for_bi
 
 
 def test_two_callbacks_on_one_layer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"first\.weight: another preconditioner has rewritten this gradient"):
+    with pytest.raises(ValueError, match=r"^first\.weight: two DoPr callbacks cover it, .* give each an include"):
         fit(tmp_path, TwoLayers(), DoPr(), [draw(0, 9, 6)], callbacks=[DoPr(include=["first"])])
 
 
@@ -693,7 +693,9 @@ class Backbone(TwoLayers):
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_gradual_unfreezing_is_refused_before_training_with_a_way_out_that_works(behind: bool, tmp_path: Path) -> None:
+def test_gradual_unfreezing_is_pointed_out_before_training_with_a_way_out_that_works(
+    behind: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def run(dopr: DoPr) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], Backbone]:
         model, tuner = Backbone(), BackboneFinetuning(unfreeze_backbone_at_epoch=1)
         before, after = Gradients(), Gradients()
@@ -711,14 +713,17 @@ def test_gradual_unfreezing_is_refused_before_training_with_a_way_out_that_works
         ).fit(model, DataLoader([draw(step, 9, 6) for step in range(2)], batch_size=None, shuffle=False))
         return before.seen, after.seen, model
 
-    with pytest.raises(ValueError, match="BackboneFinetuning unfreezes layers") as error:
+    with pytest.raises(RuntimeError, match=r"backbone\.0\.weight: was frozen when the preconditioner was made"):
         run(DoPr(damping=GAMMA))
-    assert str(error.value).endswith("DoPr(exclude=['backbone.*'])")
+    assert "BackboneFinetuning may unfreeze layers" in caplog.text
+    assert "to leave those that are frozen now to the base optimizer: DoPr(exclude=['backbone.*'])" in caplog.text
+    caplog.clear()
     before, after, model = run(DoPr(damping=GAMMA, exclude=["backbone.*"]))
     assert ["backbone.0.weight" in seen for seen in before] == [False, False, True, True]
     for raw, m, (x, _) in zip(before, after, model.inputs, strict=True):
         assert distance(m["first.weight"], rewritten(raw["first.weight"], x)) < 1e-4
         assert all(torch.equal(m[name], raw[name]) for name in raw if name.startswith("backbone"))
+    assert "unfreeze" not in caplog.text
 
 
 class Half(TwoLayers):

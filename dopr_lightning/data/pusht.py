@@ -148,12 +148,11 @@ def register(path: Path | None = None, progress: Callable[[int, int | None], Non
         download(
             URL, archive, SHA256, progress, f"fetch {archive.name} from there yourself: dopr demos pusht --path FILE"
         )
-    try:
-        with tempfile.TemporaryDirectory(dir=home) as directory:
-            return _keep(archive, Path(directory), home)
-    finally:
-        if path is None:
-            archive.unlink()
+    with tempfile.TemporaryDirectory(dir=home) as directory:
+        registered = _keep(archive, Path(directory), home)
+    if path is None:
+        archive.unlink(missing_ok=True)  # another process may have been as far
+    return registered
 
 
 def _keep(archive: Path, new: Path, home: Path) -> Registered:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
-from dopr_lightning.callback import DoPr
 from dopr_lightning.errors import UserError, did_you_mean
 from dopr_lightning.optim import BASES
 
@@ -75,6 +74,8 @@ def _check_options(arm: Arm) -> None:
     Raises:
         UserError: There is none of that name, or it is given no value.
     """
+    from dopr_lightning.callback import DoPr
+
     known = inspect.signature(DoPr).parameters
     for option in arm.options:
         name, _, value = option.partition("=")

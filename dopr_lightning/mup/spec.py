@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -328,7 +329,7 @@ def _on_meta(factory: Callable[..., nn.Module], keywords: Mapping[str, Any]) -> 
         try:
             model = factory(**keywords)
         except (RuntimeError, TypeError) as error:
-            if "meta" not in str(error):
+            if not re.search(r"\bmeta (tensor|device)|\bdevice meta\b", str(error)):
                 raise
             raise ValueError(
                 "a MupSpec's factory runs on the meta device, where tensors have shapes and no values, and this one "

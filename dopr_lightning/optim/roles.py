@@ -27,8 +27,8 @@ def parameter_roles(
     """The role of every trainable parameter.
 
     ``vector``: anything with fewer than two dimensions (biases, norms). ``embedding``: the weight of an
-    :class:`torch.nn.Embedding`, and what no layer owns, class tokens and position embeddings: a parameter of a module
-    that is no layer but has some, or whose first size is 1. ``input`` and ``readout``: matrices that touch a dimension
+    :class:`torch.nn.Embedding`, and what no layer owns and has 1 as its first size, as class tokens and position
+    embeddings do. ``input`` and ``readout``: matrices that touch a dimension
     which does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
     its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this package do; if none
     does, the first matrix (unless there is an embedding before it) and the last in order of registration are taken.
@@ -71,6 +71,8 @@ def guessed_ends(model: nn.Module) -> dict[str, Role]:
         return {}
     parameters, owners = _trainable(model), _owners(model)
     matrices = [name for name, p in parameters.items() if _role(owners[p], p) == "hidden"]
+    # An adapter's or a table of positions, of a module that is no layer, is neither end where there are layers.
+    matrices = [name for name in matrices if _is_layer(owners[parameters[name]])] or matrices
     if len(matrices) < 2:
         return {}
     before = takewhile(lambda name: name != matrices[0], parameters)
@@ -101,9 +103,12 @@ def _role(owner: nn.Module, parameter: nn.Parameter) -> Role:
         return "embedding"
     if isinstance(owner, _ConvNd) and owner.groups == owner.in_channels > 1:
         return "input"
-    if layer_types(owner) or isinstance(owner, _LAYERS):
-        return "hidden"
-    return "embedding" if parameter.shape[0] == 1 or any(True for _ in owner.children()) else "hidden"
+    return "hidden" if parameter.shape[0] > 1 or _is_layer(owner) else "embedding"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether its parameters are those of a layer with matrices."""
+    return bool(layer_types(module)) or isinstance(module, _LAYERS)
 
 
 def _merged(ours: Role, shapes: Kind) -> Role:

@@ -42,7 +42,8 @@ class Capture:
     Args:
         layers: What to watch; every module of a layer is hooked.
         sink: Called in backward as ``sink(layer, x, mask)``, without gradients and outside the user's autocast, with
-            the input ``x`` as the module got it (of a DTensor this rank's part) and the :meth:`mask` of its forward.
+            the input ``x`` as the weight multiplied it, rounded by autocast (of a DTensor this rank's part), and the
+            :meth:`mask` of its forward.
         active: Whether rows are wanted now. Asked in the forward, where a no makes the hooks cost nothing (except
             under ``torch.compile``), and again in the backward.
         audit: Is shown the gradients of the layers' outputs as long as it wants them.
@@ -152,10 +153,11 @@ class _Tap:
         if not output.requires_grad:
             return output
         x = x.to_local() if isinstance(x, DTensor) else x
-        # Autocast's own cast is what the weight multiplied and what autograd keeps: x itself may be overwritten.
+        x = x.detach()
         if self.layer.rearranges and output.dtype in _LOW_PRECISION:
+            # As autocast did: the weight multiplied a cast of x, and x itself may be overwritten.
             x = x.to(output.dtype)
-        return _CountRows.apply(output, x.detach(), self.capture.current_mask, self.key, self)
+        return _CountRows.apply(output, x, self.capture.current_mask, self.key, self)
 
 
 def _describe(value: Any) -> str:

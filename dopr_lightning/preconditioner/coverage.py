@@ -82,12 +82,9 @@ def find_coverage(
 
     Raises:
         NothingToPreconditionError: Nothing is left to cover.
-        ValueError: A weight is sharded such that its gradient would have to be gathered, or a pattern matches nothing.
+        ValueError: A weight is sharded such that its gradient would have to be gathered.
     """
-    root = model
-    while (inside := _inside(root)) is not None:
-        root = inside
-    _check_patterns(root, include or (), exclude)
+    root = _root(model)
     chosen = None if parameters is None else {id(parameter) for parameter in parameters}
     reasons: dict[str, str] = {}
     frozen: list[Layer] = []
@@ -132,6 +129,13 @@ def find_coverage(
     return Coverage(covered, frozen, reasons, positions)
 
 
+def _root(model: nn.Module) -> nn.Module:
+    """The model itself, whatever wraps it."""
+    while (inside := _inside(model)) is not None:
+        model = inside
+    return model
+
+
 def _inside(model: nn.Module) -> nn.Module | None:
     """The model that DistributedDataParallel, ``torch.compile`` or Fabric wrapped; None if ``model`` is no wrapper."""
     if isinstance(model, DistributedDataParallel):
@@ -139,8 +143,9 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return next((child for name, child in model.named_children() if not public_name(name)), None)
 
 
-def _check_patterns(root: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+def check_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
     """Raise ValueError for a glob that matches no module with parameters: it would do nothing, in silence."""
+    root = _root(model)
     names = [
         name
         for name, module in named_modules(root)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from logging import getLogger
 from typing import Any
-from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -19,7 +17,7 @@ from torch.profiler import record_function
 from dopr_lightning.preconditioner.audit import GradientAudit
 from dopr_lightning.preconditioner.capture import Capture
 from dopr_lightning.preconditioner.covariance import DampingScale
-from dopr_lightning.preconditioner.coverage import check_still_frozen, find_coverage
+from dopr_lightning.preconditioner.coverage import check_patterns, check_still_frozen, find_coverage
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
 from dopr_lightning.preconditioner.failures import report, too_inexact, unseen
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
@@ -27,7 +25,6 @@ from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
 from dopr_lightning.preconditioner.masks import Masks
 from dopr_lightning.preconditioner.options import check_options
 from dopr_lightning.preconditioner.replay import Replay
-from dopr_lightning.preconditioner.rivals import Rivals
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
 from dopr_lightning.preconditioner.stack import FinishRefresh, Stack, StackOptions
@@ -155,6 +152,8 @@ class ActivationPreconditioner:
         self._pending: _Pending | None = None
         self._unused: set[str] = set()  # layers without an inverse for whom an early refresh was in vain
         reshard(model)
+        if process_group is None:  # else the model may be one stage of several, and they share their patterns
+            check_patterns(model, include or (), exclude)
         self._coverage = find_coverage(
             model, conv=conv, bias=bias, max_dim=max_dim, include=include, exclude=exclude, parameters=parameters
         )
@@ -174,10 +173,7 @@ class ActivationPreconditioner:
         self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
-        # Weakly, or the model's hooks would keep alive, and counting, a preconditioner that nobody can step any more.
-        me = ref(self)
-        self._capture = Capture(layers, partial(_count, me), partial(_collecting, me), self._audit)
-        self._rivals = Rivals(layers)
+        self._capture = Capture(layers, self._count, lambda: self.collecting, self._audit)
 
     @property
     def collecting(self) -> bool:
@@ -185,6 +181,11 @@ class ActivationPreconditioner:
         if self.steps % self.update_every == 0 or self._due:
             return True
         return self.steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
+
+    @property
+    def covered(self) -> set[str]:
+        """The names of the parameters whose gradients are rewritten."""
+        return {name for layer in self._coverage.layers for name in layer.parameters}
 
     @property
     def frozen(self) -> Sequence[Layer]:
@@ -203,11 +204,9 @@ class ActivationPreconditioner:
 
         Raises:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;
-                or its inverse has failed ``max_failures`` times in a row; or another preconditioner has rewritten its
-                gradient already.
+                or its inverse has failed ``max_failures`` times in a row.
         """
         check_still_frozen(self._coverage.frozen)
-        self._rivals.refuse_twice()
         refreshed = self.collecting
         self.settle()
         with torch.autocast(self._stacks[0].device.type, enabled=False):
@@ -222,7 +221,6 @@ class ActivationPreconditioner:
             if measure:
                 self._alignment = self._compare(before)
                 self.settle()  # on all ranks, for one may ask for a summary
-        self._rivals.note()
         self._plan(refreshed)
         self.steps += 1
 
@@ -282,7 +280,6 @@ class ActivationPreconditioner:
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
-        self._rivals.leave()
         self._pending = None
         self._capture.remove()
         self._audit.remove()
@@ -492,17 +489,6 @@ class ActivationPreconditioner:
         elif not stack.warned:
             stack.warned = True
             log.warning("%s", too_inexact(stack, "raise max_error or damping, or take solver='auto'"))
-
-
-def _count(owner: ref[ActivationPreconditioner], layer: Layer, x: Tensor, mask: Tensor | None) -> None:
-    preconditioner = owner()
-    if preconditioner is not None:
-        preconditioner._count(layer, x, mask)
-
-
-def _collecting(owner: ref[ActivationPreconditioner]) -> bool:
-    preconditioner = owner()
-    return preconditioner is not None and preconditioner.collecting
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ class Stack(ABC):
 
         Args:
             layer: One of :attr:`layers`.
-            x: What its module was called with.
+            x: What its module was called with, as autocast rounds it.
             mask: Which rows count; ignored by a layer that sees another number of rows than the mask has.
 
         Raises:
@@ -335,10 +334,10 @@ class Stack(ABC):
         if not self.mask_fits:
             return None
         grid = layer.grid(x)
-        if mask.dim() == len(grid) and mask.shape != grid and mask.numel() == math.prod(grid):
+        if mask.shape != grid and sorted(mask.shape) == sorted(grid):
             raise ValueError(
                 f"{layer.name}: the mask's shape is {tuple(mask.shape)}, that of the input's positions {grid}; "
-                "transpose the mask around this layer's forward (or flatten it, where its order is the rows')"
+                "transpose the mask around this layer's forward"
             )
         return layer.positions(mask)
 

@@ -86,8 +86,9 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, 4))
-        self.position = nn.Parameter(torch.zeros(9, 4))
+        self.position = nn.Parameter(torch.zeros(1, 9, 4))
         self.patch = nn.Conv2d(3, 4, 2)
+        self.adapter = nn.Parameter(torch.zeros(4, 2))
         self.query = nn.ParameterList([nn.Parameter(torch.zeros(1, 4))])
         self.own = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(4, 4))})  # a linear layer, it may be
         self.attention = nn.MultiheadAttention(4, 2)
@@ -103,6 +104,7 @@ def test_what_no_layer_owns_is_an_embedding_and_no_end(wrap: Callable[[nn.Module
         "token": "embedding",
         "position": "embedding",
         "patch.weight": "input",
+        "adapter": "hidden",
         "query.0": "embedding",
         "own.weight": "hidden",
         "attention.in_proj_weight": "hidden",

@@ -369,44 +369,6 @@ def test_a_trainable_bias_of_a_frozen_weight_is_left_alone() -> None:
     assert torch.equal(model[0].bias.grad, before)
 
 
-def test_a_gradient_is_not_rewritten_by_two() -> None:
-    model = mlp(5, 4, 3)
-    last, first = ActivationPreconditioner(model, exclude=["0"]), ActivationPreconditioner(model, include=["0"])
-    whole = ActivationPreconditioner(nn.Sequential(model, nn.Linear(3, 3)), include=["0.*"])
-    ActivationPreconditioner(copy.deepcopy(model))
-    backward(model, batch(0))
-    first.step()
-    last.step()  # of another layer
-    with pytest.raises(RuntimeError, match=r"0\.[02]\.weight: another preconditioner has .*; call remove\(\)"):
-        whole.step()
-    backward(model, batch(0))
-    whole.step()
-    for ap, name in ((first, "0.weight"), (last, "2.weight")):
-        with pytest.raises(RuntimeError, match=f"^{name}: another preconditioner has rewritten this gradient already"):
-            ap.step()
-    # Each a gradient of its own, of another loss say, is no harm.
-    for zeroed in (True, False):
-        for aps in ((first, last), (whole,)) * 2:
-            backward(model, batch(0))
-            for ap in aps:
-                ap.step()
-            model.zero_grad(set_to_none=zeroed)
-
-
-def test_one_that_nobody_holds_is_let_go() -> None:
-    """The model's hooks do not keep it: in a notebook its name may be given to another."""
-    model = mlp(5, 4, 3)
-    ap = ActivationPreconditioner(model)
-    backward(model, batch(0))
-    ap.step()
-    forgotten = weakref.ref(ap)
-    ap = ActivationPreconditioner(model)
-    assert forgotten() is None
-    model.zero_grad()
-    backward(model, batch(0))
-    ap.step()
-
-
 def test_globs_are_lists() -> None:
     """Iterated by letter, ``exclude="0"`` would do and ``include="bo*"`` cover everything."""
     for name in ("include", "exclude"):

@@ -170,7 +170,7 @@ def test_a_mask_of_another_order_is_refused_with_both_shapes(
     with pytest.raises(ValueError, match=r"weight.*: the mask's shape is \(3, 7\).* \(7, 3\); transpose the mask"):
         y.sum().backward()
     ap.discard()
-    for mask in (MASK.T, MASK.T.flatten()):  # of the input's shape, or by its rows
+    for mask in (MASK.T, MASK.T.flatten(), MASK.T.reshape(21, 1)):  # of the input's shape, or by its rows
         model.zero_grad()
         with ap.mask(mask):
             model(x).sum().backward()
