@@ -10,7 +10,7 @@ from typing import Any
 
 from dopr_lightning.experiments.arms import Arm
 from dopr_lightning.experiments.trial import Record
-from dopr_lightning.rollout.statistics import bootstrap_interval, student_interval, wilson_interval
+from dopr_lightning.rollout.statistics import bootstrap_interval, crossed_interval, wilson_interval
 from dopr_lightning.words import METRIC_LABELS
 
 PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-pusht", "robosuite", "numpy")
@@ -19,9 +19,10 @@ PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-
 def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Record | str], metric: str) -> dict[str, Any]:
     """One arm's entry of results.json: what each seed's run came to, the mean over all episodes, and its interval.
 
-    The interval is Student's over runs; of a single run, the bootstrap's over its episodes, which says nothing of other
-    runs; null where there is too little to judge by. For a success rate of one run, or of runs that all ended alike, it
-    is Wilson's: of 20 successes in 20 a resampling would be sure.
+    The interval is over runs and initial states (:func:`~.statistics.crossed_interval`); of a single run, the
+    bootstrap's over its episodes, which says nothing of other runs; null where there is too little to judge by. For a
+    success rate of one run, or of runs that all ended alike, it is Wilson's: of 20 successes in 20 a resampling would
+    be sure.
 
     Runs that diverged have nulls, and an arm with one has no mean: that of the others would be the luckier ones'.
     """
@@ -46,7 +47,7 @@ def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Record | str]
 
 
 def _interval(runs: Sequence[Sequence[float]], metric: str) -> tuple[float, float]:
-    low, high = bootstrap_interval(runs[0]) if len(runs) == 1 else student_interval([_mean(run) for run in runs])
+    low, high = bootstrap_interval(runs[0]) if len(runs) == 1 else crossed_interval(runs)
     if metric != "success":
         return low, high
     if len(runs) == 1 or math.isnan(low):
@@ -57,8 +58,8 @@ def _interval(runs: Sequence[Sequence[float]], metric: str) -> tuple[float, floa
 def differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Record | str]]) -> list[dict[str, Any]]:
     """What each arm brings, an entry of results.json for all but the first: beside its base where that is an arm too.
 
-    Else beside the first arm. Runs pair up by their training seed (:func:`~.statistics.student_interval`). Where one
-    of either arm diverged there is no difference.
+    Else beside the first arm. Runs pair up by their training seed, and their episodes by the initial state
+    (:func:`~.statistics.crossed_interval`). Where one of either arm diverged there is no difference.
 
     Args:
         arms: In the order they were given.
@@ -70,18 +71,19 @@ def differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Record | st
         against = base if arm.dopr and base in arms else arms[0]
         if arm == against:
             continue
-        per_seed = [
-            one.mean - other.mean if isinstance(one, Record) and isinstance(other, Record) else math.nan
+        pairs = [
+            [a - b for a, b in zip(one.episodes, other.episodes, strict=True)]
             for one, other in zip(outcomes[arm], outcomes[against], strict=True)
+            if isinstance(one, Record) and isinstance(other, Record)
         ]
-        mean = _mean(per_seed)
-        low, high = (math.nan, math.nan) if math.isnan(mean) else student_interval(per_seed)
+        diverged = len(pairs) < len(outcomes[arm])
+        low, high = (math.nan, math.nan) if diverged else crossed_interval(pairs)
         entries.append(
             {
                 "name": arm.name,
                 "against": against.name,
-                "per_seed": [_number(difference) for difference in per_seed],
-                "mean": _number(mean),
+                "per_seed": None if diverged else [_mean(pair) for pair in pairs],
+                "mean": None if diverged else _mean([_mean(pair) for pair in pairs]),
                 "ci95": [_number(low), _number(high)],
             }
         )

@@ -50,35 +50,52 @@ def bootstrap_interval(
     return (float(interval.low), float(interval.high))
 
 
-def student_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the mean of a few independent numbers: of runs, or of differences of runs that pair up.
+def crossed_interval(episodes: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean over training runs and initial states, of runs that met the same states.
 
-    Student's t. Training runs of one recipe differ by more than their episodes' noise (4429, 7909, 8060 for one recipe
-    on Humanoid), so it is their means that are independent draws of the recipe's quality, and not the episodes, which
-    pooled give an interval several times too narrow. A bootstrap over three runs, and over episodes within them, holds
-    the true mean in three cases of four where it says 95 %; this holds it in 95 (measured in the tests).
+    Runs of one recipe differ by more than their episodes' noise (4429, 7909, 8060 for one recipe on Humanoid), and some
+    initial states are harder than others for all of them, so that neither the episodes nor the runs' means are
+    independent draws of what the recipe is worth. Run r in state e is taken for m + a_r + b_e + c_re with independent
+    effects; the variance of the mean follows from the mean squares of a two-way layout, (MS_r + MS_e - MS_re) / (runs
+    x states), its degrees of freedom from F. E. Satterthwaite, "An approximate distribution of estimates of variance
+    components", 1946. Where states show no effect it is Student's t over the runs' means. A bootstrap over three runs
+    and over the episodes within them holds the true mean in three cases of four where it says 95 %.
 
-    Two runs of one training seed share their initial weights, their batches and the seeds of their rollouts, so what is
-    luck of the seed cancels in their difference; two separate intervals that overlap do not say that recipes are alike.
+    Of two recipes take the differences, run by run and state by state: runs of one training seed share their initial
+    weights, their batches and their states, so what is luck of these cancels. Two separate intervals that overlap do
+    not say that recipes are alike.
 
     Args:
-        values: One mean over episodes per training run, or per seed one recipe's less the other's.
+        episodes: Per training run, one value per initial state, these in one order for all runs.
         level: Confidence.
 
     Returns:
-        Lower and upper end. ``(nan, nan)`` for a single number, and for equal ones (a rounding apart at most): there is
-        no spread to judge by.
+        Lower and upper end. ``(nan, nan)`` for a single run, and where nothing varies from run to run but by rounding:
+        there is no spread to judge by.
 
     Raises:
-        UserError: There are no numbers, or some are not finite.
+        UserError: There are no numbers, some are not finite, or runs have different numbers of them.
     """
-    from scipy.stats import ttest_1samp
+    from scipy.stats import t
 
-    data = _checked(values)
-    if len(data) == 1 or _equal(data):
+    if len({len(run) for run in episodes}) > 1:
+        raise UserError("no confidence interval for runs of different numbers of episodes: evaluate all on the same")
+    data = _checked([value for run in episodes for value in run]).reshape(len(episodes), -1)
+    runs, states = data.shape
+    by_run, by_state = data.mean(axis=1), data.mean(axis=0)
+    if runs == 1 or _equal(by_run):
         return (math.nan, math.nan)
-    interval = ttest_1samp(data, 0.0).confidence_interval(level)
-    return (float(interval.low), float(interval.high))
+    mean, variance, freedom = data.mean(), by_run.var(ddof=1) / runs, runs - 1.0
+    if states > 1:
+        rest = data - by_run[:, None] - by_state + mean
+        squares = np.array([states * by_run.var(ddof=1), runs * by_state.var(ddof=1), (rest**2).sum()])
+        degrees = np.array([runs - 1, states - 1, (runs - 1) * (states - 1)])
+        squares[2] /= degrees[2]
+        together = squares @ (1, 1, -1)
+        if together > squares[0]:  # else there is no sign of states that differ
+            variance, freedom = together / data.size, together**2 / (squares**2 / degrees).sum()
+    half = t.ppf((1 + level) / 2, freedom) * math.sqrt(variance)
+    return (float(mean - half), float(mean + half))
 
 
 def wilson_interval(successes: int, episodes: int, level: float = 0.95) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from dopr_lightning.experiments.compare import TUNING_SEED
 from dopr_lightning.experiments.runner import KILLED
 from dopr_lightning.experiments.trial import Record, Trial
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
-from dopr_lightning.rollout.statistics import student_interval
+from dopr_lightning.rollout.statistics import crossed_interval
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -55,13 +55,14 @@ def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
         assert [len(episodes) for episodes in arm["episodes"]] == [3] * len(seeds)
         assert len({tuple(episodes) for episodes in arm["episodes"]}) == len(seeds)  # runs of their own
         assert arm["mean"] == pytest.approx(np.mean(arm["episodes"]))
-        assert arm["ci95"] == list(student_interval([np.mean(episodes) for episodes in arm["episodes"]]))
+        assert arm["ci95"] == list(crossed_interval(arm["episodes"]))
         assert arm["ci95"][0] <= arm["mean"] <= arm["ci95"][1]
     (difference,) = results["differences"]
     assert (difference["name"], difference["against"]) == ("dopr-muon", "adamw")
     means = [np.mean(arm["episodes"], axis=1) for arm in results["arms"]]
     assert difference["per_seed"] == pytest.approx(means[1] - means[0])
-    assert difference["ci95"] == list(student_interval(difference["per_seed"]))
+    ours, theirs = (np.array(arm["episodes"]) for arm in results["arms"])
+    assert difference["ci95"] == list(crossed_interval((theirs - ours).tolist()))
     assert results["arms"][0]["damping"] is None
     assert results["arms"][1]["damping"] == 0.01
 

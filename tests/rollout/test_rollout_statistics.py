@@ -6,9 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.statistics import bootstrap_interval, student_interval, wilson_interval
+from dopr_lightning.rollout.statistics import bootstrap_interval, crossed_interval, wilson_interval
 
 
 def test_the_interval_agrees_with_normal_theory() -> None:
@@ -35,17 +36,30 @@ def test_coverage_for_skewed_returns() -> None:
     assert 0.89 <= coverage(interval) <= 0.98
 
 
-@pytest.mark.parametrize("runs", [2, 3, 5, 16])
-def test_few_runs_are_covered_where_pooling_fails(runs: int) -> None:
-    """Runs differ with variance 1, episodes within a run with variance 4; the true mean is 0."""
+@pytest.mark.parametrize(("runs", "states"), [(2, 20), (3, 20), (5, 10), (16, 20)])
+@pytest.mark.parametrize("spread", [(1, 2, 2), (1, 0, 2), (0.3, 1, 1)], ids=["both", "no states", "mostly states"])
+def test_runs_that_met_the_same_states(runs: int, states: int, spread: tuple[float, float, float]) -> None:
+    """Effects of runs, of states and of both; the true mean is 0. Pooled episodes miss it, and so do means of runs."""
 
     def experiment(rng: np.random.Generator) -> np.ndarray:
-        return rng.normal(size=(runs, 1)) + 2 * rng.normal(size=(runs, 10))
+        of_run, of_state, of_both = spread
+        effects = of_run * rng.normal(size=(runs, 1)) + of_state * rng.normal(size=states)
+        return effects + of_both * rng.normal(size=(runs, states))
 
-    by_run = coverage(lambda rng: student_interval(experiment(rng).mean(axis=1).tolist()), trials=2000)
-    pooled = coverage(lambda rng: bootstrap_interval(experiment(rng).ravel().tolist(), resamples=500))
-    assert by_run == pytest.approx(0.95, abs=0.015)
-    assert pooled < 0.85
+    crossed = coverage(lambda rng: crossed_interval(experiment(rng).tolist()), trials=1500)
+    assert 0.93 <= crossed <= 0.995
+    by_run = coverage(lambda rng: crossed_interval(experiment(rng).mean(axis=1, keepdims=True).tolist()), trials=1500)
+    if spread == (0.3, 1, 1) and runs == 16:
+        assert by_run < 0.7
+    if spread == (1, 0, 2):
+        assert coverage(lambda rng: bootstrap_interval(experiment(rng).ravel().tolist(), resamples=500)) < 0.85
+
+
+def test_the_mean_squares_by_hand() -> None:
+    """Of [[1, 2, 6], [3, 6, 6]]: mean 4, MS of runs 6, of states 8, of both 2; (6 + 8 - 2) / 6 = 2."""
+    freedom = 12**2 / (6**2 / 1 + 8**2 / 2 + 2**2 / 2)  # 144 / 70
+    half = student_t.ppf(0.975, freedom) * math.sqrt(2)
+    assert crossed_interval([[1, 2, 6], [3, 6, 6]]) == pytest.approx((4 - half, 4 + half), rel=1e-12)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
@@ -71,30 +85,21 @@ def test_wilson_against_scipy(episodes: int, level: float) -> None:
         assert 0 <= ours[0] <= successes / episodes <= ours[1] <= 1
 
 
-def test_students_interval_by_hand() -> None:
+def test_without_states_that_differ_it_is_students_over_runs() -> None:
     """Of 1, 2, 3, 6: mean 3, variance 14/3; of Student's t with three degrees of freedom 97.5 % lie below 3.18245."""
     half = 3.182446305 * math.sqrt(14 / 3 / 4)
-    assert student_interval([1, 2, 3, 6]) == pytest.approx((3 - half, 3 + half), rel=1e-9)
+    expected = pytest.approx((3 - half, 3 + half), rel=1e-9)
+    assert crossed_interval([[1], [2], [3], [6]]) == expected
+    assert crossed_interval([[0, 2], [3, 1], [2, 4], [7, 5]]) == expected
     half *= 0.764892328 / 3.182446305  # below which 75 % lie
-    assert student_interval([6, 3, 1, 2], level=0.5) == pytest.approx((3 - half, 3 + half), rel=1e-8)
+    assert crossed_interval([[6], [3], [1], [2]], level=0.5) == pytest.approx((3 - half, 3 + half), rel=1e-8)
 
 
-@pytest.mark.parametrize("count", [2, 3, 16])
-def test_paired_coverage_is_exact_for_few_pairs(count: int) -> None:
-    """What both share, the seed's luck, may be as large as it likes."""
-
-    def interval(rng: np.random.Generator) -> tuple[float, float]:
-        luck = 100 * rng.normal(size=count)
-        return student_interval(((luck + rng.normal(size=count)) - (luck + rng.normal(size=count))).tolist())
-
-    assert coverage(interval, trials=2000) == pytest.approx(0.95, abs=0.015)
-
-
-def test_numbers_without_spread_say_nothing() -> None:
-    for differences in ([0.5], [0.0, 0.0, 0.0], [0.5 - 0.2, 0.8 - 0.5, 0.9 - 0.6], [1e4, 1e4 + 1e-9]):
-        assert all(math.isnan(end) for end in student_interval(differences))
-    with pytest.raises(UserError):
-        student_interval([1.0, math.inf])
+def test_runs_without_spread_say_nothing() -> None:
+    for runs in ([[0.5, 1.0]], [[0.0]] * 3, [[1.0, 0.0], [0.0, 1.0]], [[0.5 - 0.2], [0.8 - 0.5], [0.9 - 0.6]]):
+        assert all(math.isnan(end) for end in crossed_interval(runs))
+    with pytest.raises(UserError, match="different numbers of episodes"):
+        crossed_interval([[1.0, 2.0], [1.0]])
 
 
 def test_no_episodes_have_no_rate() -> None:
@@ -103,7 +108,10 @@ def test_no_episodes_have_no_rate() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan]])
-@pytest.mark.parametrize("interval", [bootstrap_interval, student_interval])
-def test_nothing_to_judge(interval: Callable[[list[float]], tuple[float, float]], values: list[float]) -> None:
+def test_nothing_to_judge(values: list[float]) -> None:
     with pytest.raises(UserError):
-        interval(values)
+        bootstrap_interval(values)
+    with pytest.raises(UserError):
+        crossed_interval([values, values])
+    with pytest.raises(UserError):
+        crossed_interval([])
