@@ -53,14 +53,14 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         raise UserError(f"--learning-rates {options.learning_rates}: a rate must be positive")
     if not 0 < options.damping < math.inf:
         raise UserError(f"--damping must be positive, got {options.damping}; 0.01 is a good start")
-    for name in ("episodes", "workers", "tuning_seeds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    for name in ("episodes", "workers", "tuning_seeds", "tuning_episodes"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     tuning_seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
     if rates and (reported := sorted(set(seeds) & set(tuning_seeds))):
         raise UserError(f"--seeds {reported[0]}: a run of that seed tunes the learning rate; report others")
-    if not rates and options.tuning_seeds > 1:
-        raise UserError("--tuning-seeds: nothing is tuned; give --learning-rates too")
+    if not rates and (options.tuning_seeds > 1 or options.tuning_episodes):
+        raise UserError("--tuning-seeds, --tuning-episodes: nothing is tuned; give --learning-rates too")
     refuse_ours(overrides, OURS, "a comparison")
 
     from dopr_lightning.training import find_config, resolve
@@ -85,16 +85,17 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         functools.partial(resolve, project=project)
     )  # the seeds of an arm share its configuration
 
-    def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int) -> Trial:
+    def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int, episodes: int) -> Trial:
         chosen = (*base, *arm.arguments(lr, options.damping))
         name = f"{arm.name} seed {seed}" + (f" lr {lr:g} (tuning)" if folder.startswith("tuning") else "")
-        return Trial(
-            name, output / folder, chosen, resolved(chosen), seed, first_seed, options.episodes, project=project
-        )
+        return Trial(name, output / folder, chosen, resolved(chosen), seed, first_seed, episodes, project=project)
 
+    tuning_episodes = options.tuning_episodes or options.episodes
     grid = [(arm, rate, seed) for arm in arms for rate in rates for seed in tuning_seeds]
     trials = [
-        trial(arm, rate, seed, f"tuning/{arm.name}/{_tuning_folder(rate, seed)}", task["selection_seed"])
+        trial(
+            arm, rate, seed, f"tuning/{arm.name}/{_tuning_folder(rate, seed)}", task["selection_seed"], tuning_episodes
+        )
         for arm, rate, seed in grid
     ]
     tuned = dict(zip(grid, run_all(trials, options.workers), strict=True))
@@ -102,7 +103,10 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     best = {arm: _best_rate(arm, tuning[arm]) if rates else None for arm in arms}
 
     runs = [(arm, seed) for arm in arms for seed in seeds]
-    trials = [trial(arm, best[arm], seed, f"runs/{arm.name}/seed-{seed}", task["first_seed"]) for arm, seed in runs]
+    trials = [
+        trial(arm, best[arm], seed, f"runs/{arm.name}/seed-{seed}", task["first_seed"], options.episodes)
+        for arm, seed in runs
+    ]
     found = dict(zip(runs, run_all(trials, options.workers), strict=True))
     outcomes = {arm: [found[arm, seed] for seed in seeds] for arm in arms}
 
@@ -116,6 +120,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             "parameters": task["parameters"],
             "episodes_per_seed": options.episodes,
             "tuning_runs_per_arm": len(rates) * len(tuning_seeds),
+            "episodes_per_tuning_run": tuning_episodes if rates else 0,
         },
         "versions": versions(),
         "data": task["data"],
@@ -224,6 +229,11 @@ def _parser(command: str) -> Parser:
         default=1,
         help="runs for each learning rate of the grid, of which the mean counts: one run's rollouts say little where "
         "seeds differ much; default: %(default)s",
+    )
+    parser.add_argument(
+        "--tuning-episodes",
+        type=int,
+        help="rollouts of each of these runs: 20 initial states may favour another rate than 100; default: --episodes",
     )
     parser.add_argument(
         "--workers", type=int, default=cores(), help="runs at once, sharing the cores; default: %(default)s"

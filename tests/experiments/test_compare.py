@@ -41,6 +41,7 @@ def check_schema(results: dict[str, Any], seeds: list[int]) -> None:
         "parameters": results["budget"]["parameters"],
         "episodes_per_seed": 3,
         "tuning_runs_per_arm": 0,
+        "episodes_per_tuning_run": 0,
     }
     assert {"dopr-lightning", "torch", "lightning", "gymnasium"} <= set(results["versions"])
     assert results["data"]["sha256"] == "abc"
@@ -234,6 +235,12 @@ def test_tuning_may_take_several_seeds(
     assert (first["mean"], first["per_seed"]) == (5.0, [9.0, 1.0])
     assert (second["mean"], second["per_seed"]) == (6.0, [6.0, 6.0])
 
+    assert {trial.episodes for trial in trials} == {results["budget"]["episodes_per_tuning_run"]} == {3}
+
+    trials.clear()
+    assert main(arguments(tmp_path / "more", *grid, "--seeds", "0", "--tuning-episodes", "7")) == 0
+    assert [trial.episodes for trial in trials] == [7] * 4 + [3]
+
     trials.clear()
     assert main(arguments(tmp_path / "first", *grid, "--seeds", "0", "--rollout.first_seed=500")) == 0
     assert [trial.first_seed for trial in trials] == [500 + SELECTION_OFFSET] * 4 + [500]
@@ -241,7 +248,7 @@ def test_tuning_may_take_several_seeds(
     assert main(arguments(tmp_path / "other", *grid, "--seeds", f"0,{TUNING_SEED + 1}")) == 2
     assert "--seeds 1001: a run of that seed tunes the learning rate" in capsys.readouterr().err
     assert main(arguments(tmp_path / "other", "--seeds=0", "--tuning-seeds=2")) == 2
-    assert "--tuning-seeds: nothing is tuned; give --learning-rates too" in capsys.readouterr().err
+    assert "--tuning-seeds, --tuning-episodes: nothing is tuned; give --learning-rates too" in capsys.readouterr().err
     assert main(arguments(tmp_path / "other", *grid, "--tuning-seeds", "0")) == 2
     assert "--tuning-seeds must be at least 1, got 0" in capsys.readouterr().err
 
