@@ -223,6 +223,7 @@ class ActivationPreconditioner:
                 self.settle()  # on all ranks, for one may ask for a summary
         self._plan(refreshed)
         self.steps += 1
+        self._capture.listen(self.collecting)
 
     def discard(self) -> None:
         """Forget the rows counted since the last step, instead of :meth:`step` when the optimizer skips its own.
@@ -342,6 +343,7 @@ class ActivationPreconditioner:
             raise ValueError(f"the preconditioner's state was saved for other layers; {listed}")
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         self.discard()
+        self._capture.listen(self.collecting)
         if not saved:
             return
         for stack in list(self._stacks):

@@ -317,6 +317,22 @@ def test_steps_of_a_compiled_model_are_those_of_eager(name: str, compile_first: 
     assert counted == plain_counted
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_first_compiled_between_two_refreshes_counts_from_the_next_on(name: str) -> None:
+    make, data = MODELS[name]
+    (model, _), (plain, _) = make(), make()
+    ap, plain_ap = (ActivationPreconditioner(m, update_every=4) for m in (model, plain))
+    forward: Callable[[Tensor], Tensor] = model
+    for step in range(9):
+        if step == 2:
+            forward = compiled(model)
+        x = data(8)
+        torch.testing.assert_close(train(forward, model, ap, x), train(plain, plain, plain_ap, x))
+    counted, plain_counted = ({row.parameter: row.rows for row in one.summary()} for one in (ap, plain_ap))
+    assert counted == plain_counted
+    assert graphs() == 1
+
+
 def test_a_model_that_was_compiled_and_run_before_is_an_error_that_names_a_layer() -> None:
     model, _ = mlp()
     forward, x = compiled(model), torch.randn(8, 5, dtype=torch.double)

@@ -265,6 +265,7 @@ def test_the_next_window_opens_with_as_many_directions_as_the_last_one_asked_for
     model, ap = steps_with(*BEFORE, "module", max_error=1e-6)
     tracked = [stack.tracked for stack in ap._stacks]
     ap._due = True  # as if a layer had been used for the first time
+    ap._capture.listen(True)
     backward_with(model, 5, "module")
     assert [stack.tracked for stack in ap._stacks] > tracked
     ap.step()

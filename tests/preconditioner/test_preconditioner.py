@@ -146,6 +146,30 @@ def test_update_every_keeps_the_inverse_between_refreshes() -> None:
         torch.testing.assert_close(weight_gradients(model)[0], expected)
 
 
+def test_modules_have_hooks_only_where_rows_are_wanted() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.MultiheadAttention(4, 2)).double()
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    def backward_with(x: Tensor) -> None:
+        h = model[0](x)
+        model[1](h, h, h)[0].square().sum().backward()
+
+    ap = ActivationPreconditioner(model, update_every=4, solver="exact")
+    at_first, found = hooks(), []
+    for step in range(9):
+        found.append(hooks())
+        backward_with(batch(step)[:, None])
+        ap.step()
+    assert at_first == 6  # one per map, and two around the functional one
+    assert found == [6, 0, 0, 0, 6, 0, 0, 0, 6]
+    ap.load_state_dict(ap.state_dict() | {"steps": 12})
+    assert hooks() == 6
+    ap.remove()
+    assert hooks() == 0
+
+
 def test_ema_is_a_bias_corrected_mean() -> None:
     model, ema = mlp(5, 3), 0.8
     ap = ActivationPreconditioner(model, damping=0.1, ema=ema)
