@@ -46,9 +46,9 @@ class Capture:
 
     Args:
         layers: What to watch; every module of a layer is hooked.
-        sink: Called in backward as ``sink(layer, x, mask)``, without gradients and outside the user's autocast, with
-            the input ``x`` as the weight multiplied it, rounded by autocast (of a DTensor this rank's part), and the
-            :meth:`mask` of its forward.
+        sink: Called in backward as ``sink(layer, x, mask, stays)``, without gradients and outside the user's autocast,
+            with the input ``x`` as the weight multiplied it, rounded by autocast (of a DTensor this rank's part), the
+            :meth:`mask` of its forward, and whether ``x`` may be used until the backward's end.
         active: Whether rows are wanted now. Asked in the forward, where a no lets it be as it is (except under
             ``torch.compile``), and again in the backward.
         audit: Is shown the gradients of the layers' outputs as long as it wants them.
@@ -57,7 +57,7 @@ class Capture:
     def __init__(
         self,
         layers: Sequence[Layer],
-        sink: Callable[[Layer, Tensor, Tensor | None], None],
+        sink: Callable[[Layer, Tensor, Tensor | None, bool], None],
         active: Callable[[], bool],
         audit: GradientAudit | None = None,
     ) -> None:
@@ -111,16 +111,16 @@ class Capture:
         self._taps.clear()
         self.active = _never
 
-    def count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
-        """Take the input of one call of ``layer`` from the backward."""
+    def count(self, layer: Layer, x: Tensor, mask: Tensor | None, *, stays: bool) -> None:
+        """Take the input of one call of ``layer`` from the backward, to whose end it may stay or not."""
         if not self.active():
             return
         # Entering these contexts takes longer than a small layer's statistics, and backward seldom needs them.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self._sink(layer, x, mask)
+                self._sink(layer, x, mask, stays)
         else:
-            self._sink(layer, x, mask)
+            self._sink(layer, x, mask, stays)
 
     def show_audit(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         """Show the audit the input of one call of ``layer`` and the gradient of its output."""
@@ -242,7 +242,7 @@ class _CountRows(torch.autograd.Function):
             ctx.tap.capture.show_audit(ctx.tap.layer, x, gradient)
             if not ctx.counted and _gets_gradient(ctx.tap.layer.weight):  # a graph may be walked back twice
                 ctx.counted = True
-                ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask)
+                ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask, stays=True)
         return gradient, None, None, None, None
 
 
@@ -267,7 +267,7 @@ def count_rows(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) ->
     tap = _tap_of_key.get(int(key))
     if tap is not None:
         tap.capture.show_audit(tap.layer, x, gradient)
-        tap.capture.count(tap.layer, x, mask)
+        tap.capture.count(tap.layer, x, mask, stays=False)  # memory that the graph may use again
 
 
 @count_rows.register_fake

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ class DiagonalStack(Stack):
     def _clear(self) -> None:
         self._sums.zero_()
 
-    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _add(self, layers: Sequence[Layer], part: slice, x: Tensor, mask: Tensor | None) -> Tensor:
+        (layer,) = layers
         assert isinstance(layer, DiagonalLayer)
         tokens, is_row = layer.tokens(x)
         keep = None if mask is None else self._keep(layer, x, mask, len(tokens))

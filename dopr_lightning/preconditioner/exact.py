@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.packed import PackedSymmetric
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
-from dopr_lightning.preconditioner.stack import Stack, StackOptions
+from dopr_lightning.preconditioner.stack import Stack, StackOptions, gradient_shape
 
 WORKSPACE = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Entries of the square matrices that are factorised at once, which is what a refresh needs for a moment: enough for
@@ -45,9 +44,8 @@ class ExactStack(Stack):
     solver = "exact"
 
     def __init__(self, layers: Sequence[Layer], options: StackOptions) -> None:
-        # Layers whose gradients have one shape stand side by side: their inverses are then a view, not a copy.
-        super().__init__(sorted(layers, key=_gradient_shape), options)
-        runs = [list(run) for _, run in groupby(self.layers, _gradient_shape)]
+        super().__init__(layers, options)
+        runs = [list(run) for _, run in groupby(self.layers, gradient_shape)]
         self._runs = [[self._index[layer] for layer in run] for run in runs]
         rows = self.entries / self.dim  # of the gradients as matrices
         self.factors = rows * options.update_every < PAYS_OFF * self.dim * self.blocks
@@ -75,8 +73,8 @@ class ExactStack(Stack):
     def _clear(self) -> None:
         self._packed.flat.zero_()
 
-    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
-        rows, count = self._rows(layer, x, mask)
+    def _add(self, layers: Sequence[Layer], part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
+        rows, count = self._rows(layers, x, mask)
         self._packed.add_gram(part, rows)
         return count
 
@@ -192,7 +190,3 @@ class ExactStack(Stack):
         if self._running is not None:
             tensors |= {"covariance": self._running.value[part], "weight": self._running.weight[part]}
         return tensors
-
-
-def _gradient_shape(layer: Layer) -> tuple[Any, ...]:
-    return layer.kind, layer.blocks, tuple(layer.weight.shape)

@@ -193,8 +193,8 @@ class LowRankStack(Stack):
         self._sums.zero_()
         self._test = probe(self._basis, seed=self.refreshes).mT.contiguous()
 
-    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
-        rows, count = self._rows(layer, x, mask)
+    def _add(self, layers: Sequence[Layer], part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
+        rows, count = self._rows(layers, x, mask)
         scores = torch.bmm(rows, self._test[part].mT)
         self._image[part].baddbmm_(scores.mT, rows)
         norms = torch.linalg.vector_norm(rows, dim=(1, 2))

@@ -20,6 +20,7 @@ from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import check_patterns, check_still_frozen, find_coverage
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
 from dopr_lightning.preconditioner.failures import report, too_inexact, unseen
+from dopr_lightning.preconditioner.joining import Joining
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
 from dopr_lightning.preconditioner.masks import Masks
@@ -169,11 +170,12 @@ class ActivationPreconditioner:
         )
         self._stacks = make_stacks(layers, options, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
+        self._joining = Joining(self._stack_of, self._count)
         self._masks = Masks()
         self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
         self._audit = GradientAudit(layers)
-        self._capture = Capture(layers, self._count, lambda: self.collecting, self._audit)
+        self._capture = Capture(layers, self._take, lambda: self.collecting, self._audit)
 
     @property
     def collecting(self) -> bool:
@@ -231,6 +233,7 @@ class ActivationPreconditioner:
         ``torch.amp.GradScaler`` skips steps whose gradients overflowed. Nothing of such a step may remain: the next
         one counts anew, and refreshes if this one would have.
         """
+        self._joining.clear()
         for stack in self._stacks:
             stack.discard()
         self._masks.clear()
@@ -401,12 +404,16 @@ class ActivationPreconditioner:
         self._stacks[self._stacks.index(old)] = new
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
-    def _count(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+    def _take(self, layer: Layer, x: Tensor, mask: Tensor | None, stays: bool) -> None:
         if self._pending is not None:  # the number of directions must not change in an open window
             self.settle()
+        if not (stays and mask is None and self._joining.hold(layer, x)):
+            self._count([layer], x, mask)
+
+    def _count(self, layers: Sequence[Layer], x: Tensor, mask: Tensor | None = None) -> None:
         with _range("dopr::statistics"):
-            stack = self._stack_of[layer]
-            stack.add(layer, x, mask)
+            stack = self._stack_of[layers[0]]
+            stack.add(layers, x, mask)
             if mask is not None:
                 self._masks.note(mask, stack.mask_fits)
             if isinstance(stack, WoodburyStack) and stack.too_many_rows:
@@ -414,6 +421,7 @@ class ActivationPreconditioner:
 
     def _refresh(self) -> None:
         """Pool the sums over ranks and renew the inverses; where this may overlap, leave the end to :meth:`settle`."""
+        self._joining.flush()  # of a backward that failed
         if world_size(self._group) > 1:  # the process group may be younger than this preconditioner
             for stack in list(self._stacks):
                 if isinstance(stack, WoodburyStack):

@@ -11,7 +11,7 @@ from dopr_lightning.preconditioner.diagonal import DiagonalStack
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.lowrank import FIRST_RANK, LowRankStack
-from dopr_lightning.preconditioner.stack import Stack, StackOptions
+from dopr_lightning.preconditioner.stack import Stack, StackOptions, gradient_shape
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
 Solver = Literal["exact", "lowrank", "auto"]
@@ -47,5 +47,6 @@ def make_stacks(layers: Sequence[Layer], options: StackOptions, solver: Solver, 
             return LowRankStack
         return ExactStack if pooled or options.ema else WoodburyStack
 
-    groups = [list(group) for _, group in groupby(sorted(layers, key=key), key=key)]
+    in_order = sorted(layers, key=lambda layer: (key(layer), gradient_shape(layer)))
+    groups = [list(group) for _, group in groupby(in_order, key=key)]
     return [kind(group[0])(group, options) for group in groups]

@@ -120,25 +120,29 @@ class Stack(ABC):
             self._allocate()
             self._allocated = True
 
-    def add(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
-        """Count the rows of one input of a layer.
+    def add(self, layers: Sequence[Layer], x: Tensor, mask: Tensor | None) -> None:
+        """Count the rows of one input of a layer, or of several layers at once.
 
         Args:
-            layer: One of :attr:`layers`.
-            x: What its module was called with, as autocast rounds it.
-            mask: Which rows count; ignored by a layer that sees another number of rows than the mask has.
+            layers: One of :attr:`layers`, or several that stand side by side there and are of one signature.
+            x: What its module was called with, as autocast rounds it; of several layers one behind the other, see
+                :meth:`~dopr_lightning.preconditioner.layers.Layer.joins`.
+            mask: Which rows count; ignored by a layer that sees another number of rows than the mask has. None where
+                there are several layers.
 
         Raises:
             ValueError: The mask has the input's positions in another order.
         """
         self.begin()
-        index = self._index[layer]
-        rows = self._add(layer, self.slices[index], x, mask)
+        first, last = self._index[layers[0]], self._index[layers[-1]]
+        part = slice(self.slices[first].start, self.slices[last].stop)
+        rows = self._add(layers, part, x, mask)
         # A mask's rows are counted on the device; others here, where it takes no kernel.
         if isinstance(rows, Tensor):
-            self.counts[self.slices[index]] += rows
+            self.counts[part] += rows
         else:
-            self._rows_added[index] += rows
+            for index in range(first, last + 1):
+                self._rows_added[index] += rows
 
     def begin(self) -> None:
         """Start counting from zero, unless a window of rows is open already.
@@ -302,8 +306,8 @@ class Stack(ABC):
         """Set the sums to zero."""
 
     @abstractmethod
-    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
-        """Add to the sums of the blocks ``part``; returns the number of rows."""
+    def _add(self, layers: Sequence[Layer], part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
+        """Add to the sums of the blocks ``part``; returns the number of each layer's rows."""
 
     @abstractmethod
     def _tensors(self, index: int) -> dict[str, Tensor]:
@@ -314,10 +318,12 @@ class Stack(ABC):
         assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
         return layer
 
-    def _rows(self, layer: Layer, x: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
-        """The rows of a dense layer's input, (blocks, n, d), in the statistics' dtype, and how many count."""
+    def _rows(self, layers: Sequence[Layer], x: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
+        """The rows of dense layers' inputs, (blocks, n, d), in the statistics' dtype, and how many of each count."""
+        layer = layers[0]
         assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
         rows = layer.rows(x if layer.rearranges else x.to(self.dtype))
+        rows = rows.unflatten(1, (len(layers), -1)).transpose(0, 1).flatten(0, 1)  # a view, of layers of one block
         keep = None if mask is None else self._keep(layer, x, mask, rows.shape[1])
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:
@@ -353,6 +359,11 @@ class Failure:
     index: int
     layer: Layer
     trace: float
+
+
+def gradient_shape(layer: Layer) -> tuple[Any, ...]:
+    """Layers with equal ones may share batched calls, and stand side by side in a stack: what is theirs is a view."""
+    return layer.kind, layer.blocks, tuple(layer.weight.shape)
 
 
 def subtract_low_rank(gradient: Tensor, left: Tensor, right: Tensor, scale: Tensor | float) -> Tensor:

@@ -96,12 +96,13 @@ class WoodburyStack(Stack):
         for rows in self._rows_of:
             rows.clear()
 
-    def _add(self, layer: Layer, part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
-        rows, count = self._rows(layer, x, mask)
+    def _add(self, layers: Sequence[Layer], part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
+        rows, count = self._rows(layers, x, mask)
         storage = rows.untyped_storage()
         if storage.data_ptr() == x.untyped_storage().data_ptr() or storage.nbytes() > rows.nbytes:
             rows = rows.clone()  # the input's owner may fill it anew before the refresh; a few rows must not keep all
-        self._rows_of[self._index[layer]].append(rows)
+        for layer, some in zip(layers, rows.split([layer.blocks for layer in layers]), strict=True):
+            self._rows_of[self._index[layer]].append(some)
         return count
 
     def refresh(self, share: slice) -> Tensor:

@@ -54,7 +54,7 @@ class Rows:
     active: bool = True
 
     def capture(self, *layers: Watched, audit: GradientAudit | None = None) -> Capture:
-        return Capture(layers, lambda *call: self.calls.append(call), lambda: self.active, audit)  # type: ignore[arg-type]
+        return Capture(layers, lambda *call: self.calls.append(call[:3]), lambda: self.active, audit)  # type: ignore[arg-type]
 
     def of(self, layer: Watched) -> Tensor:
         found = [x.reshape(-1, x.shape[-1]) for owner, x, _ in self.calls if owner is layer]
@@ -333,7 +333,7 @@ def test_the_sink_runs_without_autocast_and_gradients() -> None:
     seen = []
     module = nn.Linear(4, 2)
 
-    def sink(layer: Watched, x: Tensor, mask: Tensor | None) -> None:
+    def sink(layer: Watched, x: Tensor, mask: Tensor | None, stays: bool) -> None:
         seen.append((x.dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
 
     Capture([Watched([module])], sink, lambda: True)  # type: ignore[list-item, arg-type]

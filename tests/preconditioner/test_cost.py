@@ -136,7 +136,7 @@ def test_statistics_make_the_flops_they_are_said_to(solver: str, dim: int, rows:
     with torch.no_grad(), counter() as flops:
         for stack in ap._stacks:
             for layer in stack.layers:
-                stack.add(layer, torch.randn(rows, dim), None)
+                stack.add([layer], torch.randn(rows, dim), None)
     assert flops.get_total_flops() == sum(layer.cost.statistics for layer in planned)
 
 

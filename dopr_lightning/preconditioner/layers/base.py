@@ -143,6 +143,14 @@ class Layer(ABC):
         """The shape of an input's positions, which a mask of it must have: (B, T) for (B, T, d)."""
         return tuple(x.shape[:-1])
 
+    def joins(self, x: Tensor) -> bool:
+        """Whether inputs like ``x``, of layers of this :attr:`signature`, may lie one behind the other.
+
+        Along their first dimension; rows must then follow one another likewise in every block. Not unless a layer type
+        says so.
+        """
+        return False
+
     def check_sharding(self) -> None:  # noqa: B027 - nothing to refuse by default
         """Raise ValueError if the weight is sharded such that its gradient would have to be gathered."""
 

@@ -47,6 +47,9 @@ class BlockDiagonal(DenseLayer):
     def grid(self, x: Tensor) -> tuple[int, ...]:
         return self.layer.grid(x)
 
+    def joins(self, x: Tensor) -> bool:
+        return self.layer.joins(x)
+
     def check_sharding(self) -> None:
         self.layer.check_sharding()
 

@@ -58,6 +58,9 @@ class Convolution(MatrixLayer):
     def grid(self, x: Tensor) -> tuple[int, ...]:
         return _grid(x, self._spatial)
 
+    def joins(self, x: Tensor) -> bool:
+        return x.dim() == self._spatial + 2
+
     def vectors(self, x: Tensor) -> Tensor:
         x = x if x.dim() == self._spatial + 2 else x[None]
         if self.conv == "patch":
@@ -108,6 +111,9 @@ class TransposedConvolution(MatrixLayer):
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         return _grid(x, self._spatial)
+
+    def joins(self, x: Tensor) -> bool:
+        return x.dim() == self._spatial + 2
 
     def vectors(self, x: Tensor) -> Tensor:
         return _channels(x if x.dim() == self._spatial + 2 else x[None], self.blocks)

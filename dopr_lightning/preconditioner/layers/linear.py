@@ -14,6 +14,9 @@ class LinearMap(MatrixLayer):
     rearranges = True
     features: int
 
+    def joins(self, x: Tensor) -> bool:
+        return x.dim() > 1
+
     def vectors(self, x: Tensor) -> Tensor:
         return x.reshape(1, -1, self.features)
 

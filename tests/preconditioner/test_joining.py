@@ -1,0 +1,209 @@
+"""Inputs that are counted together equal those that are counted one by one; here on the CPU, where nothing is held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dopr_lightning import ActivationPreconditioner
+from dopr_lightning.preconditioner import joining
+from dopr_lightning.preconditioner.layers import Layer
+from dopr_lightning.preconditioner.stack import Stack
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exact": {"solver": "exact", "ema": 0.5},
+    "woodbury": {"solver": "exact", "max_rows": 6},
+    "lowrank": {"solver": "lowrank", "max_error": 1e-3},
+    "patches": {"solver": "exact", "conv": "patch", "ema": 0.5},
+    "pieces": {"solver": "exact", "max_dim": 9, "ema": 0.5},
+    "biases": {"solver": "exact", "bias": True, "ema": 0.5},
+    "few rows": {"solver": "lowrank", "max_rows": 7},
+}
+
+
+class Net(nn.Module):
+    """Layers of several kinds that see inputs of one shape, and of several; one of them is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(7, 16)
+        self.convolutions = nn.ModuleList([nn.Conv1d(16, 16, 3, padding=1), nn.Conv1d(16, 16, 1)])
+        self.grouped = nn.ModuleList([nn.Conv1d(16, 16, 3, padding=1, groups=2) for _ in range(2)])
+        self.up = nn.ConvTranspose1d(16, 16, 2, stride=2)
+        self.down = nn.Conv1d(16, 16, 3, stride=2, padding=1)
+        self.hidden = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+        self.pooled = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens).mT
+        for conv in (*self.convolutions, *self.grouped, self.up, self.down):
+            h = torch.tanh(conv(h)) + (h if conv is not self.up and conv is not self.down else 0)
+        h = h.mT
+        for layer in (*self.hidden, self.hidden[1]):
+            h = h + torch.tanh(layer(h))
+        h = (h + self.attention(h, h, h, need_weights=False)[0]).mean(1)
+        for layer in self.pooled:
+            h = torch.tanh(layer(h))
+        return h
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(7, (5, 4), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of :meth:`Stack.add` serves."""
+    served: list[int] = []
+    add = Stack.add
+
+    def count(self: Stack, layers: Sequence[Layer], x: Tensor, mask: Tensor | None) -> None:
+        served.append(len(layers))
+        add(self, layers, x, mask)
+
+    monkeypatch.setattr(Stack, "add", count)
+    return served
+
+
+def pair(**options: Any) -> list[tuple[Net, ActivationPreconditioner]]:
+    models = [Net().double() for _ in range(2)]
+    return [(model, ActivationPreconditioner(model, **{"update_every": 3} | options)) for model in models]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def compare(
+    runs: Sequence[tuple[Net, ActivationPreconditioner]], monkeypatch: pytest.MonkeyPatch, backward: Any
+) -> None:
+    """Seven steps, the first model's inputs held and the second's not."""
+    for step in range(7):
+        found = []
+        for devices, (model, ap) in zip((("cpu",), ()), runs, strict=True):
+            monkeypatch.setattr(joining, "DEVICES", devices)
+            model.zero_grad()
+            backward(model, ap, step)
+            ap.step()
+            found.append(gradients(model))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-13)
+    rows = [{row.parameter: row.rows for row in ap.summary()} for _, ap in runs]
+    assert rows[0] == rows[1]
+
+
+def plainly(model: Net, ap: ActivationPreconditioner, step: int) -> None:
+    model(tokens(step)).square().sum().backward()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_held_inputs_give_the_same_gradients(name: str, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(pair(**OPTIONS[name]), monkeypatch, plainly)
+    # The layer that is used twice ends one run and begins another; biases are of their layers.
+    assert max(calls) == (1 if name == "biases" else 3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_checkpointing_and_accumulation(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.net, self.last = net, nn.Linear(16, 16).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.net.tokens(x)
+            for layer in self.net.hidden:
+                h = checkpoint(layer, h, use_reentrant=reentrant)
+            return self.last(h)
+
+    torch.manual_seed(0)
+    first = Checkpointed(Net().double())
+    torch.manual_seed(0)
+    models = [first, Checkpointed(Net().double())]
+    runs: Any = [(m, ActivationPreconditioner(m, solver="exact", update_every=2, ema=0.5)) for m in models]
+
+    def backward(model: nn.Module, ap: ActivationPreconditioner, step: int) -> None:
+        for part in range(2):
+            model(tokens(2 * step + part)).square().sum().backward()
+
+    compare(runs, monkeypatch, backward)
+
+
+def test_masked_calls_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(model: Net, ap: ActivationPreconditioner, step: int) -> None:
+        x = tokens(step)
+        with ap.mask(x > 1) if step % 2 == 0 else nullcontext():
+            model(x).square().sum().backward()
+
+    compare(pair(solver="exact", update_every=1, ema=0.5), monkeypatch, backward)
+
+
+def test_no_more_is_held_than_is_said_and_nothing_after_the_backward(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "MOST", 700)
+    runs = pair(solver="exact", ema=0.5)
+    ap = runs[0][1]
+    most = 0
+    hold = joining.Joining.hold
+
+    def watch(self: joining.Joining, layer: Layer, x: Tensor) -> bool:
+        nonlocal most
+        taken = hold(self, layer, x)
+        most = max(most, sum(one.x.numel() for one in self._held))
+        return taken
+
+    def backward(model: Net, ap: ActivationPreconditioner, step: int) -> None:
+        plainly(model, ap, step)
+        assert not ap._joining._held
+
+    monkeypatch.setattr(joining.Joining, "hold", watch)
+    compare(runs, monkeypatch, backward)
+    assert 320 < most <= 700
+    assert max(calls) == 2
+    assert ap._joining._entries == 0
+
+
+def test_large_inputs_are_counted_at_once(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "LARGEST", 10)
+    compare(pair(solver="exact", ema=0.5), monkeypatch, plainly)
+    assert max(calls) == 1
+
+
+def test_a_backward_that_fails_leaves_nothing_that_the_next_one_would_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(gradient: Tensor) -> Tensor:
+        raise ValueError("no gradient")
+
+    def backward(model: Net, ap: ActivationPreconditioner, step: int) -> None:
+        if step == 3:
+            handle = model.tokens.weight.register_hook(fail)
+            with pytest.raises(ValueError, match="no gradient"):
+                plainly(model, ap, step)
+            handle.remove()
+            model.zero_grad()
+            ap.discard()
+        plainly(model, ap, step)
+
+    compare(pair(solver="exact", ema=0.5), monkeypatch, backward)
+
+
+def test_an_input_that_is_overwritten_before_the_end_is_an_error_that_names_the_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(joining, "DEVICES", ("cpu",))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ActivationPreconditioner(model)
+    x = torch.randn(3, 4)
+    h = model[0](x)
+    h.register_hook(lambda gradient: h.data.detach() if h.detach().mul_(2) is None else None)
+    with pytest.raises(RuntimeError, match=r"^1\.weight: its input was overwritten before the backward"):
+        model[1](h).sum().backward()
