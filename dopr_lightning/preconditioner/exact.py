@@ -8,7 +8,6 @@ enough to pay for itself, its factor (d_in^3 / 3) is kept instead and solves for
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from torch import Tensor
 from dopr_lightning.preconditioner.covariance import RunningMean, mean_over_rows, usable
 from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_cholesky, keep_last_good, known_good
 from dopr_lightning.preconditioner.layers import Layer
+from dopr_lightning.preconditioner.layers.together import gradients, one_shape, write
 from dopr_lightning.preconditioner.packed import PackedSymmetric
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
-from dopr_lightning.preconditioner.stack import Stack, StackOptions, gradient_shape
+from dopr_lightning.preconditioner.stack import Stack, StackOptions
 
 WORKSPACE = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Entries of the square matrices that are factorised at once, which is what a refresh needs for a moment: enough for
@@ -45,8 +45,6 @@ class ExactStack(Stack):
 
     def __init__(self, layers: Sequence[Layer], options: StackOptions) -> None:
         super().__init__(layers, options)
-        runs = [list(run) for _, run in groupby(self.layers, gradient_shape)]
-        self._runs = [[self._index[layer] for layer in run] for run in runs]
         rows = self.entries / self.dim  # of the gradients as matrices
         self.factors = rows * options.update_every < PAYS_OFF * self.dim * self.blocks
 
@@ -109,25 +107,22 @@ class ExactStack(Stack):
         return self.solution.data_ptr() if self._allocated and not self.factors else None
 
     def apply(self, *, fixed: bool = False) -> None:
-        for run in self._runs:
+        for run in self.runs:
             present = [i for i in run if self.layers[i].has_gradient]
-            gradients = [self._dense(i).gradient() for i in present]
-            # Shards of equally shaped weights may differ in size.
-            together = len(present) > 1 and len({gradient.shape for gradient in gradients}) == 1
-            if together and not self.factors and gradients[0].numel() <= SMALL:
-                self._apply_together(present, gradients, whole=len(present) == len(run))
+            layers = [self._dense(i) for i in present]
+            together = len(layers) > 1 and not self.factors and one_shape(layers)
+            if together and layers[0].weight_gradient.numel() <= SMALL:
+                write(layers, gradients(layers).to(self.dtype) @ self._solutions(present))
                 continue
-            for i, gradient in zip(present, gradients, strict=True):
-                self._dense(i).write(self._solve(gradient, self.solution[self.slices[i]]))
+            for i, layer in zip(present, layers, strict=True):
+                layer.write(self._solve(layer.gradient(), self.solution[self.slices[i]]))
 
-    def _apply_together(self, present: list[int], gradients: list[Tensor], whole: bool) -> None:
-        if whole:
-            solution = self.solution[self.slices[present[0]].start : self.slices[present[-1]].stop]
-        else:
-            solution = torch.cat([self.solution[self.slices[i]] for i in present])
-        product = torch.cat(gradients).to(self.dtype) @ solution
-        for i, part in zip(present, product.split([g.shape[0] for g in gradients]), strict=True):
-            self._dense(i).write(part)
+    def _solutions(self, indices: Sequence[int]) -> Tensor:
+        """Of some layers; a view where they stand side by side."""
+        first, last = indices[0], indices[-1]
+        if last - first == len(indices) - 1:
+            return self.solution[self.slices[first].start : self.slices[last].stop]
+        return torch.cat([self.solution[self.slices[i]] for i in indices])
 
     def _solve(self, gradient: Tensor, solution: Tensor) -> Tensor:
         gradient = gradient.to(self.dtype)

@@ -30,6 +30,7 @@ from dopr_lightning.preconditioner.certificate import (
 from dopr_lightning.preconditioner.covariance import collected, damping_values, usable
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
+from dopr_lightning.preconditioner.layers.together import gradients, one_shape, write
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import SHIFT, core_eigenpairs, probe, products, random_basis
@@ -101,21 +102,28 @@ class LowRankStack(Stack):
         return self._left.data_ptr(), self._right.data_ptr(), self._inverse_floor.data_ptr(), self.tracked
 
     def apply(self, *, fixed: bool = False) -> None:
-        dtype = self.dtype
-        for index, layer in enumerate(self.layers):
-            if layer.has_gradient and self.refreshed_at[index] is not None:
-                dense = self._dense(index)
-                update = self._update(index, fixed=True) if fixed else self._updates[index]
-                dense.write(subtract_low_rank(dense.gradient().to(dtype), *update))
+        for run in self.runs if fixed else [[index] for index in range(len(self.layers))]:
+            present = [i for i in run if self.layers[i].has_gradient and self.refreshed_at[i] is not None]
+            layers = [self._dense(i) for i in present]
+            if len(present) == len(run) > 1 and one_shape(layers):
+                part = slice(self.slices[run[0]].start, self.slices[run[-1]].stop)
+                write(layers, subtract_low_rank(gradients(layers).to(self.dtype), *self._fixed_update(part)))
+                continue
+            for i, layer in zip(present, layers, strict=True):
+                update = self._fixed_update(self.slices[i]) if fixed else self._updates[i]
+                layer.write(subtract_low_rank(layer.gradient().to(self.dtype), *update))
 
-    def _update(self, index: int, *, fixed: bool = False) -> tuple[Tensor, Tensor, Tensor | float]:
+    def _update(self, index: int) -> tuple[Tensor, Tensor, Tensor | float]:
         """What :func:`subtract_low_rank` does to the gradient of a layer: left, right, scale."""
-        part = self.slices[index]
-        # Directions beyond the rank have coefficients of 0.
-        r = self.tracked if fixed else self.ranks[index]
-        known = self.layers[index].blocks == 1 and not fixed
-        scale = self._scales[part.start] if known else self._inverse_floor[part, None, None]
+        part, r = self.slices[index], self.ranks[index]
+        one = self.layers[index].blocks == 1
+        scale = self._scales[part.start] if one else self._inverse_floor[part, None, None]
         return self._left[part, :r].mT, self._right[part, :r], scale
+
+    def _fixed_update(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of blocks, without a number that a refresh changes on the host."""
+        # Directions beyond the rank have coefficients of 0.
+        return self._left[part].mT, self._right[part], self._inverse_floor[part, None, None]
 
     @classmethod
     def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, deferred: bool = False) -> FinishRefresh:

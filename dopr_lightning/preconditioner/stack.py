@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -88,6 +88,11 @@ class Stack(ABC):
     def without_rows(self) -> list[Layer]:
         """Layers of which this rank has counted no row in this window, as far as the host knows."""
         return [layer for layer, rows in zip(self.layers, self._rows_added, strict=True) if rows == 0]
+
+    @cached_property
+    def runs(self) -> list[list[int]]:
+        """The layers' numbers, in runs of one :func:`gradient_shape`."""
+        return [list(run) for _, run in groupby(range(len(self.layers)), lambda i: gradient_shape(self.layers[i]))]
 
     @cached_property
     def entries(self) -> int:

@@ -68,19 +68,20 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv1d(8, 64, 3, padding=1)
+        self.mixing = nn.Sequential(*(nn.Conv1d(64, 64, 3, padding=1, groups=g) for g in (1, 1, 2, 2)))
         self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
         self.hidden = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(3)))
         self.sometimes = nn.Linear(64, 64)
 
     def forward(self, x: Tensor, sometimes: bool) -> Tensor:
-        h = torch.tanh(self.conv(x)).mT
+        h = torch.tanh(self.mixing(torch.tanh(self.conv(x)))).mT
         h = self.hidden(h + self.attention(h, h, h, need_weights=False)[0])
         return self.sometimes(h) if sometimes else h
 
 
 def batch(step: int, device: str) -> Tensor:
     x = torch.randn(6, 8, 12, generator=torch.Generator().manual_seed(step)) * torch.arange(1, 9)[:, None] ** -0.5
-    return x.to(device)
+    return x.double().to(device)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -95,7 +96,7 @@ def run(model: nn.Module, ap: ActivationPreconditioner, step: int, device: str) 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_recorded_rewrites_follow_refreshes_new_ranks_and_missing_gradients(device: str, name: str) -> None:
-    model, reference = Net().to(device), Net().to(device)
+    model, reference = (Net().double().to(device) for _ in range(2))
     options = {"update_every": 4} | OPTIONS[name]
     ap, launching = (ActivationPreconditioner(m, **options) for m in (model, reference))
     launching._replay._failed = True
@@ -104,7 +105,7 @@ def test_recorded_rewrites_follow_refreshes_new_ranks_and_missing_gradients(devi
         run(model, ap, step, device)
         run(reference, launching, step, device)
         for (key, found), expected in zip(gradients(model).items(), gradients(reference).values(), strict=True):
-            assert float((found - expected).norm()) <= 1e-5 * float(expected.norm()), (step, key)
+            assert float((found - expected).norm()) <= 1e-9 * float(expected.norm()), (step, key)
         recordings.append(sum(recording is not None for recording in ap._replay._recordings.values()))
     assert recordings[0] == 0
     assert max(recordings) >= 2  # with and without the last layer
@@ -112,7 +113,7 @@ def test_recorded_rewrites_follow_refreshes_new_ranks_and_missing_gradients(devi
 
 
 def test_what_takes_turns_is_recorded_as_soon_as_it_is_asked_for_twice_in_a_row(device: str) -> None:
-    model = Net().to(device)
+    model = Net().double().to(device)
     ap = ActivationPreconditioner(model, solver="exact", update_every=100)
     for step in range(12):
         model.zero_grad()
@@ -123,7 +124,7 @@ def test_what_takes_turns_is_recorded_as_soon_as_it_is_asked_for_twice_in_a_row(
 
 def test_large_gradients_are_launched_one_by_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "LARGEST", 1000)
-    model = Net().to(device)
+    model = Net().double().to(device)
     ap = ActivationPreconditioner(model, update_every=4, **OPTIONS["exact"])
     for step in range(6):
         run(model, ap, step, device)
@@ -149,7 +150,7 @@ def test_where_recording_fails_the_rewrites_go_on_and_it_is_said_once(
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    model, reference = Net().to(device), Net().to(device)
+    model, reference = (Net().double().to(device) for _ in range(2))
     ap, launching = (ActivationPreconditioner(m, update_every=4, **OPTIONS["lowrank"]) for m in (model, reference))
     launching._replay._failed = True
     with caplog.at_level(logging.WARNING):

@@ -111,6 +111,11 @@ class Layer(ABC):
         return all(parameter.grad is not None for parameter in self.tensors)
 
     @property
+    def weight_gradient(self) -> Tensor:
+        """What is here of the weight's gradient, as it stands; of a span, its rows."""
+        return _gradient(self.weight, self._weight_span)
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients are rewritten, wholly or in a span, by their public names."""
         return {join(self._prefix, at.name): at.get() for at in (self._weight, self._bias) if at is not None}
@@ -194,10 +199,13 @@ class MatrixLayer(DenseLayer):
     Attributes:
         taps: How many rows of the gradient's matrix belong to one output: they share its bias.
         homogeneous_value: The value of the homogeneous coordinate.
+        outputs_first: Whether the weight's first dimension counts outputs and the gradient's matrix goes through them
+            in the same order: weights of several layers may then be rearranged one behind the other.
     """
 
     taps: int = 1
     homogeneous_value: float = 1.0
+    outputs_first: ClassVar[bool] = False
 
     @abstractmethod
     def vectors(self, x: Tensor) -> Tensor:
@@ -223,7 +231,7 @@ class MatrixLayer(DenseLayer):
         return F.pad(rows, (0, 1), value=self.homogeneous_value)
 
     def gradient(self) -> Tensor:
-        matrix = self.to_matrix(_gradient(self.weight, self._weight_span))
+        matrix = self.to_matrix(self.weight_gradient)
         if not self.homogeneous:
             return matrix
         share = _gradient(self.bias, self._bias_span).reshape(self.blocks, -1, 1) * self.homogeneous_value
@@ -234,7 +242,7 @@ class MatrixLayer(DenseLayer):
             per_tap = matrix[..., -1].unflatten(1, (-1, self.taps))
             _put(_gradient(self.bias, self._bias_span), per_tap.sum(2).flatten() * self.homogeneous_value)
             matrix = matrix[..., :-1]
-        gradient = _gradient(self.weight, self._weight_span)
+        gradient = self.weight_gradient
         _put(gradient, self.to_weight(matrix, gradient.shape))
 
 

@@ -33,6 +33,7 @@ class BlockDiagonal(DenseLayer):
         self.homogeneous = layer.homogeneous
         self.key = layer.key
         self._prefix, self._weight, self._bias = layer._prefix, layer._weight, layer._bias
+        self._weight_span = layer._weight_span
         self._pieces = -(-layer.dim // max_dim)
         self.dim = -(-layer.dim // self._pieces)
         self.blocks = layer.blocks * self._pieces

@@ -30,6 +30,7 @@ class Convolution(MatrixLayer):
 
     kind = "conv"
     rearranges = True
+    outputs_first = True
 
     def __init__(self, name: str, module: nn.modules.conv._ConvNd, *, conv: ConvCovariance, bias: bool) -> None:
         self.channels = module.in_channels // module.groups

@@ -12,6 +12,7 @@ class LinearMap(MatrixLayer):
     """y = W z at every leading position, with a weight (outputs, features) as it stands."""
 
     rearranges = True
+    outputs_first = True
     features: int
 
     def joins(self, x: Tensor) -> bool:
