@@ -95,8 +95,7 @@ def observed(preconditioner: ActivationPreconditioner) -> list[Planned]:
 def held_bytes(preconditioner: ActivationPreconditioner) -> int:
     """Bytes of all tensors that the preconditioner keeps between steps, each storage once."""
     storages: dict[int, int] = {}
-    for part in (*preconditioner._stacks, preconditioner._replay):
-        _collect(vars(part), storages)
+    _collect([*map(vars, preconditioner._stacks), preconditioner._replay._recordings], storages)
     return sum(storages.values())
 
 

@@ -401,6 +401,7 @@ class ActivationPreconditioner:
         return {name: alignment(of) for name, of in zip(names, together, strict=True) if name in after}
 
     def _replace(self, old: Stack, new: Stack) -> None:
+        self._replay.forget()
         self._stacks[self._stacks.index(old)] = new
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
@@ -484,6 +485,7 @@ class ActivationPreconditioner:
         )
 
     def _accept(self, outcomes: Mapping[Stack, Tensor], step: int) -> None:
+        self._replay.forget()
         for stack in list(self._stacks):
             # Here the host waits for the device, if it has not before: once per stack, whatever the number of layers.
             for failure in stack.accept(outcomes[stack].tolist(), step):

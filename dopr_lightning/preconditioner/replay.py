@@ -10,7 +10,7 @@ these are small.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 
 import torch
@@ -32,7 +32,7 @@ KEPT = 4
 
 
 Task = tuple[tuple[Hashable, ...], ...]
-"""What a recording reads, which layers have inverses, and which parameters gradients of which kinds."""
+"""What a recording reads, which layers have inverses, and the dtypes of the parameters' gradients."""
 
 
 class Replay:
@@ -42,32 +42,42 @@ class Replay:
         self._recordings: dict[Task, _Recording | None] = {}  # None: would not pay
         self._last: Task | None = None
         self._failed = False
+        self._known: _Known | None = None
+
+    def forget(self) -> None:
+        """To be called where a refresh or a new stack changes what is read, or which layers have inverses."""
+        self._known = None
 
     def apply(self, stacks: Sequence[Stack]) -> None:
         """Rewrite the gradients of all layers of ``stacks``."""
-        together = [] if self._failed else [stack for stack in stacks if _recordable(stack)]
-        task, parameters = _task(together)
-        if together and task not in self._recordings and not _pays(together, parameters):
+        known = self._known
+        if known is None or known.device != _current_device():
+            known = self._known = _Known(stacks, recording=not self._failed)
+        gradients = [at.get().grad for at in known.locations]
+        task = known.task(gradients)
+        if known.together and task not in self._recordings and not _pays(known.together, gradients):
             self._make_room(task)
         recording = self._recordings.get(task)
-        if recording is None and task in self._recordings:
-            together = []
-        _launch([stack for stack in stacks if stack not in together])
         if recording is not None:
-            recording.play(parameters)
-        elif together:
-            for stack in together:
+            known.rest.launch()
+            recording.play([gradient for gradient in gradients if gradient is not None])
+        elif task in self._recordings or not known.together:
+            known.all.launch()
+        else:
+            known.rest.launch()
+            for stack in known.together:
                 stack.apply(fixed=True)
             if task == self._last:
-                self._record(task, together, parameters)
+                self._record(task, known.together, [at.get() for at in known.locations])
             self._last = task
 
-    def _record(self, task: Task, stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> None:
+    def _record(self, task: Task, stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> None:
         self._make_room(task)
         try:
             self._recordings[task] = _Recording(stacks, parameters)
         except RuntimeError as error:  # what else runs on this GPU may forbid it
             self._failed = True
+            self.forget()
             log.warning("rewrites of gradients are launched one by one, since they cannot be recorded: %s", error)
 
     def _make_room(self, task: Task) -> None:
@@ -77,28 +87,81 @@ class Replay:
 
 
 class _Recording:
-    """The launches of ``stacks`` on copies of the gradients of ``parameters``."""
+    """The launches of ``stacks`` on copies of the gradients of ``parameters``, of those that have one."""
 
-    def __init__(self, stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> None:
-        gradients = _gradients(parameters)
-        self._copies = [torch.empty_like(gradient) for gradient in gradients]
+    def __init__(self, stacks: Sequence[Stack], parameters: Sequence[nn.Parameter]) -> None:
+        given = [(p, p.grad) for p in parameters if p.grad is not None]
+        self._copies = [torch.empty_like(gradient) for _, gradient in given]
         self._graph = torch.cuda.CUDAGraph()
         try:
-            for parameter, copy in zip(parameters, self._copies, strict=True):
+            for (parameter, _), copy in zip(given, self._copies, strict=True):
                 parameter.grad = copy
             # Other threads, which load data or wait for collectives, may call what is forbidden while recording.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 for stack in stacks:
                     stack.apply(fixed=True)
         finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
+            for parameter, gradient in given:
                 parameter.grad = gradient
 
-    def play(self, parameters: Sequence[nn.Parameter]) -> None:
-        gradients = _gradients(parameters)
+    def play(self, gradients: list[Tensor]) -> None:
         torch._foreach_copy_(self._copies, gradients)
         self._graph.replay()
         torch._foreach_copy_(gradients, self._copies)
+
+
+class _Known:
+    """What every step asks for and only a refresh changes.
+
+    Attributes:
+        together: Stacks that can be recorded.
+        locations: Where their parameters are, each once.
+        rest: The other stacks.
+        all: All stacks.
+        device: The GPU that was current.
+    """
+
+    def __init__(self, stacks: Sequence[Stack], *, recording: bool) -> None:
+        self.device = _current_device()
+        self.together = [stack for stack in stacks if recording and _recordable(stack)]
+        at = [location for stack in self.together for layer in stack.layers for location in layer.locations]
+        self.locations = list({id(location.get()): location for location in at}.values())  # layers may share one
+        self.rest = _Launches([stack for stack in stacks if stack not in self.together])
+        self.all = _Launches(stacks)
+        self._read = tuple([stack.addresses for stack in self.together])
+        self._have = tuple([step is None for stack in self.together for step in stack.refreshed_at])
+
+    def task(self, gradients: Sequence[Tensor | None]) -> Task:
+        """What is to be done with these gradients of the parameters."""
+        return self._read, self._have, tuple([None if gradient is None else gradient.dtype for gradient in gradients])
+
+
+class _Launches:
+    """Launches rewrites one by one; on a GPU into two queues.
+
+    A product with a few tens of columns occupies a fraction of the GPU's processors: two at once take little longer.
+    The second queue has a workspace of cuBLAS's (32 MiB on an H200) and temporaries of its own.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self._beside = _half([stack for stack in stacks if _here(stack)])
+        self._here = [stack for stack in stacks if stack not in self._beside]
+
+    def launch(self) -> None:
+        if self._beside:
+            queue, current = _second_queue(self._beside[0].device), torch.cuda.current_stream()
+            queue.wait_stream(current)
+            with torch.cuda.stream(queue):
+                for stack in self._beside:
+                    stack.apply()
+        for stack in self._here:
+            stack.apply()
+        if self._beside:
+            current.wait_stream(queue)
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 def _here(stack: Stack) -> bool:
@@ -107,26 +170,6 @@ def _here(stack: Stack) -> bool:
 
 def _recordable(stack: Stack) -> bool:
     return _here(stack) and stack.addresses is not None
-
-
-def _launch(stacks: Sequence[Stack]) -> None:
-    """Launch rewrites one by one; on a GPU into two queues.
-
-    A product with a few tens of columns occupies a fraction of the GPU's processors: two at once take little longer.
-    The second queue has a workspace of cuBLAS's (32 MiB on an H200) and temporaries of its own.
-    """
-    beside = _half([stack for stack in stacks if _here(stack)])
-    if beside:
-        queue, current = _second_queue(beside[0].device), torch.cuda.current_stream()
-        queue.wait_stream(current)
-        with torch.cuda.stream(queue):
-            for stack in beside:
-                stack.apply()
-    for stack in stacks:
-        if stack not in beside:
-            stack.apply()
-    if beside:
-        current.wait_stream(queue)
 
 
 def _half(stacks: Sequence[Stack]) -> list[Stack]:
@@ -142,33 +185,14 @@ def _second_queue(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _pays(stacks: Collection[Stack], parameters: Sequence[nn.Parameter]) -> bool:
+def _pays(stacks: Sequence[Stack], gradients: Sequence[Tensor | None]) -> bool:
     """Whether there is a gradient, all are dense tensors of this process alone, and small enough."""
-    if any(g.layout != torch.strided or isinstance(g, DTensor) for g in _gradients(parameters)):
+    present = [gradient for gradient in gradients if gradient is not None]
+    if any(g.layout != torch.strided or isinstance(g, DTensor) for g in present):
         return False
-    entries = sum(parameter.numel() for parameter in parameters)
-    return small_enough(entries, sum(len(stack.layers) for stack in stacks))
+    return small_enough(sum(g.numel() for g in present), sum(len(stack.layers) for stack in stacks))
 
 
 def small_enough(entries: int, layers: int) -> bool:
     """Whether so many layers whose gradients have so many entries in all take longer to launch than to copy."""
     return 0 < entries <= min(MOST, LARGEST * layers)
-
-
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-def _task(stacks: Sequence[Stack]) -> tuple[Task, list[nn.Parameter]]:
-    """What the launches depend on besides numbers on the device, and the parameters that have a gradient."""
-    # Every step asks. Layers may share a parameter.
-    parameters = list(dict.fromkeys([p for stack in stacks for layer in stack.layers for p in layer.tensors]))
-    gradients = [parameter.grad for parameter in parameters]
-    kinds = [None if gradient is None else (gradient.dtype, gradient.layout) for gradient in gradients]
-    task = (
-        tuple([stack.addresses for stack in stacks]),
-        tuple([step is None for stack in stacks for step in stack.refreshed_at]),
-        tuple(map(id, parameters)),
-        tuple(kinds),
-    )
-    return task, [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

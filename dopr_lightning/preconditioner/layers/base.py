@@ -106,6 +106,11 @@ class Layer(ABC):
         return [self.weight, self.bias] if self.homogeneous else [self.weight]
 
     @property
+    def locations(self) -> list[Location]:
+        """Where the :attr:`tensors` are."""
+        return [at for at in (self._weight, self._bias) if at is not None]
+
+    @property
     def has_gradient(self) -> bool:
         """Whether there is a gradient to rewrite."""
         return all(parameter.grad is not None for parameter in self.tensors)
@@ -118,12 +123,12 @@ class Layer(ABC):
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients are rewritten, wholly or in a span, by their public names."""
-        return {join(self._prefix, at.name): at.get() for at in (self._weight, self._bias) if at is not None}
+        return {join(self._prefix, at.name): at.get() for at in self.locations}
 
     @property
     def parameter_names(self) -> list[str]:
         """Public names of the :attr:`parameters`."""
-        return [join(self._prefix, at.name) for at in (self._weight, self._bias) if at is not None]
+        return [join(self._prefix, at.name) for at in self.locations]
 
     @property
     def labels(self) -> list[str]:
