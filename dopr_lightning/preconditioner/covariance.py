@@ -36,13 +36,14 @@ def mean_over_rows(sums: Tensor, counts: Tensor) -> None:
     sums.div_(counts.clamp(min=1).to(sums.dtype).view(-1, *[1] * (sums.dim() - 1)))
 
 
-def usable(counts: Numbers, trace: Numbers, dtype: torch.dtype) -> Numbers:
-    """Which covariances of a dtype can be inverted, (blocks,).
+def usable(trace: Numbers, damping: Numbers, dtype: torch.dtype) -> Numbers:
+    """Which covariances of a dtype can be inverted, (blocks,), and their damping, by which gradients may be divided.
 
-    A row with NaN or infinity shows in the trace. A layer whose inputs are all 0 learns nothing from them.
+    No rows at all have a trace of 0, and a row with NaN or infinity shows in it. A layer whose inputs are all 0 learns
+    nothing from them.
     """
     limits = torch.finfo(dtype)
-    return (counts > 0) & (trace > limits.tiny) & (trace <= limits.max)
+    return (damping > limits.tiny) & (trace <= limits.max)
 
 
 def collected(weight: Numbers, ema: float) -> tuple[Numbers, Numbers]:

@@ -44,14 +44,14 @@ class DiagonalStack(Stack):
     def refresh(self, share: slice) -> Tensor:
         mean_over_rows(self._sums, self.counts)
         traces = self._sums.sum(-1)
-        valid = usable(self.counts, traces, self.dtype)
+        valid = usable(traces, self._damping(traces), self.dtype)
         if self._running is not None:
             self._running.update(self._sums, valid)
             self._sums.copy_(self._running.value)
-        inverse = 1 / (self._sums + self._damping(self._sums.sum(-1))[:, None])
+        inverse = (self._sums + self._damping(self._sums.sum(-1))[:, None]).reciprocal()
         good = valid & inverse.isfinite().all(-1)
         keep_last_good(inverse, self.inverse, good)
-        return torch.stack([self.counts.double(), traces.double(), good.double()])
+        return torch.stack([self.counts.double(), traces, good])
 
     def apply(self, *, fixed: bool = False) -> None:
         for layer, part in zip(self.layers, self.slices, strict=True):

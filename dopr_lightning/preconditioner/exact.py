@@ -78,16 +78,16 @@ class ExactStack(Stack):
 
     def refresh(self, share: slice) -> Tensor:
         # The sums stay sums, unless they are averaged over refreshes: dividing them is left to who reads them.
-        self._per_row = 1 / self.counts.clamp(min=1).to(self.dtype)
+        self._per_row = self.counts.clamp(min=1).to(self.dtype).reciprocal()
         traces = self._packed.trace() * self._per_row
-        valid = usable(self.counts, traces, self.dtype)
+        damping = self._damping(traces)
+        valid = usable(traces, damping, self.dtype)
         if self._running is not None:
             mean_over_rows(self._packed.flat, self.counts)
             self._running.update(self._packed.flat, valid)
             self._packed.flat.copy_(self._running.value)
             self._per_row.fill_(1)
-        damping = self._damping(self._packed.trace() if self._running is not None else traces)
-        valid &= (1 / damping).isfinite()  # the largest factor that a gradient may be multiplied with
+            damping = self._damping(self._packed.trace())
         good = torch.zeros_like(valid)
         chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
         for start in range(share.start, share.stop, chunk):
@@ -100,7 +100,7 @@ class ExactStack(Stack):
                 self.solution = solution.contiguous()  # nothing of the last ones stays: no copy
             else:
                 keep_last_good(solution, self.solution[part], good[part])
-        return torch.stack([self.counts.double(), traces.double(), good.double()])
+        return torch.stack([self.counts.double(), traces, good])
 
     @property
     def addresses(self) -> Hashable:

@@ -49,10 +49,13 @@ def _factorise(matrix: Tensor, block: int) -> Tensor:
 
 
 def inverse_from_cholesky(factor: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses, (blocks, d, d), of what :func:`damped_cholesky` factorised, and which of the ``good`` are finite."""
+    """Inverses, (blocks, d, d), of what :func:`damped_cholesky` factorised, and which of the ``good`` are finite.
+
+    The diagonals of the other factors are overwritten.
+    """
     # One singular factor would make the whole batched call raise; its inverse is not used.
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, identity).mT, upper=True)
+    factor.diagonal(dim1=-2, dim2=-1).masked_fill_(~good[:, None], 1)
+    inverse = torch.cholesky_inverse(factor.mT, upper=True)
     # A sum is finite only if all its terms are, and reads the inverses once where isfinite() writes three masks.
     return inverse.mT, good & (inverse.sum((-2, -1)).abs() < math.inf)
 

@@ -55,6 +55,7 @@ class LowRankStack(Stack):
 
     Attributes:
         tracked: Directions k.
+        trace_sums: Sums of the rows' squares, (blocks,), part of :attr:`sums`.
         ranks: Directions in use, per layer.
         errors: Certified relative error of M with them, per layer (see
             :func:`~dopr_lightning.preconditioner.certificate.relative_error`); NaN before the first refresh.
@@ -188,7 +189,7 @@ class LowRankStack(Stack):
         size = self.blocks * self.dim * self.tracked
         self._sums = torch.zeros(size + self.blocks, dtype=self.dtype, device=self.device)
         self._image = self._sums[:size].view(self.blocks, self.tracked, self.dim)  # transposed
-        self._trace_sums = self._sums[size:]
+        self.trace_sums = self._sums[size:]
 
     def _make_factors(self, basis: Tensor) -> None:
         # Directions as contiguous rows: products with few of them take two thirds of the time (measured, CPU).
@@ -206,12 +207,8 @@ class LowRankStack(Stack):
         scores = torch.bmm(rows, self._test[part].mT)
         self._image[part].baddbmm_(scores.mT, rows)
         norms = torch.linalg.vector_norm(rows, dim=(1, 2))
-        self._trace_sums[part].addcmul_(norms, norms)
+        self.trace_sums[part].addcmul_(norms, norms)
         return count
-
-    def facts(self) -> Tensor:
-        """Rows and sums of their squares, (2, B), in float64 on the device."""
-        return torch.stack([self.counts.double(), self._trace_sums.double()])
 
     def project(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         r"""The image of the test vectors under the average over refreshes, of which the past is known as eigenpairs.
@@ -338,7 +335,8 @@ class _Renewal:
         eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
         self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
         above, tail = _above_tail(eigenvalues, trace, self.dims)
-        past = np.concatenate([share[:, None], trace[:, None], tail, above], axis=1)
+        kept = (1 - share)[:, None]
+        past = np.concatenate([share[:, None], kept * trace[:, None], kept * tail, kept * above], axis=1)
         facts, numbers = self._factors(self._upload(pinned(torch.from_numpy(past), self.device)))
         self.images, cores = zip(*map(LowRankStack.project, stacks, numbers.split(self.sizes)), strict=True)
         self._download = ToHost(facts, torch.cat(cores, dim=1))
@@ -347,18 +345,20 @@ class _Renewal:
         """Of the sums, of the identity and of each direction in the average, in units of its trace, (B, 2 + k).
 
         On the device, where the sums are. And before them what :meth:`solve` needs to know: rows, this refresh's trace,
-        that of the average, and whether both are usable, (4, B).
+        and that of the average, (3, B).
+
+        Args:
+            past: The new statistics' share, and of the past, times its own: trace, tail, and eigenvalues above that.
         """
-        share, trace, tail, above = past[:, 0], past[:, 1], past[:, 2:3], past[:, 3:]
-        rows, sums = torch.cat([stack.facts() for stack in self.stacks], dim=1)
-        per_row = 1 / rows.clamp(min=1)
-        seen = sums * per_row
-        average = (1 - share) * trace + share * seen
-        valid = usable(rows, seen, self.dtype) & usable(rows, average, self.dtype)
-        scale = torch.where(valid, average, 1)
-        kept = ((1 - share) / scale)[:, None]
-        numbers = torch.cat([(share / scale * per_row)[:, None], kept * tail + SHIFT, kept * above], dim=1)
-        return torch.stack([rows, seen, average, valid.double()]), numbers.to(self.dtype)
+        share, kept_trace, kept = past[:, 0], past[:, 1], past[:, 2:]
+        rows = torch.cat([stack.counts for stack in self.stacks]).double()
+        per_row = rows.clamp(min=1).reciprocal()
+        seen = torch.cat([stack.trace_sums for stack in self.stacks]).double() * per_row
+        average = torch.addcmul(kept_trace, share, seen)
+        # What is not usable divides by anything: such blocks keep what they have.
+        numbers = torch.cat([(share * per_row)[:, None], kept], dim=1) / average[:, None]
+        numbers[:, 1] += SHIFT
+        return torch.stack([rows, seen, average]), numbers.to(self.dtype)
 
     def begin(self, deferred: bool) -> Callable[[], _Solution]:
         """:meth:`solve`, to be called; if that is later, and the host idle until then, a thread has begun with it."""
@@ -368,11 +368,11 @@ class _Renewal:
         """What the host does, for :meth:`adopt`; may run in a thread of its own."""
         options = self.options
         facts, core_and_gram = self._download.wait()
-        rows, seen, trace, valid = facts.numpy()
-        found, rotation, trusted = core_eigenpairs(core_and_gram, torch.from_numpy(valid > 0), workers=self.workers)
-        damping = damping_values(trace, self.dims, options.damping, options.damping_scale)
-        with np.errstate(all="ignore"):  # NaN and infinity do not get past the blocks that show them
-            good = trusted.numpy() & np.isfinite((1 / damping).astype(self._number))
+        rows, seen, trace = facts.numpy()
+        damping, fresh = (damping_values(of, self.dims, options.damping, options.damping_scale) for of in (trace, seen))
+        valid = usable(trace, damping, self.dtype) & usable(seen, fresh, self.dtype)
+        found, rotation, trusted = core_eigenpairs(core_and_gram, torch.from_numpy(valid), workers=self.workers)
+        good = trusted.numpy()
         # Any numbers will do where nothing can be trusted: such blocks keep what they have.
         trace, damping = np.where(good, trace, 1), np.where(good, damping, 1)
         eigenvalues = np.where(good[:, None], found.numpy() * trace[:, None], 0)

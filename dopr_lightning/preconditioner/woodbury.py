@@ -122,11 +122,11 @@ class WoodburyStack(Stack):
         gram = rows @ rows.mT
         gram.diagonal(dim1=1, dim2=2).add_(damping[:, None])
         factor, info = torch.linalg.cholesky_ex(gram)
-        good = usable(counts, trace, self.dtype) & (info == 0) & (1 / damping).isfinite()
+        good = usable(trace, damping, self.dtype) & (info == 0)
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         factor = torch.where(good[:, None, None], factor, identity)
         self._new[index] = torch.linalg.solve_triangular(factor, rows, upper=False), 1 / damping
-        return torch.stack([trace.double(), good.double()])
+        return torch.stack([trace.double(), good])
 
     def _prepare_load(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         self.allocate()
