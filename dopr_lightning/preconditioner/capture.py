@@ -46,9 +46,9 @@ class Capture:
 
     Args:
         layers: What to watch; every module of a layer is hooked.
-        sink: Called in backward as ``sink(layer, x, mask, stays)``, without gradients and outside the user's autocast,
+        sink: Called in backward as ``sink(layer, x, mask, lasts)``, without gradients and outside the user's autocast,
             with the input ``x`` as the weight multiplied it, rounded by autocast (of a DTensor this rank's part), the
-            :meth:`mask` of its forward, and whether ``x`` may be used until the backward's end.
+            :meth:`mask` of its forward, and whether ``x`` lasts until the backward's end.
         active: Whether rows are wanted now. Asked in the forward, where a no lets it be as it is (except under
             ``torch.compile``), and again in the backward.
         audit: Is shown the gradients of the layers' outputs as long as it wants them.
@@ -68,7 +68,7 @@ class Capture:
         self._audit = audit
         self._taps = [_Tap(self, layer) for layer in layers]
         self._handles: list[RemovableHandle] = []
-        self._stays = False
+        self._compiled = False
         self.listen(True)
         _tell_when_compiling(self)
 
@@ -78,18 +78,17 @@ class Capture:
         Args:
             wanted: Whether ``active`` will say yes before the next call of this.
         """
-        if wanted or self._stays:
+        if wanted or self._compiled:
             if not self._handles:
                 for tap in self._taps:
                     for module in tap.layer.modules:
                         self._hook(tap, module)
         elif self._handles:
             self._unhook()
-            _tell_when_compiling(self)
 
-    def stay(self) -> None:
-        """Leave the hooks on from now on: something is about to be compiled."""
-        self._stays = True
+    def compiling(self) -> None:
+        """Something is about to be compiled: leave the hooks on from now on."""
+        self._compiled = True
         self.listen(True)
 
     @contextmanager
@@ -111,16 +110,16 @@ class Capture:
         self._taps.clear()
         self.active = _never
 
-    def count(self, layer: Layer, x: Tensor, mask: Tensor | None, *, stays: bool) -> None:
-        """Take the input of one call of ``layer`` from the backward, to whose end it may stay or not."""
+    def count(self, layer: Layer, x: Tensor, mask: Tensor | None, *, lasts: bool) -> None:
+        """Take the input of one call of ``layer`` from the backward, to whose end it lasts or not."""
         if not self.active():
             return
         # Entering these contexts takes longer than a small layer's statistics, and backward seldom needs them.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self._sink(layer, x, mask, stays)
+                self._sink(layer, x, mask, lasts)
         else:
-            self._sink(layer, x, mask, stays)
+            self._sink(layer, x, mask, lasts)
 
     def show_audit(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         """Show the audit the input of one call of ``layer`` and the gradient of its output."""
@@ -133,12 +132,14 @@ class Capture:
         self._handles.clear()
 
     def _hook(self, tap: _Tap, module: nn.Module) -> None:
+        # Next to the module's own forward, whatever hooks others add: so it is the same when it is put back.
         if tap.layer.functional:
             enter = _WatchFunctional(tap)
             self._handles.append(module.register_forward_pre_hook(enter))
-            self._handles.append(module.register_forward_hook(_UnwatchFunctional(enter), always_call=True))
+            leave = module.register_forward_hook(_UnwatchFunctional(enter), always_call=True, prepend=True)
+            self._handles.append(leave)
         else:
-            self._handles.append(module.register_forward_hook(_TapOutput(tap), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_TapOutput(tap), with_kwargs=True, prepend=True))
 
 
 def _never() -> bool:
@@ -149,16 +150,23 @@ _waiting: WeakSet[Capture] = WeakSet()
 
 
 def _tell_when_compiling(capture: Capture) -> None:
-    """Let :meth:`Capture.stay` be called when ``torch.compile`` begins with anything."""
+    """Let :meth:`Capture.compiling` be called when ``torch.compile`` begins with anything."""
     _waiting.add(capture)
     handler = torch._dynamo.callback_handler
-    if _on_compile_start not in handler.start_callbacks:  # torch._dynamo.reset() forgets it
-        handler.register_start_callback(_on_compile_start)
+    if not isinstance(handler.start_callbacks, _Callbacks):
+        handler.start_callbacks = _Callbacks([*handler.start_callbacks, _on_compile_start])
+
+
+class _Callbacks(list[Callable[[Any], None]]):
+    """Called when a compilation starts; one of them also after ``torch._dynamo.reset()``, which clears the others."""
+
+    def clear(self) -> None:
+        self[:] = [_on_compile_start]
 
 
 def _on_compile_start(_: Any) -> None:
     while _waiting:
-        _waiting.pop().stay()
+        _waiting.pop().compiling()
 
 
 class _Tap:
@@ -194,12 +202,13 @@ class _Tap:
             )
         if not output.requires_grad:
             return output
+        lasts = x.requires_grad  # data, and buffers of all kinds, may be filled anew by a checkpoint's recomputation
         x = x.to_local() if isinstance(x, DTensor) else x
         x = x.detach()
         if self.layer.rearranges and output.dtype in _LOW_PRECISION:
             # As autocast did: the weight multiplied a cast of x, and x itself may be overwritten.
             x = x.to(output.dtype)
-        return _CountRows.apply(output, x, self.capture.current_mask, self.key, self)
+        return _CountRows.apply(output, x, self.capture.current_mask, self.key, self, lasts)
 
 
 def _describe(value: Any) -> str:
@@ -222,19 +231,21 @@ class _CountRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, mask: Tensor | None, key: Tensor, tap: _Tap) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, mask: Tensor | None, key: Tensor, tap: _Tap, lasts: bool
+    ) -> Tensor:
         if torch.compiler.is_compiling():
             ctx.save_for_backward(x, mask, key)
         else:
             ctx.save_for_backward(x)
-            ctx.mask, ctx.tap, ctx.counted = mask, tap, False
+            ctx.mask, ctx.tap, ctx.lasts, ctx.counted = mask, tap, lasts, False
         # Shares memory and version counter with the output, but is no view of it to autograd: what follows may work
         # in place, and a view (any batched Linear) is spared the copies of autograd's CopySlices. In a graph of its
         # own, behind a graph break, it would be a view of the graph's input; so there a copy, which else is dropped.
         return output.clone() if torch.compiler.is_compiling() else output.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if torch.compiler.is_compiling():
             count_rows(gradient.to_local() if isinstance(gradient, DTensor) else gradient, *ctx.saved_tensors)
         else:
@@ -242,8 +253,8 @@ class _CountRows(torch.autograd.Function):
             ctx.tap.capture.show_audit(ctx.tap.layer, x, gradient)
             if not ctx.counted and _gets_gradient(ctx.tap.layer.weight):  # a graph may be walked back twice
                 ctx.counted = True
-                ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask, stays=True)
-        return gradient, None, None, None, None
+                ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask, lasts=ctx.lasts)
+        return gradient, None, None, None, None, None
 
 
 def _gets_gradient(weight: nn.Parameter) -> bool:
@@ -267,7 +278,7 @@ def count_rows(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) ->
     tap = _tap_of_key.get(int(key))
     if tap is not None:
         tap.capture.show_audit(tap.layer, x, gradient)
-        tap.capture.count(tap.layer, x, mask, stays=False)  # memory that the graph may use again
+        tap.capture.count(tap.layer, x, mask, lasts=False)  # memory that the graph may use again
 
 
 @count_rows.register_fake
@@ -292,14 +303,8 @@ def _keep_out_of_cuda_graphs() -> None:
         config.custom_should_partition_ops = [*config.custom_should_partition_ops, name]
 
 
-class _Hook:
-    """A hook that copies of its module (EMA, target networks) carry without effect."""
-
-    def __init__(self, tap: _Tap | None = None) -> None:
-        self.tap = tap
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return type(self), ()
+class _Unscriptable:
+    """A hook that says so."""
 
     @property
     def __name__(self) -> str:
@@ -307,6 +312,16 @@ class _Hook:
         raise AttributeError(
             "torch.jit.script compiles no model with a preconditioner, nor a copy of one: call its remove() first"
         )
+
+
+class _Hook(_Unscriptable):
+    """A hook that copies of its module (EMA, target networks) carry without effect."""
+
+    def __init__(self, tap: _Tap | None = None) -> None:
+        self.tap = tap
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return type(self), ()
 
 
 class _TapOutput(_Hook):
@@ -337,7 +352,7 @@ class _WatchFunctional(_Hook):
         self.modes.append(mode)
 
 
-class _UnwatchFunctional:
+class _UnwatchFunctional(_Unscriptable):
     """Forward hook, called after an exception too: stop watching."""
 
     def __init__(self, watch: _WatchFunctional) -> None:

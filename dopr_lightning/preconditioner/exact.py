@@ -87,6 +87,7 @@ class ExactStack(Stack):
             self._running.update(self._packed.flat, valid)
             self._packed.flat.copy_(self._running.value)
             self._per_row.fill_(1)
+            # Need not be asked for: an average of usable ones is usable.
             damping = self._damping(self._packed.trace())
         good = torch.zeros_like(valid)
         chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
@@ -160,7 +161,7 @@ class ExactStack(Stack):
 
     def add_rows(self, layer: Layer, rows: Sequence[Tensor], counts: Tensor) -> None:
         """Count rows that another stack has extracted, (blocks, n, d) each, ``counts`` (blocks,) in all."""
-        part = self.slices[self._index[layer]]
+        part = self.slices[self.index_of[layer]]
         for some in rows:
             self._packed.add_gram(part, some)
         self.counts[part] += counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import itemgetter
 
 import torch
@@ -21,11 +22,11 @@ from dopr_lightning.preconditioner.stack import Stack
 DEVICES = ("cuda",)
 """Where launches take longer than putting inputs together does."""
 
-LARGEST = 1 << 22
-"""Entries of an input up to which they do (16 MiB in fp32, a few tens of microseconds on an H200)."""
+LARGEST = 1 << 24
+"""Bytes behind an input up to which they do (16 MiB take an H200 a few tens of microseconds)."""
 
-MOST = 1 << 24
-"""Entries that are held at once (64 MiB in fp32)."""
+MOST = 1 << 26
+"""Bytes that are held at once."""
 
 
 class Joining:
@@ -41,24 +42,29 @@ class Joining:
         self._stack_of = stack_of
         self._count = count
         self._held: list[_Held] = []
-        self._entries = 0
+        self._bytes = 0
         self._backward: int | None = None
 
     def hold(self, layer: Layer, x: Tensor) -> bool:
         """Hold the input of one call of a layer, in its backward, if that may bring anything.
 
+        Args:
+            layer: The layer.
+            x: Its input, which nothing overwrites before the backward's end.
+
         Returns:
             Whether it is held; else it is for the caller to count.
         """
-        if x.device.type not in DEVICES or not 0 < x.numel() <= LARGEST or not layer.joins(x):
+        size = x.untyped_storage().nbytes()  # all of it stays for a view
+        if x.device.type not in DEVICES or not 0 < size <= LARGEST or x.numel() == 0 or not layer.joins(x):
             return False
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         if self._held and self._held[0].stream != stream:
             return False
-        if self._entries + x.numel() > MOST:
+        if self._bytes + size > MOST:
             self.flush()
         self._held.append(_Held(layer, x, x._version, stream))
-        self._entries += x.numel()
+        self._bytes += size
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:  # one that failed never came to its end
             self._backward = backward
@@ -71,7 +77,9 @@ class Joining:
         Raises:
             RuntimeError: An input was overwritten meanwhile.
         """
-        held = self._held
+        if not self._held:
+            return
+        held, stream = self._held, self._held[0].stream
         self.clear()
         alike: dict[Hashable, list[tuple[int, _Held]]] = {}
         for one in held:
@@ -81,24 +89,26 @@ class Joining:
                     "module, or leave the input as it is until then"
                 )
             stack = self._stack_of[one.layer]
-            alike.setdefault((stack, one.layer.signature, one.x.shape, one.x.dtype), []).append(
-                (stack.layers.index(one.layer), one)
-            )
-        for calls in alike.values():
-            for run in _side_by_side(calls):
-                inputs = [one.x for one in run]
-                self._count([one.layer for one in run], inputs[0] if len(run) == 1 else torch.cat(inputs))
+            kind = stack, one.layer.rearrangement, one.x.shape, one.x.dtype
+            alike.setdefault(kind, []).append((stack.index_of[one.layer], one))
+        with torch.cuda.stream(stream):
+            for calls in alike.values():
+                for run in _side_by_side(calls):
+                    inputs = [one.x for one in run]
+                    # Where this makes a stack another, that has the layers in the same order.
+                    self._count([one.layer for one in run], inputs[0] if len(run) == 1 else torch.cat(inputs))
+        if stream is not None:  # at the backward's end the engine has joined its queues already
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def clear(self) -> None:
         """Forget what is held."""
-        self._held, self._entries = [], 0
+        self._held, self._bytes = [], 0
 
     @torch.no_grad()
     def _end(self) -> None:
         self._backward = None
         if self._held:
-            stream, device = self._held[0].stream, self._held[0].x.device
-            with torch.autocast(device.type, enabled=False), torch.cuda.stream(stream):
+            with torch.autocast(self._held[0].x.device.type, enabled=False):
                 self.flush()
 
 
@@ -114,12 +124,6 @@ class _Held:
 
 def _side_by_side(calls: list[tuple[int, _Held]]) -> Iterator[list[_Held]]:
     """Calls of layers with numbers, in runs of consecutive ones. A layer that was called twice is in two runs."""
-    run: list[_Held] = []
-    last = 0
-    for index, one in sorted(calls, key=itemgetter(0)):
-        if run and index != last + 1:
-            yield run
-            run = []
-        run.append(one)
-        last = index
-    yield run
+    in_order = enumerate(sorted(calls, key=itemgetter(0)))
+    for _, run in groupby(in_order, key=lambda call: call[1][0] - call[0]):
+        yield [one for _, (_, one) in run]

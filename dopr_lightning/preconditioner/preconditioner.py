@@ -144,7 +144,7 @@ class ActivationPreconditioner:
             exclude=exclude,
         )
         self.bytes_sent = 0
-        self.update_every = update_every
+        self._update_every = update_every
         self._solver: Solver = solver
         self._max_failures = max_failures
         self.steps = 0
@@ -178,9 +178,19 @@ class ActivationPreconditioner:
         self._capture = Capture(layers, self._take, lambda: self.collecting, self._audit)
 
     @property
+    def update_every(self) -> int:
+        """Steps per refresh; may be changed between steps."""
+        return self._update_every
+
+    @update_every.setter
+    def update_every(self, update_every: int) -> None:
+        self._update_every = update_every
+        self._capture.listen(self.collecting)
+
+    @property
     def collecting(self) -> bool:
         """Whether rows are being counted, that is, whether the next :meth:`step` refreshes the inverses."""
-        if self.steps % self.update_every == 0 or self._due:
+        if self.steps % self._update_every == 0 or self._due:
             return True
         return self.steps < WARM_UP and any(isinstance(stack, LowRankStack) for stack in self._stacks)
 
@@ -346,10 +356,7 @@ class ActivationPreconditioner:
             raise ValueError(f"the preconditioner's state was saved for other layers; {listed}")
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         self.discard()
-        self._capture.listen(self.collecting)
-        if not saved:
-            return
-        for stack in list(self._stacks):
+        for stack in list(self._stacks) if saved else []:
             kind = STACKS[saved[stack.layers[0].name]["solver"]]
             if self._solver != "auto" and isinstance(stack, LowRankStack) != (kind is LowRankStack):
                 raise ValueError(
@@ -361,6 +368,7 @@ class ActivationPreconditioner:
             if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1:
                 loaded = loaded.to_exact()
             self._replace(stack, loaded)
+        self._capture.listen(self.collecting)
 
     def _plan(self, refreshed: bool) -> None:
         """A layer first used between refreshes must not wait for the next one."""
@@ -405,10 +413,10 @@ class ActivationPreconditioner:
         self._stacks[self._stacks.index(old)] = new
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
-    def _take(self, layer: Layer, x: Tensor, mask: Tensor | None, stays: bool) -> None:
+    def _take(self, layer: Layer, x: Tensor, mask: Tensor | None, lasts: bool) -> None:
         if self._pending is not None:  # the number of directions must not change in an open window
             self.settle()
-        if not (stays and mask is None and self._joining.hold(layer, x)):
+        if not (lasts and mask is None and self._joining.hold(layer, x)):
             self._count([layer], x, mask)
 
     def _count(self, layers: Sequence[Layer], x: Tensor, mask: Tensor | None = None) -> None:

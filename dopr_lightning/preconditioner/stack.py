@@ -55,6 +55,7 @@ class Stack(ABC):
     Attributes:
         blocks: Covariances in the stack.
         dim: Their size d.
+        index_of: The layers' numbers.
         counts: Rows behind the sums, per block, int64 (a long window of a convolution passes 2^24 rows).
         rows_seen: Rows of the last refresh over all ranks, per layer.
         refreshed_at: Step of the last good inverse, per layer, None before the first.
@@ -80,7 +81,7 @@ class Stack(ABC):
         self.refreshes = 0
         self.mask_fits = False
         self._rows_added = [0] * len(self.layers)
-        self._index = {layer: index for index, layer in enumerate(self.layers)}
+        self.index_of = {layer: index for index, layer in enumerate(self.layers)}
         self._allocated = False
         self._open = False
         self._current = [False] * len(self.layers)  # whether the sums hold the layer's covariance
@@ -129,7 +130,7 @@ class Stack(ABC):
         """Count the rows of one input of a layer, or of several layers at once.
 
         Args:
-            layers: One of :attr:`layers`, or several that stand side by side there and are of one signature.
+            layers: One of :attr:`layers`, or several that stand side by side there and are of one rearrangement.
             x: What its module was called with, as autocast rounds it; of several layers one behind the other, see
                 :meth:`~dopr_lightning.preconditioner.layers.Layer.joins`.
             mask: Which rows count; ignored by a layer that sees another number of rows than the mask has. None where
@@ -139,7 +140,7 @@ class Stack(ABC):
             ValueError: The mask has the input's positions in another order.
         """
         self.begin()
-        first, last = self._index[layers[0]], self._index[layers[-1]]
+        first, last = self.index_of[layers[0]], self.index_of[layers[-1]]
         part = slice(self.slices[first].start, self.slices[last].stop)
         rows = self._add(layers, part, x, mask)
         # A mask's rows are counted on the device; others here, where it takes no kernel.

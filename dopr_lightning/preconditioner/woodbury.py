@@ -102,7 +102,7 @@ class WoodburyStack(Stack):
         if storage.data_ptr() == x.untyped_storage().data_ptr() or storage.nbytes() > rows.nbytes:
             rows = rows.clone()  # the input's owner may fill it anew before the refresh; a few rows must not keep all
         for layer, some in zip(layers, rows.split([layer.blocks for layer in layers]), strict=True):
-            self._rows_of[self._index[layer]].append(some)
+            self._rows_of[self.index_of[layer]].append(some)
         return count
 
     def refresh(self, share: slice) -> Tensor:

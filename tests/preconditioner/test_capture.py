@@ -333,7 +333,7 @@ def test_the_sink_runs_without_autocast_and_gradients() -> None:
     seen = []
     module = nn.Linear(4, 2)
 
-    def sink(layer: Watched, x: Tensor, mask: Tensor | None, stays: bool) -> None:
+    def sink(layer: Watched, x: Tensor, mask: Tensor | None, lasts: bool) -> None:
         seen.append((x.dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
 
     Capture([Watched([module])], sink, lambda: True)  # type: ignore[list-item, arg-type]

@@ -318,13 +318,16 @@ def test_steps_of_a_compiled_model_are_those_of_eager(name: str, compile_first: 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_first_compiled_between_two_refreshes_counts_from_the_next_on(name: str) -> None:
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_model_first_compiled_between_two_refreshes_counts_from_the_next_on(name: str, reset: bool) -> None:
     make, data = MODELS[name]
     (model, _), (plain, _) = make(), make()
     ap, plain_ap = (ActivationPreconditioner(m, update_every=4) for m in (model, plain))
     forward: Callable[[Tensor], Tensor] = model
     for step in range(9):
         if step == 2:
+            if reset:
+                torch._dynamo.reset()
             forward = compiled(model)
         x = data(8)
         torch.testing.assert_close(train(forward, model, ap, x), train(plain, plain, plain_ap, x))

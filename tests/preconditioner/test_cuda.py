@@ -45,6 +45,7 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(1, 4, 3, stride=2, padding=1)
         self.up = nn.ConvTranspose1d(24, 8, 4, stride=2)
         self.hidden = nn.Linear(8, 40)
+        self.deeper = nn.ModuleList([nn.Linear(40, 40) for _ in range(2)])  # counted and rewritten together
         self.readout = nn.Linear(40, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -52,7 +53,10 @@ class Net(nn.Module):
         h = h + self.attention(h, h, h, need_weights=False)[0]
         h = torch.tanh(self.conv2(h[:, None])).flatten(1, 2)[:, :, :6].mT  # (B, 6, 16)
         h = torch.cat([h, h[..., :8]], -1).mT
-        return self.readout(torch.tanh(self.hidden(torch.tanh(self.up(h)).mean(-1))))
+        h = torch.tanh(self.hidden(torch.tanh(self.up(h)).mean(-1)))
+        for layer in self.deeper:
+            h = torch.tanh(layer(h))
+        return self.readout(h)
 
 
 def tokens(step: int, size: int = 6) -> Tensor:
@@ -197,6 +201,26 @@ def test_a_step_that_overlaps_with_a_refresh_never_waits_and_the_next_for_that_a
     assert counts[0] <= 1  # for what is on its way since
     assert counts[1:] == [0] * (EVERY - 2)
     assert [row.rows for row in ap.summary() if row.covered] == [64] * 3
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_forward_in_another_queue_is_counted_before_the_step(name: str) -> None:
+    waiting, reference = (nn.Sequential(*(nn.Linear(40, 40) for _ in range(3))).cuda() for _ in range(2))
+    waiting.load_state_dict(reference.state_dict())
+    aps = [ActivationPreconditioner(model, update_every=3, **SOLVERS[name]) for model in (waiting, reference)]
+    queue = torch.cuda.Stream()
+    for step in range(7):
+        x = torch.randn(64, 40, generator=torch.Generator().manual_seed(step)).cuda()
+        run(reference, x, aps[1])
+        torch.cuda.synchronize()
+        waiting.zero_grad()
+        with torch.cuda.stream(queue):
+            torch.cuda._sleep(20_000_000)
+            loss = waiting(x).square().mean()
+        torch.cuda.current_stream().wait_stream(queue)
+        loss.backward()
+        aps[0].step()
+        assert_close(gradients(waiting), gradients(reference), 1e-5)
 
 
 def test_bfloat16_autocast_leaves_the_statistics_in_float32() -> None:

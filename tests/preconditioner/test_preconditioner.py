@@ -166,8 +166,37 @@ def test_modules_have_hooks_only_where_rows_are_wanted() -> None:
     assert found == [6, 0, 0, 0, 6, 0, 0, 0, 6]
     ap.load_state_dict(ap.state_dict() | {"steps": 12})
     assert hooks() == 6
+    ap.load_state_dict(ap.state_dict() | {"steps": 13})
+    assert hooks() == 0
+    ap.update_every = 13
+    assert hooks() == 6
     ap.remove()
     assert hooks() == 0
+
+
+def test_a_state_of_another_solver_that_refreshes_more_often_at_first_is_gone_on_from() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2)]
+    saved, loaded = (
+        ActivationPreconditioner(model, solver=solver, update_every=10)  # type: ignore[arg-type]
+        for model, solver in zip(models, ("lowrank", "auto"), strict=True)
+    )
+    for step, (model, ap) in enumerate(zip(models, (saved, loaded), strict=True)):
+        if step == 1:
+            loaded.load_state_dict(saved.state_dict())
+        model(torch.randn(64, 16)).square().mean().backward()
+        ap.step()
+    assert [row.rows for row in loaded.summary() if row.covered] == [64, 64]
+
+
+def test_hooks_that_are_added_later_see_the_same_in_every_window() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    ap = ActivationPreconditioner(model, update_every=2, solver="exact")
+    model[1].register_forward_hook(lambda module, args, output: {"out": output})
+    for step in range(5):
+        model(batch(step))["out"].square().sum().backward()
+        ap.step()
+    assert [row.rows for row in ap.summary() if row.covered] == [16, 16]
 
 
 def test_ema_is_a_bias_corrected_mean() -> None:

@@ -51,14 +51,15 @@ class Net(nn.Module):
         self.twin = nn.Linear(WIDTH, WIDTH)
         self.other = nn.Linear(WIDTH, WIDTH)
         self.other.weight = self.twin.weight
-        self.readout = nn.Linear(WIDTH, 1)
+        self.readout, self.second = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = torch.tanh(self.conv(self.embedding(tokens).mT).mT)
         h = h + self.attention(h, h, h, need_weights=False)[0]
         h = torch.tanh(self.up(h.mT).mT)
         h = torch.tanh(self.wide(self.norm(self.hidden(h))))
-        return self.readout(torch.tanh(self.other(torch.tanh(self.twin(h)))))
+        h = torch.tanh(self.other(torch.tanh(self.twin(h))))
+        return self.readout(h) + self.second(h)
 
 
 def tokens(step: int) -> list[Tensor]:
@@ -275,6 +276,8 @@ def refusals() -> dict[str, str]:
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "ddp, exact": lambda: ddp(bias=True),
     "fsdp, exact": lambda: fsdp(bias=True),
+    "ddp, inverses": lambda: ddp(update_every=10),
+    "fsdp, inverses": lambda: fsdp(update_every=10),
     "ddp, lowrank": lambda: ddp(**LOW_RANK),
     "fsdp, lowrank": lambda: fsdp(**LOW_RANK),
     "ddp": ddp,
@@ -328,6 +331,7 @@ def assert_preconditioned(gradients: dict[str, Tensor], rows: Tensor) -> None:
     ("sharded", "replicated"),
     [
         ("fsdp, exact", "ddp, exact"),
+        ("fsdp, inverses", "ddp, inverses"),
         ("fsdp, lowrank", "ddp, lowrank"),
         ("hybrid", "ddp"),
         ("sharded after", "ddp"),

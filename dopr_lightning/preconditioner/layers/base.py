@@ -137,13 +137,18 @@ class Layer(ABC):
         return [name + self.name.removeprefix(names[0]) for name in names]
 
     @property
-    def signature(self) -> Hashable:
-        """What the rows and the gradient depend on besides the weight.
+    def rearrangement(self) -> Hashable:
+        """What the rows depend on besides the input, and how the gradient becomes a matrix.
 
-        Of layers with equal :attr:`key`, those with equal signatures can pool their rows: one of them then counts the
-        inputs of all their modules.
+        Of layers with equal ones, one can say the rows of all: a layer type whose modules differ in more than their
+        sizes adds what they differ in, as the kernel that a convolution's patches have.
         """
-        return type(self), self.blocks, self.dim, id(self.bias) if self.homogeneous else None
+        return type(self), self.blocks, self.dim, self.homogeneous
+
+    @property
+    def signature(self) -> Hashable:
+        """Of layers with equal :attr:`key`, those with equal ones can be one layer, which counts the rows of all."""
+        return self.rearrangement, id(self.bias) if self.homogeneous else None
 
     def positions(self, mask: Tensor) -> Tensor:
         """A mask of the input's positions in the order of the rows, (n,)."""
@@ -154,12 +159,17 @@ class Layer(ABC):
         return tuple(x.shape[:-1])
 
     def joins(self, x: Tensor) -> bool:
-        """Whether inputs like ``x``, of layers of this :attr:`signature`, may lie one behind the other.
+        """Whether inputs like ``x``, of layers of this :attr:`rearrangement`, may lie one behind the other.
 
         Along their first dimension; rows must then follow one another likewise in every block. Not unless a layer type
-        says so.
+        says so, and one that makes its rows in another way than its base class must say so anew.
         """
         return False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not vars(cls).keys().isdisjoint(("rows", "vectors")) and "joins" not in vars(cls):
+            cls.joins = Layer.joins  # type: ignore[method-assign]
 
     def check_sharding(self) -> None:  # noqa: B027 - nothing to refuse by default
         """Raise ValueError if the weight is sharded such that its gradient would have to be gathered."""
@@ -205,12 +215,18 @@ class MatrixLayer(DenseLayer):
         taps: How many rows of the gradient's matrix belong to one output: they share its bias.
         homogeneous_value: The value of the homogeneous coordinate.
         outputs_first: Whether the weight's first dimension counts outputs and the gradient's matrix goes through them
-            in the same order: weights of several layers may then be rearranged one behind the other.
+            in the same order: weights of several layers may then be rearranged one behind the other. Not unless the
+            class that defines :meth:`to_matrix` says so.
     """
 
     taps: int = 1
     homogeneous_value: float = 1.0
     outputs_first: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not vars(cls).keys().isdisjoint(("to_matrix", "to_weight")) and "outputs_first" not in vars(cls):
+            cls.outputs_first = False
 
     @abstractmethod
     def vectors(self, x: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class BlockDiagonal(DenseLayer):
         self.blocks = layer.blocks * self._pieces
 
     @property
-    def signature(self) -> Hashable:
-        return super().signature, self.layer.signature
+    def rearrangement(self) -> Hashable:
+        return super().rearrangement, self.layer.rearrangement
 
     def positions(self, mask: Tensor) -> Tensor:
         return self.layer.positions(mask)

@@ -52,9 +52,9 @@ class Convolution(MatrixLayer):
         self.dim = self.features + self.homogeneous
 
     @property
-    def signature(self) -> Hashable:
+    def rearrangement(self) -> Hashable:
         geometry = (tuple(self._windows), tuple(self._padding), self._padding_mode) if self.conv == "patch" else None
-        return super().signature, geometry
+        return super().rearrangement, geometry, self.homogeneous_value if self.homogeneous else None
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         return _grid(x, self._spatial)

@@ -27,8 +27,8 @@ class Embedding(DiagonalLayer):
         self._padding = module.padding_idx
 
     @property
-    def signature(self) -> Hashable:
-        return super().signature, self._padding
+    def rearrangement(self) -> Hashable:
+        return super().rearrangement, self._padding
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape)

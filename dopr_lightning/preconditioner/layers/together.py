@@ -21,7 +21,7 @@ def gradients(layers: Sequence[DenseLayer]) -> Tensor:
     if rearranging is None:
         return torch.cat([layer.gradient() for layer in layers])
     matrix = rearranging.to_matrix(torch.cat([layer.weight_gradient for layer in layers]))
-    return matrix.unflatten(1, (len(layers), -1))[0]
+    return matrix.unflatten(1, (len(layers), matrix.shape[1] // len(layers)))[0]
 
 
 def write(layers: Sequence[DenseLayer], matrices: Tensor) -> None:
@@ -32,14 +32,16 @@ def write(layers: Sequence[DenseLayer], matrices: Tensor) -> None:
             layer.write(part)
         return
     into = [layer.weight_gradient for layer in layers]
-    outputs, *rest = into[0].shape
+    outputs, *rest = into[0].shape  # 0 of them, where there are more ranks than outputs
     together = rearranging.to_weight(matrices.flatten(0, 1)[None], torch.Size([len(into) * outputs, *rest]))
-    torch._foreach_copy_(into, together.split(outputs))
+    torch._foreach_copy_(into, together.unflatten(0, (len(into), outputs)).unbind())
 
 
 def _for_all(layers: Sequence[DenseLayer]) -> MatrixLayer | None:
     """The layer that rearranges the gradients of all, one behind the other, if one can."""
     first = layers[0]
-    if not all(isinstance(layer, MatrixLayer) and layer.outputs_first for layer in layers):
+    if not isinstance(first, MatrixLayer) or not first.outputs_first or first.blocks > 1 or first.homogeneous:
         return None
-    return first if isinstance(first, MatrixLayer) and first.blocks == 1 and not first.homogeneous else None
+    way = type(first).to_matrix, type(first).to_weight
+    same = all(isinstance(one, MatrixLayer) and (type(one).to_matrix, type(one).to_weight) == way for one in layers)
+    return first if same else None
