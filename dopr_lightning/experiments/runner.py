@@ -31,11 +31,7 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
         UserError: Some trials failed otherwise, or a folder holds a record of other settings.
     """
     outcomes = attempt_all(trials, workers)
-    failed = [
-        (trial.name, outcome)
-        for trial, outcome in zip(trials, outcomes, strict=True)
-        if isinstance(outcome, str) and load_record(trial) is None
-    ]
+    failed = [(trial.name, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if broke(trial, outcome)]
     if failed:
         names, more = ", ".join(name for name, _ in failed[:3]), f" and {len(failed) - 3} more" if failed[3:] else ""
         raise UserError(
@@ -43,6 +39,11 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
             "again"
         )
     return outcomes
+
+
+def broke(trial: Trial, outcome: Record | str) -> bool:
+    """Whether a trial failed otherwise than by diverging, so that the same command would run it again."""
+    return isinstance(outcome, str) and load_record(trial) is None
 
 
 def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = None) -> list[Record | str]:

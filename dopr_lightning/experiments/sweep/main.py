@@ -24,7 +24,7 @@ from dopr_lightning.experiments.command import (
     task_of,
 )
 from dopr_lightning.experiments.report import versions
-from dopr_lightning.experiments.runner import KILLED, attempt_all, cores
+from dopr_lightning.experiments.runner import KILLED, attempt_all, broke, cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
     ROLES,
@@ -47,7 +47,7 @@ from dopr_lightning.experiments.sweep.report import (
     transfer_results,
     trial_results,
 )
-from dopr_lightning.experiments.trial import DATA, Trial, check_settings, load_record, note_settings, write_json
+from dopr_lightning.experiments.trial import DATA, Trial, check_settings, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 
@@ -181,8 +181,8 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     metric = task["metric"] if options.episodes else None
     transfers = transfer_results(outcomes, plan.centre, plan.values, plan.product, task["parameters"], metric)
     # Diverging is a result, an error is none: what it hit counts as infinitely bad, and nothing is recommended.
-    failed = [(trial, cell) for trial, cell in zip(trials, outcomes, strict=True) if isinstance(outcomes[cell], str)]
-    wrong = [cell for trial, cell in failed if load_record(trial) is None]
+    failed = [cell for cell, outcome in outcomes.items() if isinstance(outcome, str)]
+    wrong = [cell for trial, cell in zip(trials, outcomes, strict=True) if broke(trial, outcomes[cell])]
     by = "val_loss" if options.recommend_by == "loss" else task["metric"]
     best = None if wrong else best_point(transfers, plan.centre, by)
     narrowest, widest = min(plan.keywords), max(plan.keywords)
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             "folders, mend it and run the same command again: until then they count as infinitely bad"
         )
     if len(failed) == len(outcomes):
-        raise UserError(f"all {len(failed)} runs failed, {failed[0][1].name}: {outcomes[failed[0][1]]}")
+        raise UserError(f"all {len(failed)} runs failed, {failed[0].name}: {outcomes[failed[0]]}")
     if failed:
         print(f"{len(failed)} of {len(outcomes)} runs diverged: infinitely bad, and not run again")
     if best is not None:
