@@ -35,7 +35,10 @@ OTHERS = "torch|lightning|numpy|npt|abc|collections|contextlib|functools|pathlib
 UNQUALIFIED = "LightningModule|Optimizer|OptimizerLRScheduler|Tensor|np.ndarray"
 TYPE_VARIABLES = "Condition|LayerType"
 nitpick_ignore_regex = [("py:.*", rf"({OTHERS})\..*|{UNQUALIFIED}|dopr_lightning\..*\.({TYPE_VARIABLES})")]
-nitpick_ignore = [("py:class", "dict[str")]  # a signature with a default_factory, which Sphinx reads as text
+nitpick_ignore = [
+    ("py:class", "dict[str"),  # a signature with a default_factory, which Sphinx reads as text
+    ("py:class", "dopr_lightning.preconditioner.layers.parameters.Location"),  # the engine's own
+]
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmarks.md"}

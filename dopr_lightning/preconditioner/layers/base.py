@@ -159,7 +159,7 @@ class Layer(ABC):
         return tuple(x.shape[:-1])
 
     def joins(self, x: Tensor) -> bool:
-        """Whether inputs like ``x``, of layers of this :attr:`rearrangement`, may lie one behind the other.
+        """Whether inputs like ``x``, of layers of one ``rearrangement``, may lie one behind the other.
 
         Along their first dimension; rows must then follow one another likewise in every block. Not unless a layer type
         says so, and one that makes its rows in another way than its base class must say so anew.
