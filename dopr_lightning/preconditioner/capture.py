@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, WeakSet, WeakValueDictionary, ref
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 import torch._dynamo
@@ -69,7 +69,6 @@ class Capture:
         self._taps = [_Tap(self, layer) for layer in layers]
         self._handles: list[RemovableHandle] = []
         self._compiled = False
-        self._last_cast: tuple[ReferenceType[Tensor], int, ReferenceType[Tensor]] | None = None
         self.listen(True)
         _tell_when_compiling(self)
 
@@ -104,19 +103,6 @@ class Capture:
             yield
         finally:
             self.current_mask = previous
-
-    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """An input in another dtype, without its history: one tensor for maps of one input in a row (q, k and v)."""
-        if torch.compiler.is_compiling():
-            return x.detach().to(dtype)
-        if self._last_cast is not None:
-            source, version, result = self._last_cast
-            found = result()
-            if source() is x and version == x._version and found is not None and found.dtype == dtype:
-                return found
-        found = x.detach().to(dtype)
-        self._last_cast = ref(x), x._version, ref(found)
-        return found
 
     def remove(self) -> None:
         """Take the hooks off the modules; graphs already built or compiled count no more."""
@@ -216,14 +202,15 @@ class _Tap:
             )
         if not output.requires_grad:
             return output
-        lasts = x.requires_grad  # data, and buffers of all kinds, may be filled anew by a checkpoint's recomputation
+        # In the middle of a backward data and buffers may be filled anew by a checkpoint's recomputation, and FSDP2
+        # frees the memory of parameters.
+        lasts = x.requires_grad and not isinstance(x if x._base is None else x._base, nn.Parameter)
         x = x.to_local() if isinstance(x, DTensor) else x
+        x = x.detach()
         if self.layer.rearranges and output.dtype in _LOW_PRECISION:
             # As autocast did: the weight multiplied a cast of x, and x itself may be overwritten.
-            rows = self.capture.cast(x, output.dtype)
-        else:
-            rows = x.detach()
-        return _CountRows.apply(output, rows, self.capture.current_mask, self.key, self, lasts)
+            x = x.to(output.dtype)
+        return _CountRows.apply(output, x, self.capture.current_mask, self.key, self, lasts)
 
 
 def _describe(value: Any) -> str:

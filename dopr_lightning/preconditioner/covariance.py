@@ -43,7 +43,7 @@ def usable(trace: Numbers, damping: Numbers, dtype: torch.dtype) -> Numbers:
     nothing from them.
     """
     limits = torch.finfo(dtype)
-    return (damping > limits.tiny) & (trace <= limits.max)
+    return (damping > limits.tiny) & (trace + damping <= limits.max)
 
 
 def collected(weight: Numbers, ema: float) -> tuple[Numbers, Numbers]:

@@ -40,7 +40,7 @@ _CHOICES: dict[str, Any] = {"damping_scale": DampingScale, "solver": Solver, "co
 
 
 def check_options(**options: Any) -> None:
-    """Check options of a preconditioner, and the callback's ``log_every``, before anything is built.
+    """Check some options of a preconditioner, or the callback's ``log_every``, before anything is built.
 
     Raises:
         TypeError: One is of another type.
@@ -59,9 +59,9 @@ def check_options(**options: Any) -> None:
             raise TypeError(f"{name} must be {kind}, got {value!r}{way_out}")
         if fits is _is_whole and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < options["damping"] < math.inf:
+    if not 0 < options.get("damping", 1) < math.inf:
         raise ValueError(f"damping must be positive, got {options['damping']}; 0.01 is a good start")
-    if not 0 <= options["ema"] < 1:
+    if not 0 <= options.get("ema", 0) < 1:
         raise ValueError(f"ema must lie in [0, 1), got {options['ema']}")
-    if not 0 < options["max_error"] < math.inf:
+    if not 0 < options.get("max_error", 1) < math.inf:
         raise ValueError(f"max_error must be positive, got {options['max_error']}")

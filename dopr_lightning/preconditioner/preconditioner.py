@@ -184,6 +184,7 @@ class ActivationPreconditioner:
 
     @update_every.setter
     def update_every(self, update_every: int) -> None:
+        check_options(update_every=update_every)
         self._update_every = update_every
         self._capture.listen(self.collecting)
 
@@ -354,9 +355,8 @@ class ActivationPreconditioner:
             }
             listed = "; ".join(f"{said}: {', '.join(sorted(names))}" for said, names in differences.items() if names)
             raise ValueError(f"the preconditioner's state was saved for other layers; {listed}")
-        self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
-        self.discard()
-        for stack in list(self._stacks) if saved else []:
+        replaced = []
+        for stack in self._stacks if saved else []:
             kind = STACKS[saved[stack.layers[0].name]["solver"]]
             if self._solver != "auto" and isinstance(stack, LowRankStack) != (kind is LowRankStack):
                 raise ValueError(
@@ -367,6 +367,10 @@ class ActivationPreconditioner:
             loaded.load_state_dict(saved)
             if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1:
                 loaded = loaded.to_exact()
+            replaced.append((stack, loaded))
+        self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
+        self.discard()
+        for stack, loaded in replaced:
             self._replace(stack, loaded)
         self._capture.listen(self.collecting)
 

@@ -342,22 +342,6 @@ def test_the_sink_runs_without_autocast_and_gradients() -> None:
     assert seen == [(torch.bfloat16, False, False)]
 
 
-def test_maps_of_one_input_share_its_cast_unless_it_was_overwritten_between() -> None:
-    maps, rows = [nn.Linear(4, 4) for _ in range(3)], Rows()
-    layers = [Watched([module]) for module in maps]
-    rows.capture(*layers)
-    x = torch.randn(3, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        first, second = maps[0](x), maps[1](x)
-        before = x.clone()
-        x += 1
-        (first + second + maps[2](x)).sum().backward()
-    given = {layer: x for layer, x, _ in rows.calls}
-    assert given[layers[0]].data_ptr() == given[layers[1]].data_ptr() != given[layers[2]].data_ptr()
-    for layer, expected in zip(layers, (before, before, before + 1), strict=True):
-        assert torch.equal(given[layer], expected.bfloat16())
-
-
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_mask_is_that_of_the_forward(checkpointed: bool) -> None:
     module, rows = linear(), Rows()

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner import joining
-from dopr_lightning.preconditioner.layers import Layer, registry
-from dopr_lightning.preconditioner.layers.linear import Linear
+from dopr_lightning.preconditioner.layers import ConvCovariance, Layer, registry
+from dopr_lightning.preconditioner.layers.linear import Linear, LinearMap
 from dopr_lightning.preconditioner.stack import Stack
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -238,6 +238,35 @@ def test_data_and_buffers_are_counted_at_once_for_a_recomputation_may_fill_them_
     compare(runs, monkeypatch, backward)
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_parameters_are_counted_at_once_for_their_memory_may_be_freed(
+    view: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 does so; here they are overwritten."""
+
+    class Latent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(6, 8))
+            self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            latents = self.latents.expand(2, 6, 8) if view else self.latents
+            return self.query(latents) @ self.key(x).mT
+
+    monkeypatch.setattr(joining, "DEVICES", ("cpu",))
+    model = Latent()
+    ap = ActivationPreconditioner(model)
+
+    def overwrite(parameter: Tensor) -> None:
+        with torch.no_grad():
+            parameter.mul_(0)
+
+    model.latents.register_post_accumulate_grad_hook(overwrite)
+    model(torch.randn(2, 6, 8)).sum().backward()
+    ap.step()
+
+
 def test_a_small_view_keeps_no_large_activation_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
@@ -283,11 +312,54 @@ class ScaledMap(Linear):
         return matrix[0].T
 
 
+class TransposedMap(LinearMap):
+    """The same said by other methods."""
+
+    kind = "linear"
+
+    def __init__(self, name: str, module: nn.Linear, *, conv: ConvCovariance, bias: bool) -> None:
+        super().__init__(name, module, shape=(8, 8))
+        self.features = self.dim = 8
+
+    def vectors(self, x: Tensor) -> Tensor:
+        gain = self.modules[0].gain
+        assert isinstance(gain, float)
+        return super().vectors(gain * x)
+
+    def gradient(self) -> Tensor:
+        return self.weight_gradient.T[None]
+
+    def write(self, matrix: Tensor) -> None:
+        self.weight_gradient.copy_(matrix[0].T)
+
+
+class Ways:
+    """A mixin."""
+
+    modules: list[nn.Module]
+
+    def vectors(self, x: Tensor) -> Tensor:
+        gain = self.modules[0].gain
+        assert isinstance(gain, float)
+        return gain * x.reshape(1, -1, 8)
+
+    def to_matrix(self, gradient: Tensor) -> Tensor:
+        return gradient.T[None]
+
+    def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix[0].T
+
+
+class Mixed(Ways, Linear):
+    """The same by inheritance."""
+
+
+@pytest.mark.parametrize("layer_type", [ScaledMap, TransposedMap, Mixed])
 def test_a_layer_type_that_rearranges_in_its_own_way_is_neither_counted_nor_rewritten_with_others(
-    monkeypatch: pytest.MonkeyPatch,
+    layer_type: type[Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_LAYER_TYPES", dict(registry._LAYER_TYPES))
-    registry.register_layer(Scaled)(ScaledMap)
+    registry.register_layer(Scaled)(layer_type)
     monkeypatch.setattr(joining, "DEVICES", ("cpu",))
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -1,11 +1,13 @@
 """When rows are counted, when inverses are renewed, what is kept when something fails."""
 
+import contextlib
 import copy
 import gc
 import logging
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +170,10 @@ def test_modules_have_hooks_only_where_rows_are_wanted() -> None:
     assert hooks() == 6
     ap.load_state_dict(ap.state_dict() | {"steps": 13})
     assert hooks() == 0
+    for nonsense in (0, 2.5, "3"):
+        with pytest.raises((TypeError, ValueError), match="update_every must be"):
+            ap.update_every = nonsense  # type: ignore[assignment]
+    assert (ap.update_every, hooks()) == (4, 0)
     ap.update_every = 13
     assert hooks() == 6
     ap.remove()
@@ -187,6 +193,34 @@ def test_a_state_of_another_solver_that_refreshes_more_often_at_first_is_gone_on
         model(torch.randn(64, 16)).square().mean().backward()
         ap.step()
     assert [row.rows for row in loaded.summary() if row.covered] == [64, 64]
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    models = [nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)) for _ in range(2)]
+    saved, other = (
+        ActivationPreconditioner(model, solver=solver, update_every=4)  # type: ignore[arg-type]
+        for model, solver in zip(models, ("lowrank", "exact"), strict=True)
+    )
+    for _ in range(4):
+        models[0](torch.randn(64, 16)).sum().backward()
+        saved.step()
+    for _ in range(6):
+        with contextlib.suppress(ValueError):
+            other.load_state_dict(saved.state_dict())
+        models[1](torch.randn(64, 16)).sum().backward()
+        other.step()
+    assert other.steps == 6
+
+
+@pytest.mark.parametrize("solver", ["exact", "lowrank"])
+def test_a_damping_that_overflows_is_a_failure_and_keeps_the_gradient(solver: Any) -> None:
+    model = nn.Linear(8, 4)
+    ap = ActivationPreconditioner(model, damping=1e4, solver=solver)
+    model(torch.randn(16, 8) * 3e17).sum().backward()
+    before = model.weight.grad.clone()
+    ap.step()
+    assert torch.equal(model.weight.grad, before)
+    assert [row.failures for row in ap.summary() if row.covered] == [1]
 
 
 def test_hooks_that_are_added_later_see_the_same_in_every_window() -> None:

@@ -19,6 +19,16 @@ Span = tuple[int, int]
 """Rows [start, stop) of a parameter that several layers share, as attention's three projections do."""
 
 
+def _overrides(cls: type, *names: str, without: str) -> bool:
+    """Whether a class, or one of its bases, defines one of the names after what ``without`` says was last said."""
+    for base in cls.__mro__:
+        if without in vars(base):
+            return False
+        if not vars(base).keys().isdisjoint(names):
+            return True
+    return False
+
+
 class Layer(ABC):
     r"""One covered weight: perhaps after a rearrangement, its module computes y = W z for many rows z.
 
@@ -166,9 +176,9 @@ class Layer(ABC):
         """
         return False
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if not vars(cls).keys().isdisjoint(("rows", "vectors")) and "joins" not in vars(cls):
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if _overrides(cls, "rows", "vectors", without="joins"):
             cls.joins = Layer.joins  # type: ignore[method-assign]
 
     def check_sharding(self) -> None:  # noqa: B027 - nothing to refuse by default
@@ -216,16 +226,17 @@ class MatrixLayer(DenseLayer):
         homogeneous_value: The value of the homogeneous coordinate.
         outputs_first: Whether the weight's first dimension counts outputs and the gradient's matrix goes through them
             in the same order: weights of several layers may then be rearranged one behind the other. Not unless the
-            class that defines :meth:`to_matrix` says so.
+            class that says how the gradient becomes a matrix says so.
     """
 
     taps: int = 1
     homogeneous_value: float = 1.0
     outputs_first: ClassVar[bool] = False
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if not vars(cls).keys().isdisjoint(("to_matrix", "to_weight")) and "outputs_first" not in vars(cls):
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ways = "to_matrix", "to_weight", "gradient", "write", "weight_gradient"
+        if _overrides(cls, *ways, without="outputs_first"):
             cls.outputs_first = False
 
     @abstractmethod

@@ -39,9 +39,8 @@ def write(layers: Sequence[DenseLayer], matrices: Tensor) -> None:
 
 def _for_all(layers: Sequence[DenseLayer]) -> MatrixLayer | None:
     """The layer that rearranges the gradients of all, one behind the other, if one can."""
-    first = layers[0]
-    if not isinstance(first, MatrixLayer) or not first.outputs_first or first.blocks > 1 or first.homogeneous:
+    able = [layer for layer in layers if isinstance(layer, MatrixLayer) and layer.outputs_first]
+    if len(able) < len(layers) or able[0].blocks > 1 or able[0].homogeneous:
         return None
-    way = type(first).to_matrix, type(first).to_weight
-    same = all(isinstance(one, MatrixLayer) and (type(one).to_matrix, type(one).to_weight) == way for one in layers)
-    return first if same else None
+    ways = {(type(layer).to_matrix, type(layer).to_weight) for layer in able}
+    return able[0] if len(ways) == 1 else None
