@@ -78,13 +78,12 @@ class Capture:
         Args:
             wanted: Whether ``active`` will say yes before the next call of this.
         """
-        if wanted or self._compiled:
-            if not self._handles:
-                for tap in self._taps:
-                    for module in tap.layer.modules:
-                        self._hook(tap, module)
-        elif self._handles:
+        if not (wanted or self._compiled):
             self._unhook()
+        elif not self._handles:
+            for tap in self._taps:
+                for module in tap.layer.modules:
+                    self._hook(tap, module)
 
     def compiling(self) -> None:
         """Something is about to be compiled: leave the hooks on from now on."""
@@ -183,7 +182,7 @@ class _Tap:
 
     def wanted(self, module: nn.Module) -> bool:
         """Whether this call of the module may be of a training step that wants rows."""
-        # In order of what most calls fail at: between refreshes every forward of every layer asks.
+        # In order of what most calls fail at: where hooks stay on, every forward of every layer asks between refreshes.
         if not (torch.compiler.is_compiling() or self.capture.active()):
             return False
         if not (module.training and torch.is_grad_enabled()):

@@ -137,27 +137,23 @@ class ExactStack(Stack):
         return gradient
 
     def adopt(self, other: Stack, inverse: Tensor) -> None:
-        """Go on where another stack of the same layers stopped, with its inverses in its order, (blocks, d, d)."""
+        """Go on where another stack of the same layers, in their order, stopped, with its inverses, (blocks, d, d)."""
         self.allocate()
-        for index, layer in enumerate(self.layers):
-            theirs = other.layers.index(layer)
-            self.refreshed_at[index] = other.refreshed_at[theirs]
-            self.rows_seen[index] = other.rows_seen[theirs]
-            self.failures[index] = other.failures[theirs]
-            self.failures_in_a_row[index] = other.failures_in_a_row[theirs]
-            self.solution[self.slices[index]] = inverse[other.slices[theirs]]
+        self.refreshed_at = list(other.refreshed_at)
+        self.rows_seen = list(other.rows_seen)
+        self.failures = list(other.failures)
+        self.failures_in_a_row = list(other.failures_in_a_row)
         self.refreshes = other.refreshes
+        self.solution.copy_(inverse)
         if any(step is not None for step in self.refreshed_at):
             self.factors = False  # the adopted inverses may have to be kept beside new ones
 
-    def adopt_average(self, other: Stack, covariance: Tensor, weight: Tensor) -> None:
-        """Go on with another stack's average over refreshes, (blocks, d, d) and (blocks,) in its order."""
+    def adopt_average(self, covariance: Tensor, weight: Tensor) -> None:
+        """Go on with an average over refreshes, (blocks, d, d), and its weight, (blocks,)."""
         assert self._running is not None
-        for index, layer in enumerate(self.layers):
-            mine, theirs = self.slices[index], other.slices[other.layers.index(layer)]
-            self._packed.store(mine, covariance[theirs])
-            self._running.weight[mine] = weight[theirs]
+        self._packed.store(slice(None), covariance)
         self._running.value.copy_(self._packed.flat)
+        self._running.weight.copy_(weight)
 
     def add_rows(self, layer: Layer, rows: Sequence[Tensor], counts: Tensor) -> None:
         """Count rows that another stack has extracted, (blocks, n, d) each, ``counts`` (blocks,) in all."""

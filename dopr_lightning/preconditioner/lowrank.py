@@ -88,7 +88,7 @@ class LowRankStack(Stack):
             above, tail = (part.to(self.device) for part in self._above_tail())
             leading = (self._basis * above[:, None]) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-            exact.adopt_average(self, leading + tail[..., None] * identity, self._weight.to(self.device))
+            exact.adopt_average(leading + tail[..., None] * identity, self._weight.to(self.device))
         return exact
 
     def inverse(self) -> Tensor:

@@ -483,7 +483,7 @@ class ActivationPreconditioner:
 
     def _unseen(self, layer: Layer, *, masked: bool) -> RuntimeError:
         stack = self._stack_of[layer]
-        before = stack.refreshed_at[stack.layers.index(layer)] is not None
+        before = stack.refreshed_at[stack.index_of[layer]] is not None
         return RuntimeError(unseen(layer, masked=masked, before=before))
 
     def _may_overlap(self) -> bool:

@@ -329,7 +329,8 @@ class Stack(ABC):
         layer = layers[0]
         assert isinstance(layer, DenseLayer)  # only the diagonal solver takes others
         rows = layer.rows(x if layer.rearranges else x.to(self.dtype))
-        rows = rows.unflatten(1, (len(layers), -1)).transpose(0, 1).flatten(0, 1)  # a view, of layers of one block
+        if len(layers) > 1:
+            rows = rows.unflatten(1, (len(layers), -1)).transpose(0, 1).flatten(0, 1)  # a view, of layers of one block
         keep = None if mask is None else self._keep(layer, x, mask, rows.shape[1])
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:

@@ -204,7 +204,11 @@ def test_an_input_that_is_overwritten_before_the_end_is_an_error_that_names_the_
     ActivationPreconditioner(model)
     x = torch.randn(3, 4)
     h = model[0](x)
-    h.register_hook(lambda gradient: h.data.detach() if h.detach().mul_(2) is None else None)
+
+    def overwrite(gradient: Tensor) -> None:
+        h.detach().mul_(2)
+
+    h.register_hook(overwrite)
     with pytest.raises(RuntimeError, match=r"^1\.weight: its input was overwritten before the backward"):
         model[1](h).sum().backward()
 
