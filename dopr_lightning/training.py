@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch.distributed.device_mesh import DeviceMesh
 
 from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configuration import NOTHING_TO_JUDGE, find_config, packaged_configs, reason, reason_with_place
@@ -264,10 +267,25 @@ def run(verb: str, arguments: Sequence[str], project: Project = LIBRARY) -> None
     """Run ``dopr fit``, ``validate`` or ``test``."""
     quiet()
     joined = dist.is_initialized()
-    CLI([verb, *arguments], project=project)
+    # In a context of its own, which is dropped: jsonargparse leaves its parser in a variable, and all that was built.
+    copy_context().run(CLI, [verb, *arguments], project=project)
     if dist.is_initialized() and not joined:
-        # Lightning leaves it to the interpreter's end, where its threads now and then abort the process.
-        dist.destroy_process_group()
+        leave_groups()
+
+
+def leave_groups() -> None:
+    """End every process group, and with it the group's threads.
+
+    Lightning leaves that to the interpreter's end, where a thread that then lets go of a tensor asks for an interpreter
+    that is no more: now and then that aborts the process. A group's threads end with the last reference to it. One is
+    in the policy, cut up, and one in each device mesh, which DTensor's caches hold.
+    """
+    gc.collect()
+    for held in gc.get_objects():
+        if type(held) is DeviceMesh:
+            # Of some versions of torch; others look groups up by their names.
+            getattr(held, "_pg_registry", {}).clear()
+    dist.destroy_process_group()
 
 
 def quiet() -> None:

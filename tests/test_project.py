@@ -62,6 +62,7 @@ def test_fit_on_two_processes_and_resumed(here: Path) -> None:
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import torch.distributed as dist
 from dopr_lightning.cli import main
 from dopr_lightning.project import Project
@@ -69,16 +70,19 @@ from toy_project import Data, Policy
 end, ended = dist.destroy_process_group, []
 dist.destroy_process_group = lambda: ended.append(dist.is_initialized()) or end()
 assert main(sys.argv[1:], Project(Policy, Data, command="toy")) == 0
-print("ended:", ended, "left:", dist.is_initialized())
+threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+print("ended:", ended, "left:", dist.is_initialized(), [name for name in threads if "gloo" in name])
 """
 
 
-def test_no_process_group_is_left_to_the_interpreters_end(here: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_no_process_group_is_left_to_the_interpreters_end(here: Path, strategy: str) -> None:
     """In a process of its own: one that has had a group must not fork, as other tests do."""
     (here / "script.py").write_text(SCRIPT)
-    one = ["--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.max_steps=4", "--trainer.logger=false"]
-    said = run("fit", *ARGUMENTS, *one, f"--checkpoint.dirpath={here}", program=[str(here / "script.py")])
-    assert "ended: [True] left: False" in said
+    one = [f"--config=trainer/{strategy}.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    one += ["--trainer.max_steps=4", "--trainer.logger=false", f"--checkpoint.dirpath={here}"]
+    said = run("fit", *ARGUMENTS, *one, program=[str(here / "script.py")])
+    assert "ended: [True] left: False []" in said
 
 
 def test_compare_trains_it_in_worker_processes(here: Path) -> None:
