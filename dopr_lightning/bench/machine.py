@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dopr_lightning.preconditioner.inverse import damped_cholesky
+from dopr_lightning.preconditioner.lowrank import add_rows
 from dopr_lightning.preconditioner.stack import subtract_low_rank
 from dopr_lightning.preconditioner.subspace import core_eigenpairs, nystrom, random_basis
 
@@ -26,6 +27,12 @@ COLD = 1 << 25
 
 BUSY = 4096
 """Size of matrices that keep a GPU busy for longer than the host takes to ask for the next."""
+
+ROWS = 2048
+"""At a time, of the inputs whose statistics are timed: of a batch, in part."""
+
+MAPS = (64, 64, 441)
+"""The convolution's input that is rearranged: images, channels and positions of ResNet18's first stage here."""
 
 KERNEL = 5
 """Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
@@ -44,14 +51,17 @@ class Rates:
 
     Attributes:
         square: FLOP/s of float32 products of square matrices: what the FLOP floor assumes of everything.
-        skinny: FLOP/s of float32 products with few columns, as the low-rank solver has them: of one column more.
+        skinny: FLOP/s of float32 products with few columns, as the low-rank solver's rewrites have them: of one column
+            more.
+        counting: FLOP/s of the low-rank solver's statistics, 4 n d k, reading the rows and their trace included.
         touch: Seconds per entry of a gradient that a low-rank update takes besides: reading and writing it.
         factor: FLOP/s of Cholesky factors, d^3 / 3 each.
         inverse: FLOP/s of inverses from them, 2 d^3 / 3 each.
         nystrom: FLOP/s of one Nystrom step, 8 d k^2, in float64.
         small: Seconds of one Nystrom step beyond its products, k x k Cholesky and eigenvalues, at k = 48, among many.
         bandwidth: Bytes/s of copies, reads and writes both counted.
-        strided: The same of copies between a convolution's layout and a matrix with its channels side by side.
+        strided: The same of copies between a kernel's layout and a matrix with its channels side by side.
+        rearranged: The same of copies of a convolution's input to rows with its channels side by side.
         call: Seconds of one small operator on the host, which Python and the dispatcher take, among others after a
             large product: on a CPU some times what it takes in a tight loop, whose code and data the cache holds.
         network: Bytes/s at which one rank sends and receives; None where there is but one.
@@ -61,6 +71,7 @@ class Rates:
 
     square: float
     skinny: float
+    counting: float
     touch: float
     factor: float
     inverse: float
@@ -68,6 +79,7 @@ class Rates:
     small: float
     bandwidth: float
     strided: float
+    rearranged: float
     call: float
     network: float | None = None
     latency: float = 0.0
@@ -124,6 +136,14 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     slope = max(statistics.linear_regression(list(taken), list(taken.values())).slope, 4 / square)
     skinny = 4 / slope
     touch = max(0.0, statistics.mean(taken.values()) - slope * statistics.mean(RANKS))
+    rows = [normal(1, ROWS, dim) for _ in range(max(4, COLD // (4 * ROWS * dim)))]
+    test, image, trace = normal(1, TRACKED, dim), normal(1, TRACKED, dim), normal(1)
+
+    def count() -> None:
+        for x in rows:
+            add_rows(x, test, image, trace)
+
+    counting = 4 * ROWS * dim * TRACKED * len(rows) / seconds(count)
     size = min(dim, 512)
     matrix = torch.eye(size, device=device)[None]
     cholesky = torch.linalg.cholesky(matrix)
@@ -137,6 +157,8 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     bandwidth = 2 * x.nbytes / seconds(lambda: y.copy_(x))
     kernel = normal(4096 if overlap else 512, 512, KERNEL)
     strided = 4 * kernel.nbytes / seconds(lambda: kernel.copy_(kernel.mT.contiguous().mT))
+    maps = normal(*((64, 512, 1024) if overlap else MAPS))
+    rearranged = 2 * maps.nbytes / seconds(lambda: maps.mT.reshape(-1, maps.shape[1]), before=lambda: y.add_(x))
     one = torch.ones(1)
     call = seconds(lambda: [one.mul_(1) for _ in range(LAYER_CALLS)], before=lambda: torch.mm(a, b)) / LAYER_CALLS
     cores, valid = _cores(), torch.ones(EIGENPROBLEMS, dtype=torch.bool)
@@ -144,7 +166,21 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     small = (
         seconds(lambda: core_eigenpairs(cores, valid, workers=workers), before=lambda: torch.mm(a, b)) / EIGENPROBLEMS
     )
-    return Rates(square, skinny, touch, factor, inverse, nystrom_rate, small, bandwidth, strided, call, overlap=overlap)
+    return Rates(
+        square,
+        skinny,
+        counting,
+        touch,
+        factor,
+        inverse,
+        nystrom_rate,
+        small,
+        bandwidth,
+        strided,
+        rearranged,
+        call,
+        overlap=overlap,
+    )
 
 
 def _cores() -> Tensor:

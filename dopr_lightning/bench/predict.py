@@ -140,12 +140,12 @@ def _step_calls(planned: Sequence[Planned], rates: Rates) -> float:
 
 
 def _statistics(layer: Planned, rates: Rates) -> float:
-    speed = rates.skinny if layer.method.solver == "lowrank" else rates.square
-    passes = {"lowrank": 1, "woodbury": 2}.get(layer.method.solver, 0)
+    speed = rates.counting if layer.method.solver == "lowrank" else rates.square
+    passes = 2 if layer.method.solver == "woodbury" else 0
     rows = 4.0 * layer.shape.blocks * layer.shape.rows * layer.shape.dim
     if layer.method.solver == "diagonal":
         rows = 8.0 * layer.shape.rows
-    copies = 2 * layer.copies_rows * rows / rates.strided
+    copies = 2 * layer.copies_rows * rows / rates.rearranged
     return layer.cost.statistics / speed + passes * rows / rates.bandwidth + copies
 
 

@@ -204,10 +204,7 @@ class LowRankStack(Stack):
 
     def _add(self, layers: Sequence[Layer], part: slice, x: Tensor, mask: Tensor | None) -> int | Tensor:
         rows, count = self._rows(layers, x, mask)
-        scores = torch.bmm(rows, self._test[part].mT)
-        self._image[part].baddbmm_(scores.mT, rows)
-        norms = torch.linalg.vector_norm(rows, dim=(1, 2))
-        self.trace_sums[part].addcmul_(norms, norms)
+        add_rows(rows, self._test[part], self._image[part], self.trace_sums[part])
         return count
 
     def project(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -441,6 +438,21 @@ class _Solution:
     derived: Tensor
     good: Tensor | None
     outcome: Tensor
+
+
+def add_rows(rows: Tensor, test: Tensor, image: Tensor, trace: Tensor) -> None:
+    """Add to the sums over rows, in place: Z^T Z U to the image of the test vectors U, and tr Z^T Z.
+
+    Args:
+        rows: Z, (blocks, n, d).
+        test: U^T, (blocks, k, d).
+        image: (Z^T Z U)^T, (blocks, k, d).
+        trace: (blocks,).
+    """
+    scores = torch.bmm(rows, test.mT)
+    image.baddbmm_(scores.mT, rows)
+    norms = torch.linalg.vector_norm(rows, dim=(1, 2))
+    trace.addcmul_(norms, norms)
 
 
 def _host_is_idle(device: torch.device) -> bool:

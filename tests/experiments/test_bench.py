@@ -25,7 +25,21 @@ from dopr_lightning.bench.workloads import Workload, workloads
 from dopr_lightning.errors import UserError
 
 CPU = torch.device("cpu")
-UNIT = Rates(square=1, skinny=1, touch=0, factor=1, inverse=1, nystrom=1, small=0, bandwidth=1e30, strided=1e30, call=0)
+FREE = 1e30
+UNIT = Rates(
+    square=1,
+    skinny=1,
+    counting=1,
+    touch=0,
+    factor=1,
+    inverse=1,
+    nystrom=1,
+    small=0,
+    bandwidth=FREE,
+    strided=FREE,
+    rearranged=FREE,
+    call=0,
+)
 """A second per FLOP, and nothing else takes time."""
 
 
