@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -143,8 +144,14 @@ class DoPr(pl.Callback):
         """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it.
 
         Raises:
-            ValueError: Nothing in the model is left to cover, or another DoPr covers some of it too.
+            ValueError: Nothing in the model is left to cover, or another DoPr covers some of it too; or the strategy
+                keeps gradients where they cannot be rewritten.
         """
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+            raise ValueError(
+                f"DoPr cannot rewrite gradients under {type(trainer.strategy).__name__}, which keeps them in a form of "
+                "its own; take strategy='ddp', or FSDP2 (docs/multi-gpu.md)"
+            )
         self._remove()  # where another callback's on_exception kept an earlier fit from it
         preconditioner = ActivationPreconditioner(pl_module, **self.options)
         self.preconditioners = [preconditioner]
@@ -202,12 +209,14 @@ class DoPr(pl.Callback):
             if preconditioner is not None:
                 preconditioner.settle()
         batches = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if batches and not pl_module.automatic_optimization and not any(p.steps for p in self.preconditioners if p):
-            log.warning(
-                "DoPr rewrote no gradient in %d batches of manual optimization: no step of an optimizer came by. Step "
-                "what self.optimizers() returns; use_pl_optimizer=False keeps Lightning's hooks out.",
-                batches,
+        if batches and not any(p.steps for p in self.preconditioners if p):
+            why = (
+                "whenever an optimizer was to step its parameters had no gradients (.grad)"
+                if pl_module.automatic_optimization
+                else "no step of an optimizer came by. Step what self.optimizers() returns; use_pl_optimizer=False "
+                "keeps Lightning's hooks out"
             )
+            log.warning("DoPr rewrote no gradient in %d batches: %s.", batches, why)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hooks off."""

@@ -15,7 +15,7 @@ AGREE_EVERY = 8
 
 
 class Preemption(Callback):
-    """Puts off what Lightning does at SLURM's signal until a step is complete.
+    """Puts off what Lightning does at SLURM's signal until a step is complete, with all its micro-batches.
 
     Lightning saves a checkpoint and has the job requeued as soon as the signal arrives: in the middle of a step, when
     some weights may have been updated and others not, and on each process in another step. In a validation, with its
@@ -37,7 +37,7 @@ class Preemption(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let Lightning do what it would have done, if it is time."""
-        if self._signal is None:
+        if self._signal is None or batch_idx % trainer.accumulate_grad_batches:
             return
         asked = self._asked is not None
         if trainer.world_size > 1:

@@ -22,6 +22,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -829,6 +830,29 @@ def test_steps_that_lightning_does_not_see_are_reported(
     before, _ = fit(tmp_path, model, DoPr(), [draw(step, 9, 6) for step in range(4)])
     assert len(before) == use_pl_optimizer
     assert ("DoPr rewrote no gradient in 4 batches" in caplog.text) is not use_pl_optimizer
+
+
+class Elsewhere(TwoLayers):
+    """Its gradients are nowhere to be found, as those of a strategy with a form of its own."""
+
+    def on_after_backward(self) -> None:
+        self.zero_grad()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_gradients_that_are_never_there_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, Elsewhere(), DoPr(), [draw(step, 9, 6) for step in range(4)])
+    assert "DoPr rewrote no gradient in 4 batches: whenever an optimizer was to step" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
+def test_strategies_that_keep_gradients_elsewhere_are_refused(strategy: type[Strategy]) -> None:
+    trainer = L.Trainer(logger=False, enable_checkpointing=False)
+    trainer._accelerator_connector.strategy = strategy.__new__(strategy)
+    with pytest.raises(ValueError, match=f"under {strategy.__name__}.*take strategy='ddp'"):
+        DoPr().on_fit_start(trainer, TwoLayers())
 
 
 # Beside other callbacks and loggers.

@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from test_training import assert_same
 from toy_task import CONFIG, DOPR
+
+from dopr_lightning.preemption import Preemption
 
 PATIENCE = 120
 # A step takes long enough to be interrupted in.
@@ -92,6 +95,18 @@ def scheduler(tmp_path: Path) -> Path:
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
     return folder
+
+
+def test_it_leaves_between_steps_not_between_micro_batches() -> None:
+    left: list[int] = []
+    preemption, trainer, module = Preemption(), L.Trainer(accumulate_grad_batches=3, logger=False), L.LightningModule()
+    preemption._signal = signal.SIGUSR1
+    for batch in range(7):
+        if batch == 1:
+            preemption._note(signal.SIGUSR1, None)
+        preemption._leave = lambda *_, batch=batch: left.append(batch)
+        preemption.on_train_batch_start(trainer, module, None, batch)
+    assert left == [3]
 
 
 def test_a_preempted_run_ends_as_the_uninterrupted_one(tmp_path: Path, scheduler: Path) -> None:

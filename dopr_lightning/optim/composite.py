@@ -33,6 +33,8 @@ class CompositeOptimizer(Optimizer):
         common = set.intersection(*(set(part.defaults) for part in self.parts))
         super().__init__(groups, {name: self.parts[0].defaults[name] for name in common})
         self._bound = True
+        for part in self.parts:
+            self.state.update(part.state)  # some optimizers begin it in their constructors
         self._share()
 
     def _share(self) -> None:

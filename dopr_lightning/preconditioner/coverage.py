@@ -92,6 +92,8 @@ def find_coverage(
     for name, module in named_modules(root):
         refused = _left_out(name, include, exclude)
         layers = layers_of(name, module, conv=conv, bias=bias, max_dim=max_dim)
+        if chosen is not None and any(layer.homogeneous and id(layer.bias) not in chosen for layer in layers):
+            layers = layers_of(name, module, conv=conv, bias=False, max_dim=max_dim)
         used = []
         for layer in layers:
             reason = refused

@@ -35,6 +35,9 @@ from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
 log = getLogger(__name__)
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Kinds of devices."""
+
 
 class ActivationPreconditioner:
     r"""Double Preconditioning's first half: multiply gradients by the inverse covariance of the layer's inputs.
@@ -159,6 +162,11 @@ class ActivationPreconditioner:
             model, conv=conv, bias=bias, max_dim=max_dim, include=include, exclude=exclude, parameters=parameters
         )
         layers = self._coverage.layers
+        if (kind := layers[0].weight.device.type) in WITHOUT_FLOAT64:
+            raise ValueError(
+                f"inverses are found in float64, which {kind} devices lack; train on the CPU (Lightning: "
+                "accelerator='cpu') or on CUDA"
+            )
         self._group = process_group
         options = StackOptions(
             damping=damping,
@@ -170,12 +178,16 @@ class ActivationPreconditioner:
         )
         self._stacks = make_stacks(layers, options, solver, pooled=world_size(process_group) > 1)
         self._stack_of = {layer: stack for stack in self._stacks for layer in stack.layers}
-        self._joining = Joining(self._stack_of, self._count)
         self._masks = Masks()
-        self._replay = Replay()
         self._alignment: dict[str, Alignment] = {}
-        self._audit = GradientAudit(layers)
-        self._capture = Capture(layers, self._take, lambda: self.collecting, self._audit)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Hook the layers."""
+        self._joining = Joining(self._stack_of, self._count)
+        self._replay = Replay()
+        self._audit = GradientAudit(self._coverage.layers)
+        self._capture = Capture(self._coverage.layers, self._take, lambda: self.collecting, self._audit)
 
     @property
     def update_every(self) -> int:
@@ -329,9 +341,15 @@ class ActivationPreconditioner:
         return Summary(sorted(rows, key=lambda row: self._coverage.order(row.parameter)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies have no thread."""
+        """A copy, of model and preconditioner at once, has no thread, and watches its own model."""
         self.settle()
-        return self.__dict__
+        watching = ("_joining", "_replay", "_audit", "_capture")
+        return {name: value for name, value in self.__dict__.items() if name not in watching}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
+        self._capture.listen(self.collecting)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""

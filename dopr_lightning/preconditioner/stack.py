@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from dopr_lightning.preconditioner.covariance import DampingScale, damping_values
 from dopr_lightning.preconditioner.layers import DenseLayer, Layer
 from dopr_lightning.preconditioner.spectrum import Spectrum
+
+GOLDEN = 5**0.5 / 2 - 0.5
+"""The ratio whose multiples, modulo 1, are the most evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -334,8 +337,8 @@ class Stack(ABC):
         keep = None if mask is None else self._keep(layer, x, mask, rows.shape[1])
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:
-            stride = -(-rows.shape[1] // limit)
-            rows, keep = rows[:, ::stride], None if keep is None else keep[::stride]
+            some = spread(rows.shape[1], limit, rows.device)
+            rows, keep = rows.index_select(1, some), None if keep is None else keep[some]
         rows = rows.to(self.dtype)  # only now: half precision is thinned out at half the cost
         if keep is None:
             return rows, rows.shape[1]
@@ -371,6 +374,19 @@ class Failure:
 def gradient_shape(layer: Layer) -> tuple[Any, ...]:
     """Layers with equal ones may share batched calls, and stand side by side in a stack: what is theirs is a view."""
     return layer.kind, layer.blocks, tuple(layer.weight.shape)
+
+
+@lru_cache(maxsize=64)
+def spread(rows: int, limit: int, device: torch.device) -> Tensor:
+    """The ``limit`` of so many rows that are used: one of each of as many stretches.
+
+    Where in its stretch goes by the golden ratio. At equal distances it could be the same token of every sequence, or a
+    few columns of every image.
+    """
+    edges = [-(-i * rows // limit) for i in range(limit + 1)]
+    offsets = ((i * GOLDEN % 1, stop - start) for i, (start, stop) in enumerate(pairwise(edges)))
+    index = [start + int(share * length) for start, (share, length) in zip(edges, offsets, strict=False)]
+    return torch.tensor(index, device=device)
 
 
 def subtract_low_rank(gradient: Tensor, left: Tensor, right: Tensor, scale: Tensor | float) -> Tensor:

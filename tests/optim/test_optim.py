@@ -52,6 +52,29 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, schedu
             scheduler.step()
 
 
+class Eager(torch.optim.SGD):
+    """Makes its state in the constructor, as Adagrad did for years."""
+
+    def __init__(self, params: object, lr: float) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["steps"] = 0
+
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["steps"] += 1
+        super().step()
+
+
+def test_state_of_a_constructor_is_kept() -> None:
+    net = Net()
+    optimizer = make_optimizer(net, Eager, lr=0.1)
+    train(net, optimizer, 2)
+    assert {state["steps"] for state in optimizer.state.values()} == {2}
+
+
 def test_roles_are_read_off_the_model() -> None:
     assert parameter_roles(Net()) == {
         "embedding.weight": "embedding",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dopr_lightning import ActivationPreconditioner
+from dopr_lightning.preconditioner import preconditioner
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -454,6 +455,54 @@ def test_a_trainable_bias_of_a_frozen_weight_is_left_alone() -> None:
     before = model[0].bias.grad.clone()
     ap.step()
     assert torch.equal(model[0].bias.grad, before)
+
+
+def test_a_bias_that_another_optimizer_holds_is_left_to_it() -> None:
+    """The first layer's weight is rewritten as without it, whether the bias has a gradient or not."""
+    model = mlp(5, 4, 3)
+    mine = [model[0].weight, *model[2].parameters()]
+    ap = ActivationPreconditioner(model, bias=True, damping=0.1, parameters=mine)
+    for frozen in (False, True):
+        model[0].bias.requires_grad_(not frozen)  # as toggle_optimizer does
+        x = batch(0)
+        backward(model, x)
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        ap.step()
+        torch.testing.assert_close(model[0].weight.grad, preconditioned(before["0.weight"], covariance(x), 0.1))
+        assert not torch.equal(model[2].bias.grad, before["2.bias"])
+        if not frozen:
+            assert torch.equal(model[0].bias.grad, before["0.bias"])
+
+
+def test_a_bias_frozen_later_is_an_error() -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model, bias=True)
+    model[0].bias.requires_grad_(False)
+    backward(model, batch(0))
+    with pytest.raises(RuntimeError, match=r"^0\.weight has a gradient and its bias has none"):
+        ap.step()
+
+
+def test_devices_without_float64_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preconditioner, "WITHOUT_FLOAT64", {"cpu"})
+    with pytest.raises(ValueError, match="float64, which cpu devices lack"):
+        ActivationPreconditioner(mlp(5, 3))
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+def test_copies_go_on_by_themselves(update_every: int) -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model, update_every=update_every)
+    backward(model, batch(0))
+    ap.step()
+    other, copied = copy.deepcopy((model, ap))
+    for step in range(1, 5):
+        backward(other, batch(step))
+        copied.step()
+    for step in range(1, 5):
+        backward(model, batch(step))
+        ap.step()
+    assert torch.equal(weight_gradients(other)[0], weight_gradients(model)[0])
 
 
 def test_globs_are_lists() -> None:

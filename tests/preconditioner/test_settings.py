@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from itertools import pairwise, product
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dopr_lightning import ActivationPreconditioner
+from dopr_lightning.preconditioner.stack import spread
 
 GAMMA = 0.1
+CPU = torch.device("cpu")
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -206,9 +209,9 @@ def test_a_mask_that_fits_no_layer_in_a_step_is_told_once(caplog: pytest.LogCapt
 # Rows and sizes
 
 
-@pytest.mark.parametrize(("limit", "stride"), [(10, 3), (16, 2), (24, 1), (1, 24)])
+@pytest.mark.parametrize("limit", [10, 16, 24, 1])
 @pytest.mark.parametrize("masked", [False, True])
-def test_max_rows_takes_evenly_spread_rows_of_each_input(limit: int, stride: int, masked: bool) -> None:
+def test_max_rows_takes_evenly_spread_rows_of_each_input(limit: int, masked: bool) -> None:
     model, parts = mlp(5, 3), (draw(0, 24, 5), draw(1, 24, 5))
     keep = torch.arange(24) % 5 != 4 if masked else torch.ones(24, dtype=torch.bool)
     ap = ActivationPreconditioner(model, damping=GAMMA, max_rows=limit)
@@ -217,9 +220,22 @@ def test_max_rows_takes_evenly_spread_rows_of_each_input(limit: int, stride: int
             model(x).square().sum().backward()
     before = gradients(model)
     ap.step()
-    used = torch.cat([x[::stride][keep[::stride]] for x in parts])
+    some = spread(24, limit, CPU) if limit < 24 else torch.arange(24)
+    used = torch.cat([x[some][keep[some]] for x in parts])
     assert rows(ap) == {"0.weight": len(used)}
     torch.testing.assert_close(model[0].weight.grad, rewritten(before["0.weight"], covariance(used)))
+
+
+@pytest.mark.parametrize(("grid", "limit"), [((64, 256), 2048), ((64, 84, 84), 16384), ((5, 7), 34)])
+def test_rows_are_spread_along_every_axis(grid: tuple[int, ...], limit: int) -> None:
+    """Every 28th row of images 84 wide would be of three columns."""
+    rows = math.prod(grid)
+    some = spread(rows, limit, CPU)
+    assert torch.equal(some * limit // rows, torch.arange(limit))  # of every stretch one
+    for size, place in zip(grid, torch.unravel_index(some, grid), strict=True):
+        share = torch.bincount(place, minlength=size) * size / limit
+        assert share.min() > 0.4
+        assert share.max() < 1.6
 
 
 @pytest.mark.parametrize(("max_dim", "size"), [(12, 12), (11, 6), (6, 6), (5, 4), (1, 1)])

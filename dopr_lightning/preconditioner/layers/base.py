@@ -122,8 +122,19 @@ class Layer(ABC):
 
     @property
     def has_gradient(self) -> bool:
-        """Whether there is a gradient to rewrite."""
-        return all(parameter.grad is not None for parameter in self.tensors)
+        """Whether there is a gradient to rewrite.
+
+        Raises:
+            RuntimeError: There is one of the weight and none of the bias, which are rewritten together.
+        """
+        if self.weight.grad is None:
+            return False
+        if self.homogeneous and self.bias.grad is None:
+            raise RuntimeError(
+                f"{self.name} has a gradient and its bias has none, and they are rewritten together: was the bias "
+                "frozen? Build the preconditioner anew, or without bias=True"
+            )
+        return True
 
     @property
     def weight_gradient(self) -> Tensor:
