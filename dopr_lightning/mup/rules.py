@@ -59,7 +59,7 @@ def sign(matrix: MatrixGrowth, options: Mapping[str, Any]) -> float:
 def gradient(matrix: MatrixGrowth, options: Mapping[str, Any]) -> float:
     """The gradient itself: a sum of outer products of backpropagated errors (norm rows^-1/2) and inputs (cols^1/2).
 
-    Activation preconditioning changes this one in a way that hangs on the data, see docs/architecture.md.
+    Activation preconditioning changes this one in a way that hangs on the data, see docs/mup.md.
     """
     return math.sqrt(matrix.fan_in_growth / matrix.fan_out_growth)
 
