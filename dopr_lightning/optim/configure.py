@@ -59,7 +59,7 @@ def make_optimizer(
         **options: Further keywords of the base's algorithm, ``betas=(0.9, 0.95)`` say.
 
     Raises:
-        TypeError: ``mup`` is no MupSpec.
+        TypeError: ``mup`` is no MupSpec, or ``roles`` or ``lr_by_role`` no mapping.
         ValueError: Unknown base, role, rule or option, a rate that is not positive and finite, a weight decay that is
             negative or that the base does not have, nothing to train, a spec of another model, a base whose scaling
             with the width is not known, or a role that no parameter has.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import BASES, Base
-from dopr_lightning.optim.roles import parameter_roles
+from dopr_lightning.optim.roles import check_mapping, parameter_roles
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def plan(
     """An entry per trainable parameter of ``model``, in its order; arguments as of :func:`make_optimizer`.
 
     Raises:
-        TypeError: ``mup`` is no MupSpec.
+        TypeError: ``mup`` is no MupSpec, or ``roles`` or ``lr_by_role`` no mapping.
         ValueError: Unknown role or rule, nothing to train, a spec of another model, a base whose scaling with the width
             is not known, or a role's multiplier that is not positive, or of a role that nothing has.
     """
     if not isinstance(mup, MupSpec | None):
         raise TypeError(f"mup must be a MupSpec, as MupSpec.from_factory makes it, got {mup!r}")
+    check_mapping("lr_by_role", lr_by_role, 'roles to multipliers of the learning rate, {"input": 0.25}')
     role_of = parameter_roles(model, roles, known=mup.roles(model) if mup else None)
     if not role_of:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")

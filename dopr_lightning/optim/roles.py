@@ -44,8 +44,10 @@ def parameter_roles(
         Parameter name to role, in the model's order.
 
     Raises:
+        TypeError: ``overrides`` is no mapping of globs.
         ValueError: An override names an unknown role or matches no parameter.
     """
+    check_mapping("roles", overrides, 'globs on parameter names to roles, {"decoder.*": "readout"}')
     owners = _owners(model)
     roles = {name: _role(owners[p], p) for name, p in _trainable(model).items()}
     plain = {public_name(name): name for name in roles}
@@ -60,6 +62,12 @@ def parameter_roles(
             raise ValueError(f"the role pattern {pattern!r} matches no trainable parameter")
         roles.update((name, role) for name in matching)  # type: ignore[misc]
     return roles
+
+
+def check_mapping(argument: str, value: object, kind: str) -> None:
+    """Raise TypeError unless an argument that maps words to something does, or is None; ``kind`` says what it maps."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise TypeError(f"{argument} must map {kind}, got {value!r}")
 
 
 def guessed_ends(model: nn.Module) -> dict[str, Role]:

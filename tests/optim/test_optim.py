@@ -365,6 +365,13 @@ def test_bad_options(options: dict, message: str) -> None:
         make_optimizer(Net(), **options)
 
 
+@pytest.mark.parametrize("argument", ["roles", "lr_by_role"])
+@pytest.mark.parametrize("value", [["readout"], "readout", 0.0, {0: "readout"}], ids=["list", "str", "number", "keys"])
+def test_what_should_map_and_does_not(argument: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument} must map .* to .*, \{{.*\}}, got "):
+        make_optimizer(Net(), lr=1.0, **{argument: value})
+
+
 OPTIMIZERS = (
     torch.optim.Adadelta,
     torch.optim.Adafactor,
