@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from logging import getLogger
 
+import torch
+
+from dopr_lightning.preconditioner.covariance import damping_values
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.lowrank import LowRankStack
 from dopr_lightning.preconditioner.stack import Failure
@@ -53,6 +56,8 @@ def report(failure: Failure, most: int) -> None:
         problem = "has NaN or infinity"
     elif failure.trace == 0:
         problem = "is zero, every input of the layer was 0"
+    elif _overflows(failure):
+        problem = "overflows with its damping, lower the damping"
     else:
         problem = "is not positive definite, raise the damping"
     problem = f"{name}: covariance {problem} (rows {stack.rows_seen[index]})"
@@ -64,3 +69,11 @@ def report(failure: Failure, most: int) -> None:
         step = stack.refreshed_at[index]
         kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
         log.warning("%s; %s", problem, kept)
+
+
+def _overflows(failure: Failure) -> bool:
+    """Whether the dtype holds the covariance, but no longer with the damping on its diagonal."""
+    stack = failure.stack
+    trace = torch.tensor(failure.trace, dtype=stack.dtype)
+    damping = damping_values(trace, stack.dim, stack.options.damping, stack.options.damping_scale)
+    return not bool((trace + damping).isfinite())

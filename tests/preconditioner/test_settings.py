@@ -410,6 +410,17 @@ def test_a_failed_factorisation_keeps_the_last_good_inverse_and_is_told_once(
     assert ap.summary()[0].failures == 3
 
 
+@pytest.mark.parametrize("options", [{"solver": "exact"}, {"solver": "lowrank"}, {"damping_scale": "mean"}])
+@pytest.mark.parametrize("n", [4, 64])
+def test_a_damping_that_overflows_is_to_be_lowered(options: dict, n: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(8, 3).float()
+    ap = ActivationPreconditioner(model, damping=3e38, **options)
+    poisoned_steps(ap, model, 10 * draw(0, n, 8).float(), 1, draw(1, 3, 8).float())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"0.weight: covariance overflows with its damping, lower the damping (rows {n}); left the gradient as it was"
+    ]
+
+
 def test_a_first_refresh_that_fails_leaves_the_gradient_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     for options in ({}, {"solver": "lowrank"}, {"solver": "exact", "ema": 0.5}):
         caplog.clear()
