@@ -166,8 +166,10 @@ class DoPr(pl.Callback):
         if len(trainer.optimizers) > 1 or any(_leaves_some_out(o, pl_module) for o in trainer.optimizers):
             self._remove()
             self.preconditioners = [self._for(optimizer, pl_module) for optimizer in trainer.optimizers]
-            if not any(self.preconditioners):
+            made = [preconditioner for preconditioner in self.preconditioners if preconditioner is not None]
+            if not made:
                 raise ValueError("nothing to precondition: no optimizer holds the weight of a layer that DoPr covers")
+            made[0].share_masks(made[1:])
         if self._state:
             self._load(self._state["preconditioners"])
         self._state = None

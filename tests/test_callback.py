@@ -529,6 +529,41 @@ def test_two_optimizers_have_statistics_and_cadences_of_their_own(tmp_path: Path
     assert critic["layers"]["critic.weight"]["rows_seen"] == 18
 
 
+class Pooled(L.LightningModule):
+    """Two optimizers: one for layers that see positions, one for a head that does not, and steps before them."""
+
+    def __init__(self, dopr: DoPr, mask: Tensor) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.dopr, self.mask = dopr, mask
+        self.encoder, self.head = nn.Linear(6, 5), nn.Linear(5, 1)
+
+    def training_step(self, x: Tensor, index: int) -> None:
+        encoder, head = self.optimizers()
+        with self.dopr.mask(self.mask):
+            h = self.encoder(x).mean(1)
+            own, shared = self.head(h.detach()).square().mean(), h.square().mean()
+        for loss, optimizer in ((own, head), (shared, encoder)):
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.encoder, self.head)]
+
+
+@pytest.mark.parametrize(("positions", "warnings"), [((9, 4), 0), ((9, 3), 1)])
+def test_a_mask_need_only_fit_a_layer_of_one_optimizer(
+    positions: tuple[int, int], warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dopr = DoPr()
+    model = Pooled(dopr, torch.arange(positions[1]).expand(positions) < 2)
+    fit(tmp_path, model, dopr, [draw(step, 9, 4, 6) for step in range(3)])
+    told = [message for message in caplog.messages if "the mask of shape" in message]
+    assert len(told) == warnings, told
+    assert all(f"{positions} fits the input of no covered layer" in message for message in told)
+
+
 def test_a_refresh_that_overlaps_is_finished_before_the_model_leaves_its_device(tmp_path: Path) -> None:
     """Lightning moves it off the GPU before the callback's teardown; to nowhere, here."""
 

@@ -2,7 +2,7 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from logging import getLogger
@@ -304,6 +304,12 @@ class ActivationPreconditioner:
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a boolean tensor, True for rows that count, got {found}; write mask.bool()")
         return self._capture.mask(mask)
+
+    def share_masks(self, others: Iterable[ActivationPreconditioner]) -> None:
+        """Warn of masks only where they fit no layer of the others either: all of them are given the same ones."""
+        together = [self._masks, *(other._masks for other in others)]
+        for masks in together:
+            masks.shared = together
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
