@@ -119,7 +119,7 @@ def _check_weight_norm(name: str, module: nn.Module, wide: nn.Module) -> None:
     Raises:
         ValueError: Names the layer and the ``dim`` to take.
     """
-    for ours, wider in zip(_weight_norms(module), _weight_norms(wide), strict=True):
+    for ours, wider in zip(weight_norms(module), weight_norms(wide), strict=True):
         outputs = (_fans(module, wide, ours.attribute) or (0, 1))[0]
         if ours.dim != outputs and ours.direction.shape[outputs] != wider.direction.shape[outputs]:
             raise ValueError(
@@ -129,7 +129,7 @@ def _check_weight_norm(name: str, module: nn.Module, wide: nn.Module) -> None:
             )
 
 
-class _Normalised(NamedTuple):
+class Normalised(NamedTuple):
     """A weight that weight_norm makes of two parameters, ``dim`` being -1 for one magnitude of all."""
 
     attribute: str
@@ -138,17 +138,17 @@ class _Normalised(NamedTuple):
     direction: Tensor
 
 
-def _weight_norms(module: nn.Module) -> Iterator[_Normalised]:
+def weight_norms(module: nn.Module) -> Iterator[Normalised]:
     """What torch's weight_norm keeps on a module, or the one before it."""
     if is_parametrized(module):
         for attribute, kinds in module.parametrizations.items():  # type: ignore[operator, union-attr]
             for kind in kinds:
                 if isinstance(kind, _WeightNorm):
-                    yield _Normalised(attribute, kind.dim, kinds.original0, kinds.original1)
+                    yield Normalised(attribute, kind.dim, kinds.original0, kinds.original1)
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             magnitude, direction = (module.get_parameter(f"{hook.name}_{part}") for part in "gv")
-            yield _Normalised(hook.name, hook.dim, magnitude, direction)
+            yield Normalised(hook.name, hook.dim, magnitude, direction)
 
 
 def read_shape(
@@ -296,7 +296,7 @@ def _direction(model: nn.Module, name: str) -> str | None:
     found = {
         id(weight.direction)
         for path, _ in _owners(model, name)
-        for weight in _weight_norms(model.get_submodule(path))
+        for weight in weight_norms(model.get_submodule(path))
         if weight.magnitude is parameter
     }
     return next((public_name(other) for other, p in model.named_parameters() if id(p) in found), None)

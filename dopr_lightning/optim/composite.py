@@ -109,7 +109,8 @@ class CompositeOptimizer(Optimizer):
             raise ValueError(
                 f"the checkpoint's optimizer has groups of {theirs} parameters, this one's of {mine}; resume with the "
                 "base and the roles that the run was started with, or start anew from its weights (earlier versions "
-                "gave Muon the matrices of FiLM and adaptive norms, position embeddings and depthwise kernels too)"
+                "gave Muon the matrices of FiLM and adaptive norms, position embeddings and depthwise kernels too, and "
+                "decayed the magnitudes of weight_norm)"
             )
         super().load_state_dict(state_dict)
         self._share()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from dopr_lightning.mup.declared import declared_roles
-from dopr_lightning.mup.shapes import Kind
+from dopr_lightning.mup.shapes import Kind, weight_norms
 from dopr_lightning.preconditioner.layers import layer_types, public_name
 
 Role = Literal["hidden", "condition", "input", "readout", "vector", "embedding"]
@@ -26,7 +26,8 @@ def parameter_roles(
 ) -> dict[str, Role]:
     """The role of every trainable parameter.
 
-    ``vector``: anything with fewer than two dimensions (biases, norms). ``embedding``: the weight of an
+    ``vector``: anything with fewer than two dimensions (biases, norms), and the magnitudes of ``weight_norm``, which
+    stand in a shape like (out, 1). ``embedding``: the weight of an
     :class:`torch.nn.Embedding`, and what no layer owns and has 1 as its first size, as class tokens and position
     embeddings do. ``input`` and ``readout``: matrices that touch a dimension
     which does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
@@ -105,7 +106,7 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
 
 def _role(owner: nn.Module, parameter: nn.Parameter) -> Role:
     """What can be told of a parameter by the module it belongs to."""
-    if parameter.dim() < 2:
+    if parameter.dim() < 2 or any(weight.magnitude is parameter for weight in weight_norms(owner)):
         return "vector"
     if isinstance(owner, _TABLES):
         return "embedding"
@@ -127,9 +128,10 @@ def _merged(ours: Role, shapes: Kind) -> Role:
     ==============  ===========  =================================================
     ``"fixed"``     any          ours: nothing of it grows, and shapes tell nothing
     ``"hidden"``    condition    condition: rows per sample are not seen in shapes
+    ``"input"``     vector       vector: magnitudes of weight_norm are shaped like a matrix
     anything else   any          what the shapes say
     ==============  ===========  =================================================
     """
-    if shapes == "fixed" or (shapes == "hidden" and ours == "condition"):
+    if shapes == "fixed" or (shapes, ours) in (("hidden", "condition"), ("input", "vector")):
         return ours
     return shapes

@@ -157,6 +157,32 @@ def test_depthwise_kernels_are_inputs_with_muP_and_without(norm: Callable[[nn.Mo
     assert parameter_roles(model, known=MupSpec.from_factory(build, width=8).roles(model)) == roles
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [weight_norm, nn.utils.weight_norm], ids=["new", "old"])
+def test_magnitudes_of_weight_norm_are_vectors_with_muP_and_without(norm: Callable[[nn.Module], nn.Module]) -> None:  # noqa: N802
+    def build(width: int) -> nn.Module:
+        layers = [norm(nn.Conv1d(3, width, 1)), norm(nn.Conv1d(width, width, 3)), nn.GRUCell(width, width)]
+        return nn.Sequential(*layers[:2], norm(layers[2], "weight_hh"), nn.Linear(width, 2))
+
+    model = build(16)
+    roles = parameter_roles(model)
+    by_shape = {tuple(model.get_parameter(name).shape): role for name, role in roles.items()}
+    assert by_shape == {
+        (16,): "vector",
+        (16, 1, 1): "vector",
+        (16, 3, 1): "input",  # by order of registration
+        (16, 16, 3): "hidden",
+        (48,): "vector",
+        (48, 1): "vector",
+        (48, 16): "hidden",
+        (2, 16): "readout",
+        (2,): "vector",
+    }
+    assert parameter_roles(model, known=MupSpec.from_factory(build, width=8).roles(model)) == roles
+    optimizer = make_optimizer(model, "muon", lr=0.1, weight_decay=0.1)
+    assert {g["weight_decay"] for g in optimizer.param_groups for p in g["params"] if p.shape[1:].numel() == 1} == {0.0}
+
+
 def test_what_is_guessed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Where something hangs on it and nobody has told: two networks in one have an end each in the middle."""
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for name in ("actor", "critic")})
