@@ -39,6 +39,7 @@ def parameter_roles(
     Args:
         model: Any module.
         overrides: Globs on whole parameter names to roles, ``{"decoder.*": "readout"}``; they win, the last one most.
+            Vectors beside the matrices that a glob matches stay vectors.
         known: What the shapes of a narrow and a wide model say (a MupSpec's), by parameter name.
 
     Returns:
@@ -55,13 +56,16 @@ def parameter_roles(
     roles.update(guessed_ends(model))
     roles.update((plain[name], role) for name, role in declared_roles(model).items() if name in plain)  # type: ignore[misc]
     roles.update({name: _merged(roles[name], kind) for name, kind in (known or {}).items() if name in roles})
+    vectors = {name for name, role in roles.items() if role == "vector"}
     for pattern, role in (overrides or {}).items():
         matching = [name for name in roles if fnmatchcase(name, pattern)]
         if role not in get_args(Role):
             raise ValueError(f"unknown role {role!r} for {pattern!r}; roles are {', '.join(get_args(Role))}")
         if not matching:
             raise ValueError(f"the role pattern {pattern!r} matches no trainable parameter")
-        roles.update((name, role) for name in matching)  # type: ignore[misc]
+        # The biases of the layers that are meant: no matrices for Muon, nor for weight decay.
+        meant = [name for name in matching if name not in vectors] or matching
+        roles.update((name, role) for name in meant)  # type: ignore[misc]
     return roles
 
 

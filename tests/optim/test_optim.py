@@ -211,6 +211,25 @@ def test_roles_declared_by_a_submodule_and_overrides_win() -> None:
     assert (roles["policy.hidden.weight"], roles["policy.readout.weight"]) == ("readout", "hidden")
 
 
+def test_a_glob_over_layers_leaves_their_vectors_alone() -> None:
+    overrides = {"*": "condition", "hidden.*": "hidden", "norm.*": "input", "readout.bias": "readout"}
+    assert parameter_roles(Net(), overrides) == {
+        "embedding.weight": "condition",
+        "input.weight": "condition",
+        "input.bias": "vector",
+        "conv.weight": "condition",
+        "conv.bias": "vector",
+        "hidden.weight": "hidden",
+        "hidden.bias": "vector",
+        "norm.weight": "input",  # where nothing else is meant
+        "norm.bias": "input",
+        "readout.weight": "condition",
+        "readout.bias": "readout",
+    }
+    for group in make_optimizer(Net(), "muon", lr=0.1, weight_decay=0.1, roles={"hidden.*": "hidden"}).param_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
 def test_declared_roles_hold_behind_what_wraps_a_part_or_the_whole(wrap: Callable[[nn.Module], nn.Module]) -> None:
     net = Net()
