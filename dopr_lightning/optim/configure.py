@@ -59,11 +59,16 @@ def make_optimizer(
         **options: Further keywords of the base's algorithm, ``betas=(0.9, 0.95)`` say.
 
     Raises:
-        TypeError: ``mup`` is no MupSpec, or ``roles`` or ``lr_by_role`` no mapping.
+        TypeError: ``model`` is no module, ``mup`` no MupSpec, or ``roles`` or ``lr_by_role`` no mapping.
         ValueError: Unknown base, role, rule or option, a rate that is not positive and finite, a weight decay that is
             negative or that the base does not have, nothing to train, a spec of another model, a base whose scaling
             with the width is not known, or a role that no parameter has.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a module, whose parameters' names and layers are looked at, got {type(model).__name__}; "
+            "pass the model in place of its parameters"
+        )
     if not is_positive(lr):
         raise ValueError(f"lr must be positive and finite, got {lr!r}")
     if weight_decay != 0 and not is_positive(weight_decay):

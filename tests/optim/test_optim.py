@@ -410,6 +410,13 @@ def test_bad_options(options: dict, message: str) -> None:
         make_optimizer(Net(), **options)
 
 
+@pytest.mark.parametrize("model", [Net().parameters(), list(Net().parameters()), Net], ids=["iter", "list", "class"])
+def test_parameters_in_place_of_a_model(model: object) -> None:
+    """As torch's optimizers take them."""
+    with pytest.raises(TypeError, match=rf"model must be a module.* got {type(model).__name__}; pass the model"):
+        make_optimizer(model, lr=1.0)
+
+
 @pytest.mark.parametrize("argument", ["roles", "lr_by_role"])
 @pytest.mark.parametrize("value", [["readout"], "readout", 0.0, {0: "readout"}], ids=["list", "str", "number", "keys"])
 def test_what_should_map_and_does_not(argument: str, value: object) -> None:
