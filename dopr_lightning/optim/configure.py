@@ -170,8 +170,9 @@ def configure_optimizers(
 
     Raises:
         TypeError: As :func:`make_optimizer`.
-        ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative warm-up, or a cosine whose end is not
-            known; or under muP a Trainer that clips the gradients of SGD by their norm, beyond the base width.
+        ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative or fractional warm-up, or a cosine
+            whose end is not known; or under muP a Trainer that clips the gradients of SGD by their norm, beyond the
+            base width.
 
     Example:
         >>> class Model(LightningModule):  # doctest: +SKIP

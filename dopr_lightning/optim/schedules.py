@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from numbers import Real
 from typing import Literal, get_args
 
 from torch.optim import Optimizer
@@ -30,10 +31,13 @@ def check_schedule(schedule: Schedule, warmup_steps: int, total_steps: float) ->
     """See :func:`make_scheduler`.
 
     Raises:
-        ValueError: Unknown schedule, negative warm-up, or a cosine without a finite end after the warm-up.
+        ValueError: Unknown schedule, negative or fractional warm-up, or a cosine without a finite end after it.
     """
     if schedule not in get_args(Schedule):
         raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(get_args(Schedule))}")
+    # A share of the steps, as others take it, would be no warm-up at all.
+    if not isinstance(warmup_steps, Real) or warmup_steps % 1 != 0:
+        raise ValueError(f"warmup_steps must be a whole number of steps, got {warmup_steps!r}")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
     if schedule == "cosine" and not warmup_steps < total_steps < math.inf:
@@ -53,7 +57,7 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, 
         total_steps: Optimizer steps of the whole training; ``"constant"`` does not look at it.
 
     Raises:
-        ValueError: Unknown schedule, negative warm-up, or a cosine without a finite end after the warm-up.
+        ValueError: Unknown schedule, negative or fractional warm-up, or a cosine without a finite end after it.
     """
     check_schedule(schedule, warmup_steps, total_steps)
     # Not an object with attributes: LambdaLR would restore these from a checkpoint, and a longer run would end early.

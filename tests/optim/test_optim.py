@@ -353,6 +353,8 @@ def test_cosine_with_warm_up_keeps_the_ratio_of_the_groups_rates() -> None:
         (("cosine", 10, 10), "needs a finite number of steps beyond its 10 warm-up steps"),
         (("cosine", 0, math.inf), r"set Trainer\(max_steps=\.\.\.\)"),
         (("constant", -1, 10), "must not be negative"),
+        (("constant", 0.1, 10), r"warmup_steps must be a whole number of steps, got 0\.1"),
+        (("cosine", None, 10), "warmup_steps must be a whole number of steps, got None"),
     ],
 )
 def test_bad_schedules(arguments: tuple, message: str) -> None:
