@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,9 @@ log = getLogger(__name__)
 
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Kinds of devices."""
+
+_whole: WeakSet[ActivationPreconditioner] = WeakSet()
+"""Those in use that were given no optimizer's parameters, and so rewrite at every step."""
 
 
 class ActivationPreconditioner:
@@ -181,6 +185,9 @@ class ActivationPreconditioner:
         self._masks = Masks()
         self._alignment: dict[str, Alignment] = {}
         self._watch()
+        if parameters is None:  # optimizers that share a layer may each step after a backward of its own
+            self._look_for_others()
+            _whole.add(self)
 
     def _watch(self) -> None:
         """Hook the layers."""
@@ -314,6 +321,7 @@ class ActivationPreconditioner:
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
         self._pending = None
+        _whole.discard(self)
         self._capture.remove()
         self._audit.remove()
 
@@ -397,6 +405,18 @@ class ActivationPreconditioner:
         for stack, loaded in replaced:
             self._replace(stack, loaded)
         self._capture.listen(self.collecting)
+
+    def _look_for_others(self) -> None:
+        """Point out a weight that an earlier preconditioner goes on rewriting."""
+        # By modules, since an earlier one's weights may have been replaced, or be computed no more.
+        theirs = {id(module) for other in _whole for layer in other._coverage.layers for module in layer.modules}
+        shared = next((layer.name for layer in self._coverage.layers if theirs & {*map(id, layer.modules)}), None)
+        if shared is not None:
+            log.warning(
+                "%s: another preconditioner covers it too, and if both step, its gradient is rewritten twice; call "
+                "remove() of the other one, or give each an include of its own",
+                shared,
+            )
 
     def _plan(self, refreshed: bool) -> None:
         """A layer first used between refreshes must not wait for the next one."""

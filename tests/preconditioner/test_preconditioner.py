@@ -372,6 +372,41 @@ def test_copies_of_the_model_carry_no_live_hook() -> None:
     assert ap.summary()[0].rows == 16
 
 
+def test_a_second_preconditioner_of_a_weight_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    def told(*others: nn.Module, **options: Any) -> list[str]:
+        caplog.clear()
+        for other in others:
+            ActivationPreconditioner(other, **options).remove()
+        return caplog.messages
+
+    model = mlp(5, 4, 3)
+    first = ActivationPreconditioner(model, include=["2"])
+    (message,) = told(model)
+    assert message.startswith("2.weight: another preconditioner covers it too, ")
+    assert told(model, max_dim=2, bias=True, exclude=["0"]) == [message]
+    assert not told(model, exclude=["2"])
+    assert not told(mlp(5, 4, 3), copy.deepcopy(model), *copy.deepcopy([model]))
+    # Of optimizers that share a layer, each after a backward of its own.
+    assert not told(model, model, parameters=[*model.parameters()])
+    del model[2].weight  # as where a normalisation is taken off
+    assert not told(mlp(5, 4))
+    model = mlp(5, 4, 3)
+    first = ActivationPreconditioner(model)
+    first.remove()
+    assert not told(model)
+
+
+def test_one_that_is_gone_is_no_second_preconditioner(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model, update_every=9, solver="exact")
+    backward(model, batch(0))
+    ap.step()
+    del ap
+    gc.collect()
+    ActivationPreconditioner(model)
+    assert not caplog.messages
+
+
 def test_remove_takes_the_hooks_off() -> None:
     model = mlp(5, 3)
     ap = ActivationPreconditioner(model)
