@@ -48,11 +48,22 @@ class GradientAudit:
         self._probes = {layer: _Probe(layer) for layer in layers if _auditable(layer)}
 
     def captured(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
-        """Take one call's input and the gradient of its output, in the backward."""
+        """Take one call's input and the gradient of its output, in the backward.
+
+        Raises:
+            TypeError: A subclass's input is not what the weight multiplies, by their sizes.
+        """
         probe = self._probes.get(layer)
         if probe is None:
             return
-        if torch.is_grad_enabled():  # create_graph: a gradient penalty's part of the gradient has rows of its own
+        agrees = probe.agrees(x, gradient)
+        if agrees is False:
+            raise TypeError(
+                f"{layer.name}: rows cannot be taken from a call with a tensor of shape {tuple(x.shape)} that returns "
+                f"one of shape {tuple(gradient.shape)}; exclude the module, or cover its type by register_layer"
+            )
+        # create_graph: a gradient penalty's part of the gradient has rows of its own
+        if agrees is None or torch.is_grad_enabled():
             probe.remove()
             del self._probes[layer]
             return
@@ -104,7 +115,9 @@ class _Probe:
 
     def __init__(self, layer: Layer) -> None:
         self.module = layer.modules[0]
+        self.patches = getattr(layer, "conv", None) == "patch"
         weight = layer.weight
+        self.shape = weight.shape
         if isinstance(self.module, CONVOLUTIONS):
             shape: tuple[int, ...] = (PROBES * self.module.groups, *weight.shape[1:])
         else:
@@ -115,6 +128,30 @@ class _Probe:
         self.explained: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self.judged: list[tuple[Tensor, Tensor, Tensor]] = []
         self.handle: RemovableHandle = weight.register_hook(self.observe)
+
+    def agrees(self, x: Tensor, gradient: Tensor) -> bool | None:
+        """Whether an output of this size is of an input of that size.
+
+        None if that cannot be told: a subclass pads or crops around a convolution (causal ones do), which leaves the
+        channels' covariance as it is, or returns its rows in another shape, or some of their entries.
+        """
+        module = self.module
+        if isinstance(module, nn.Embedding):
+            return not x.is_floating_point() and gradient.numel() == x.numel() * module.embedding_dim
+        if isinstance(module, CONVOLUTIONS):
+            spatial = len(module.kernel_size)
+            if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != module.in_channels:
+                return False
+            expected = (*x.shape[: -spatial - 1], module.out_channels, *_positions(module, x))
+            if gradient.shape == expected:
+                return True
+            return False if self.patches else None
+        outputs, features = self.shape
+        if x.shape[-1:] != (features,):
+            return False
+        if gradient.numel() == x.numel() // features * outputs:
+            return True if gradient.shape[-1] == outputs else None
+        return None if gradient.shape[: x.dim() - 1] == x.shape[:-1] else False
 
     @torch.no_grad()
     def add(self, x: Tensor, gradient: Tensor) -> None:
@@ -195,6 +232,18 @@ def _explains(observed: Tensor, explained: Tensor, noise: Tensor) -> bool | None
     error, size = float((observed - factor * explained).norm()), float(observed.norm())
     tolerance = TOLERANCE * size + math.sqrt(float(noise)) * max(1.0, abs(float(factor)))
     return error <= tolerance if math.isfinite(error + tolerance) else None
+
+
+def _positions(module: nn.modules.conv._ConvNd, x: Tensor) -> list[int]:
+    """The positions of the output that torch's own forward makes of ``x``."""
+    geometry = zip(x.shape[-len(module.kernel_size) :], module.kernel_size, module.stride, module.dilation, strict=True)
+    if module.padding == "same":
+        return [size for size, *_ in geometry]
+    paddings = [0] * len(module.kernel_size) if isinstance(module.padding, str) else module.padding
+    return [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for (size, kernel, stride, dilation), padding in zip(geometry, paddings, strict=True)
+    ]
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -512,6 +512,88 @@ def test_subclasses_that_compute_something_else_are_found(caplog: pytest.LogCapt
     assert warnings(Scaled(5, 4), x) == []
 
 
+class Causal(nn.Conv1d):
+    """As in streaming audio and video models, and timm's Conv2dSame."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (2, 0)))
+
+
+class Cropped(nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)[..., :-2]
+
+
+@pytest.mark.parametrize("module", [Causal(4, 5, 3), Cropped(4, 5, 3, padding=2), Causal(4, 5, 9)])
+def test_a_convolution_that_pads_or_crops_by_itself_has_its_channels_covariance(
+    module: nn.Conv1d, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, x = module.double(), torch.randn(3, 4, 7, dtype=torch.double)
+    ap = ActivationPreconditioner(module, solver="exact")
+    module(x).square().sum().backward()
+    gradient = module.weight.grad.clone()
+    ap.step()
+    covariance = torch.einsum("bcp,bdp->cd", x, x) / 21
+    inverse = torch.linalg.inv(covariance + 0.01 * covariance.trace() * torch.eye(4))
+    torch.testing.assert_close(module.weight.grad, torch.einsum("ock,cd->odk", gradient, inverse))
+    assert not caplog.records
+    refusing = ActivationPreconditioner(module, conv="patch")
+    with pytest.raises(
+        TypeError, match=r"^weight: rows cannot be taken from a call with a tensor of shape \(3, 4, 7\)"
+    ):
+        module(x).sum().backward()
+    refusing.remove()
+
+
+def test_a_subclass_whose_input_is_not_what_its_weight_multiplies_is_refused_by_name() -> None:
+    class Last(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input[:, -1])
+
+    class Both(nn.Linear):
+        def forward(self, input: Tensor, other: Tensor) -> Tensor:
+            return super().forward(torch.cat([input, other], -1))
+
+    class Coordinates(nn.Conv1d):
+        def forward(self, input: Tensor) -> Tensor:
+            place = torch.linspace(0, 1, input.shape[-1]).expand(len(input), 1, -1)
+            return super().forward(torch.cat([input, place], 1))
+
+    class Positions(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(torch.arange(input.shape[1]))
+
+    def refused(module: nn.Module, *inputs: Tensor) -> None:
+        ap = ActivationPreconditioner(nn.ModuleDict({"layer": module}))
+        with pytest.raises(
+            TypeError, match=r"^layer\.weight: rows cannot be taken from .*; exclude the module, or cover"
+        ):
+            module(*inputs).sum().backward()
+        ap.remove()
+
+    x = torch.randn(2, 4, 8)
+    refused(Last(8, 3), x)
+    refused(Both(16, 3), x, x)
+    refused(Coordinates(5, 3, 3), x)
+    refused(Positions(4, 3), x)
+    refused(Positions(4, 3), torch.full((2, 4), 7))
+
+
+def test_a_subclass_that_returns_its_rows_in_another_shape_is_let_be(caplog: pytest.LogCaptureFixture) -> None:
+    class Heads(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).unflatten(-1, (2, -1)).mT
+
+    class Chunks(nn.Linear):
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(input).chunk(2, -1)
+
+    x = torch.randn(3, 7, 8)
+    heads, chunks = Heads(8, 6), Chunks(8, 6)
+    assert audited(lambda: heads(x).square().sum().backward(), Watched([heads]), caplog=caplog) == []
+    assert audited(lambda: torch.cat(chunks(x)).square().sum().backward(), Watched([chunks]), caplog=caplog) == []
+
+
 def shared_and_checkpointed(layer: nn.Module, x: Tensor, reentrant: bool) -> None:
     h = checkpoint(layer, checkpoint(layer, x, use_reentrant=reentrant).tanh(), use_reentrant=reentrant)
     layer(h).square().sum().backward()
