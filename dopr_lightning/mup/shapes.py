@@ -81,13 +81,6 @@ def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
             f"{wide.num_groups}), so that each normalises over as few channels as in the base model, by whatever these "
             "happen to hold; keep the number fixed, and the groups grow"
         )
-    if isinstance(module, nn.GroupNorm) and module.num_channels < LEAST_PER_GROUP * module.num_groups:
-        warnings.warn(
-            f"{name} is a GroupNorm of {module.num_channels // module.num_groups} channels per group at the base "
-            "width, and divides by what so few happen to hold: learning rates tuned there are too low for wider "
-            f"models. Take fewer groups, or a base of {LEAST_PER_GROUP * module.num_groups} or more channels",
-            stacklevel=3,
-        )
     if isinstance(module, nn.MultiheadAttention) and module.head_dim != wide.head_dim:
         raise ValueError(
             f"{name}: the heads of nn.MultiheadAttention grow with the width, and it scales their logits by "
@@ -108,6 +101,27 @@ def check_module(name: str, module: nn.Module, wide: nn.Module) -> None:
                 "logits scaled by 1/head_dim. Let the number of heads grow instead"
             )
     _check_weight_norm(name, module, wide)
+
+
+def check_group_norms(narrow: nn.Module, wide: nn.Module) -> None:
+    """Warn, once for all, of GroupNorms that grow from a base of few channels per group."""
+    wider = dict(wide.named_modules())
+    few = {
+        name: module
+        for name, module in narrow.named_modules()
+        if isinstance(module, nn.GroupNorm)
+        and module.num_channels < LEAST_PER_GROUP * module.num_groups
+        and module.num_channels != getattr(wider.get(name), "num_channels", None)
+    }
+    if few:
+        (name, first), *others = few.items()
+        more = f" (and so are {len(others)} more)" if others else ""
+        warnings.warn(
+            f"{name} is a GroupNorm of {first.num_channels // first.num_groups} channels per group at the base "
+            f"width{more}, and divides by what so few happen to hold: learning rates tuned there are too low for wider "
+            f"models. Take fewer groups, or a base of {LEAST_PER_GROUP * first.num_groups} or more channels",
+            stacklevel=3,
+        )
 
 
 def _check_weight_norm(name: str, module: nn.Module, wide: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from dopr_lightning.mup import rules
 from dopr_lightning.mup.declared import declared_roles
 from dopr_lightning.mup.rules import MatrixGrowth
-from dopr_lightning.mup.shapes import DELTA, Kind, Shape, check_module, read_shape
+from dopr_lightning.mup.shapes import DELTA, Kind, Shape, check_group_norms, check_module, read_shape
 from dopr_lightning.preconditioner.layers import public_name
 
 
@@ -77,6 +77,7 @@ class MupSpec:
         wider = dict(wide.named_modules())
         for name, module in narrow.named_modules():
             check_module(name, module, wider.get(name, module))
+        check_group_norms(narrow, wide)
         shapes = {}
         for name, infshape in zip_infshapes(narrow, wide).items():
             sizes = tuple(narrow.get_parameter(name).shape)

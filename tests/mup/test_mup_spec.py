@@ -766,6 +766,19 @@ def test_groups_of_few_channels_are_pointed_out() -> None:
         MupSpec.from_factory(factory, width=16)
 
 
+def test_group_norms_of_few_channels_share_one_warning_unless_they_stay_as_they_are() -> None:
+    def factory(width: int, growing: bool = True) -> nn.Module:
+        norms = [nn.GroupNorm(4, width if growing else 8) for _ in range(9)]
+        return nn.Sequential(nn.Linear(3, width), *norms)
+
+    with pytest.warns(UserWarning, match=r"^1 is a GroupNorm of 2 .* \(and so are 8 more\)") as caught:
+        MupSpec.from_factory(factory, width=8)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MupSpec.from_factory(partial(factory, growing=False), width=8)
+
+
 def test_an_embedding_that_does_not_grow_may_be_bounded() -> None:
     """There its rows' norm means the same at every width."""
     found = roles(lambda width: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, width)))
