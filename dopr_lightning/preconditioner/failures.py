@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from logging import getLogger
 
 import torch
@@ -15,11 +16,12 @@ from dopr_lightning.preconditioner.stack import Failure
 log = getLogger(__name__)
 
 
-def unseen(layer: Layer, *, masked: bool, before: bool) -> str:
+def unseen(layer: Layer, others: Sequence[Layer], *, masked: bool, before: bool) -> str:
     """That its gradient has no rows, with the likeliest cause.
 
     Args:
         layer: The layer.
+        others: Those of which the same holds, for all to be mended at once.
         masked: Whether a mask may have left them out.
         before: Whether there were some in an earlier step.
     """
@@ -37,7 +39,11 @@ def unseen(layer: Layer, *, masked: bool, before: bool) -> str:
             "Was the backward, or the first run of the compiled model, before the preconditioner was made? Or is "
             "the gradient of torch.func or a functional call on the weight? Mend that, or exclude the module."
         )
-    return f"{layer.name}: has a gradient, but its module's inputs were not seen. {cause}"
+    named = [other.name for other in others[:5]]
+    if len(others) > len(named):
+        named.append(f"{len(others) - len(named)} more")
+    so = f", nor those of {', '.join(named)}" if named else ""
+    return f"{layer.name}: has a gradient, but its module's inputs were not seen{so}. {cause}"
 
 
 def too_inexact(stack: LowRankStack, consequence: str) -> str:

@@ -287,9 +287,8 @@ class ActivationPreconditioner:
         seen = {
             layer for stack in self._stacks for layer, rows in zip(stack.layers, stack.rows_seen, strict=True) if rows
         }
-        for layer, gradient in zip(pending.suspects, gradients.tolist(), strict=True):
-            if gradient and layer not in seen:
-                raise self._unseen(layer, masked=pending.masked)
+        suspects = zip(pending.suspects, gradients.tolist(), strict=True)
+        self._raise_unseen([layer for layer, gradient in suspects if gradient and layer not in seen], pending.masked)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """A context for forwards in which some rows do not count, such as padding tokens.
@@ -520,15 +519,21 @@ class ActivationPreconditioner:
             self._pending = _Pending(later, tuple(outcomes), suspects, download, self.steps, self._masks.fitted)
             return
         self._accept(outcomes, self.steps)
-        for stack in stacks:
-            for layer, rows in zip(stack.layers, stack.rows_seen, strict=True):
-                if rows == 0 and layer.has_gradient and bool(layer.gradient().any()):
-                    raise self._unseen(layer, masked=self._masks.fitted)
+        without = [
+            layer
+            for stack in stacks
+            for layer, rows in zip(stack.layers, stack.rows_seen, strict=True)
+            if rows == 0 and layer.has_gradient and bool(layer.gradient().any())
+        ]
+        self._raise_unseen(without, self._masks.fitted)
 
-    def _unseen(self, layer: Layer, *, masked: bool) -> RuntimeError:
+    def _raise_unseen(self, layers: Sequence[Layer], masked: bool) -> None:
+        if not layers:
+            return
+        layer, *others = sorted(layers, key=lambda layer: self._coverage.order(layer.name))
         stack = self._stack_of[layer]
         before = stack.refreshed_at[stack.index_of[layer]] is not None
-        return RuntimeError(unseen(layer, masked=masked, before=before))
+        raise RuntimeError(unseen(layer, others, masked=masked, before=before))
 
     def _may_overlap(self) -> bool:
         """Whether this refresh may be finished in the next step, which is none itself."""

@@ -511,6 +511,24 @@ def test_what_is_known_of_a_gradient_without_rows_is_said() -> None:
     assert "eval mode" in said()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_all_layers_without_rows_are_named_at_once_in_the_models_order(overlap: bool) -> None:
+    """As torchvision's Swin has them, which uses the weights of two layers per block functionally."""
+    model, x = mlp(5, 7, 4, 6, 3, 2, 4, 5, 3), draw(0, 9, 5)
+    ap = ActivationPreconditioner(model, update_every=4, overlap=overlap, solver="exact")
+    for _ in range(4):
+        model(x).sum().backward()
+        ap.step()
+        model.zero_grad()
+    model.eval()(x).sum().backward()
+    others = ", ".join(f"{i}.weight" for i in (2, 4, 6, 8, 10))
+    if overlap:
+        ap.step()  # begins the refresh that the next one ends
+    message = f"^0.weight: has a gradient, .* not seen, nor those of {others}, 2 more. It is in eval mode"
+    with pytest.raises(RuntimeError, match=message):
+        ap.step()
+
+
 def test_rows_that_a_functional_use_adds_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     """The layer is captured too, so only the audit can tell: its covariance is of other rows than its gradient."""
     model = nn.ModuleList([nn.Linear(4, 4, bias=False)]).double()
