@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import logging
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from email.message import Message
 from pathlib import Path
 from typing import IO
 
 from dopr_lightning.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
@@ -29,7 +38,8 @@ def download(
     """Fetch a file; it appears under its name when it is complete and sound.
 
     What an interrupted call has fetched stays beside the target, in a file named after it and the URL, and the next
-    call asks the server for the rest.
+    call asks the server for the rest. Of calls at the same time, also in other processes, one fetches, and the others
+    wait for what it gets.
 
     Args:
         url: Where from.
@@ -50,29 +60,74 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     # Another file's beginning must not be taken for this one's.
     partial = target.with_name(f"{target.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.partial")
+    with _alone(partial, target) as fetched_elsewhere:
+        if fetched_elsewhere:
+            return _digest(target)
+        try:
+            announced = _fetch(url, partial, progress)
+        # URLError, a timeout, a connection reset, a full disk; an answer that breaks off, or is not HTTP's.
+        except (OSError, http.client.HTTPException) as error:
+            have = _size(partial)
+            kept = f", {have / 1e6:.0f} MB are kept" if have else ""
+            reason = error if isinstance(error, OSError) else repr(error)  # whose text is the server's, lines and all
+            raise UserError(
+                f"the download of {url} failed ({reason}){kept}; run it again to go on, or {otherwise}"
+            ) from error
+        found = _digest(partial)
+        expected = sha256 or announced
+        if expected is not None and found != expected:
+            partial.unlink()
+            raise UserError(f"{url} gave a file with SHA-256 {found}, not {expected}; run it again, or {otherwise}")
+        os.replace(partial, target)
+        return found
+
+
+@contextmanager
+def _alone(partial: Path, target: Path) -> Iterator[bool]:
+    """Keep other calls from ``partial``; yields whether one has put it in place while this one waited for it."""
+    if fcntl is None:
+        yield False
+        return
+    while True:
+        with partial.open("ab") as file:
+            # Some network disks know no locks.
+            with suppress(OSError):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.warning("%s is being downloaded already; waiting for that", target)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            in_place = _is(file, target)
+            if not in_place and not _is(file, partial):  # thrown away meanwhile: another one is to be locked
+                continue
+            try:
+                yield in_place
+            finally:
+                if not in_place and not _size(partial):
+                    partial.unlink(missing_ok=True)
+            return
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
     try:
-        announced = _fetch(url, partial, progress)
-    # URLError, a timeout, a connection reset, a full disk; an answer that breaks off, or is not HTTP's.
-    except (OSError, http.client.HTTPException) as error:
-        fetched = f", {partial.stat().st_size / 1e6:.0f} MB are kept" if partial.exists() else ""
-        reason = error if isinstance(error, OSError) else repr(error)  # whose text is the server's, lines and all
-        raise UserError(
-            f"the download of {url} failed ({reason}){fetched}; run it again to go on, or {otherwise}"
-        ) from error
-    with partial.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    expected = sha256 or announced
-    if expected is not None and found != expected:
-        partial.unlink()
-        raise UserError(f"{url} gave a file with SHA-256 {found}, not {expected}; run it again, or {otherwise}")
-    os.replace(partial, target)
-    return found
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch(url: str, partial: Path, progress: Callable[[int, int | None], None] | None) -> str | None:
     """Append to ``partial`` what it lacks; the SHA-256 that the server announces."""
     redirects = _Redirects()
-    have = partial.stat().st_size if partial.exists() else 0
+    have = _size(partial)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT)
@@ -80,7 +135,7 @@ def _fetch(url: str, partial: Path, progress: Callable[[int, int | None], None] 
         if error.code == 416 and have == _length(error.headers):  # nothing is left to fetch
             return redirects.sha256
         if error.code == 416 and have:  # too much to be a beginning of the file
-            partial.unlink()
+            os.truncate(partial, 0)  # and keep the file, which is locked
             return _fetch(url, partial, progress)
         raise
     with response:

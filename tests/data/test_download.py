@@ -6,7 +6,9 @@ import hashlib
 import http.server
 import re
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,46 @@ def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None
     assert moves[-1] == (len(CONTENT), len(CONTENT))
     assert target.read_bytes() == CONTENT
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_at_once_do_not_write_into_one_file(server: Server, tmp_path: Path) -> None:
+    target = tmp_path / "file.hdf5"
+    begun, other_done = threading.Event(), threading.Event()
+
+    def dawdle(*_: Any) -> None:
+        """Long enough for another call to end, did it not wait for this one."""
+        if not begun.is_set():
+            begun.set()
+            other_done.wait(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(download, server.url, target, SHA256, dawdle)
+        assert begun.wait(30)
+        other = pool.submit(download, server.url, target, SHA256)
+        other.add_done_callback(lambda _: other_done.set())
+        assert [first.result(), other.result()] == [SHA256, SHA256]
+    assert target.read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [target]
+    assert len(server.asked) == 1
+
+
+def test_who_waits_for_a_download_that_fails_goes_on_with_it(server: Server, tmp_path: Path) -> None:
+    server.cut_after = 2_000_000
+    begun = threading.Event()
+
+    def dawdle(*_: Any) -> None:
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(download, server.url, tmp_path / "file.hdf5", SHA256, dawdle)
+        assert begun.wait(30)
+        other = pool.submit(download, server.url, tmp_path / "file.hdf5", SHA256)
+        with pytest.raises(UserError, match="2 MB are kept"):
+            first.result()
+        assert other.result() == SHA256
+    assert server.asked == [("/file.hdf5", None), ("/file.hdf5", "bytes=2000000-")]
 
 
 def test_a_server_that_cannot_go_on_starts_again(server: Server, tmp_path: Path) -> None:
