@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dopr_lightning.data import Minari, PushT
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.experiments.report import versions
+from dopr_lightning.experiments.versions import versions
 from dopr_lightning.policies.algorithms import Algorithm, FlowMatching, Regression
 from dopr_lightning.policies.networks import ActionNetwork, ConditionalUnet1d, ResidualMLP
 from dopr_lightning.policies.normalizer import Normalizer

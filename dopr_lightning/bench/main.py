@@ -60,9 +60,9 @@ def _measure(options: Any) -> None:
 
     from dopr_lightning.bench.report import plot, print_tables
     from dopr_lightning.bench.workloads import workloads
-    from dopr_lightning.experiments.report import versions
     from dopr_lightning.experiments.runner import cores
     from dopr_lightning.experiments.trial import write_json
+    from dopr_lightning.experiments.versions import versions
     from dopr_lightning.preconditioner.threads import threads
 
     names = options.models.split(",") if options.models else QUICK if options.quick else None

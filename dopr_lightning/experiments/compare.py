@@ -23,9 +23,10 @@ from dopr_lightning.experiments.command import (
     seed_numbers,
     task_of,
 )
-from dopr_lightning.experiments.report import arm_results, differences, plot, print_table, versions
+from dopr_lightning.experiments.report import arm_results, differences, plot, print_table
 from dopr_lightning.experiments.runner import cores, run_all
 from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
+from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 
 OURS = {

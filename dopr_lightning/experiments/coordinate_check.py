@@ -28,9 +28,9 @@ from dopr_lightning.experiments.command import (
 )
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
-from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
 from dopr_lightning.experiments.trial import write_json
+from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 
 __all__ = ["CoordinateCheck", "coordinate_check", "main"]

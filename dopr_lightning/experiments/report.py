@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,6 @@ from dopr_lightning.experiments.arms import Arm
 from dopr_lightning.experiments.trial import Record
 from dopr_lightning.rollout.statistics import bootstrap_interval, crossed_interval, wilson_interval
 from dopr_lightning.words import METRIC_LABELS
-
-PACKAGES = ("dopr-lightning", "torch", "lightning", "gymnasium", "mujoco", "gym-pusht", "robosuite", "numpy")
 
 
 def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Record | str], metric: str) -> dict[str, Any]:
@@ -88,17 +85,6 @@ def differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Record | st
             }
         )
     return entries
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, where installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def print_table(results: Mapping[str, Any]) -> None:

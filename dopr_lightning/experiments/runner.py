@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from multiprocessing.managers import SyncManager
@@ -15,7 +16,9 @@ from typing import Any
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.display import Display
-from dopr_lightning.experiments.trial import DivergedError, Record, Report, Trial, load_record, run_trial
+from dopr_lightning.experiments.trial import DivergedError, Record, Report, Trial, load_record, run_trial, versions_of
+from dopr_lightning.experiments.versions import versions
+from dopr_lightning.proxy import differences
 
 Engine = Callable[[Sequence[Trial], Display], dict[str, Record | str]]
 """Runs trials and tells the display; returns for each trial's name its record or, in a line, why it failed."""
@@ -61,9 +64,18 @@ def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = N
     outcomes = {name: outcome for name, outcome in found.items() if outcome is not None}
     missing = [trial for trial in trials if trial.name not in outcomes]
     if missing:
+        _warn_of_other_versions([trial for trial in trials if trial.name in outcomes])
         with Display(trials, outcomes, workers) as display:
             outcomes |= (engine or _in_processes)(missing, display)
     return [outcomes[trial.name] for trial in trials]
+
+
+def _warn_of_other_versions(finished: Sequence[Trial]) -> None:
+    """Trials under one version are comparable; those to come are run with what is installed now."""
+    before = Counter(differences(then, versions()) for trial in finished if (then := versions_of(trial)))
+    del before[""]
+    for changed, count in before.items():
+        print(f"warning: {count} of the finished runs were run with other versions ({changed}); results may differ")
 
 
 def attempt(trial: Trial, report: Report) -> Record | str:

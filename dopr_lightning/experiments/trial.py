@@ -10,11 +10,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from dopr_lightning.errors import UserError
+from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import differences
 
@@ -81,12 +82,14 @@ class Record:
         episodes: The metric of each judged rollout of these weights, in the order of the seeds.
         train_seconds: Wall-clock seconds of training, without validation and rollouts.
         settings: Of the trial.
+        versions: Of the packages it was run with; older records do not say.
     """
 
     val_loss: float
     episodes: list[float]
     train_seconds: float
     settings: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -111,6 +114,12 @@ def load_record(trial: Trial) -> Record | str | None:
     if changed := _changed(record.settings, trial.settings):
         raise _other_settings(trial.folder, changed)
     return record
+
+
+def versions_of(trial: Trial) -> dict[str, str]:
+    """What a finished trial was run with; empty where an older one does not say."""
+    record = trial.folder / "record.json"
+    return json.loads((record if record.exists() else trial.folder / DIVERGED).read_text()).get("versions", {})
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -163,7 +172,8 @@ def run_trial(trial: Trial, report: Report) -> Record:
         with (trial.folder / "log.txt").open("a") as log, _said_to(log):
             record = _train_and_judge(trial, report)
     except DivergedError as error:
-        write_json({"message": str(error), "settings": trial.settings}, trial.folder / DIVERGED)
+        said = {"message": str(error), "settings": trial.settings, "versions": versions()}
+        write_json(said, trial.folder / DIVERGED)
         _drop_checkpoints(trial)
         raise
     write_json(asdict(record), trial.folder / "record.json")
@@ -289,4 +299,5 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         episodes=[episode.value for episode in rollout.latest],
         train_seconds=progress.seconds,
         settings=trial.settings,
+        versions=versions(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,38 @@ def test_failures_are_named_and_lose_nothing(
     assert isinstance(record, Record)
     assert other.val_loss == record.val_loss
     assert (tmp_path / "good" / "record.json").stat().st_mtime_ns == stamp
+
+
+def test_what_was_run_with_other_versions_is_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        runner, "_in_processes", lambda trials, display: {one.name: runner.attempt(one, print) for one in trials}
+    )
+    good = trial(tmp_path, "good")
+    diverges = trial(tmp_path, "diverges", "--model.optimizer.base=sgd", "--model.optimizer.lr=1e30")
+    older, later, last = (trial(tmp_path, name) for name in ("older", "later", "last"))
+    run_all([good, diverges, older], 1)
+    files = [tmp_path / "good" / "record.json", tmp_path / "diverges" / "diverged.json"]
+    for file in files:
+        noted = json.loads(file.read_text())
+        assert noted["versions"].items() >= {name: version(name) for name in ("dopr-lightning", "torch")}.items()
+    before = tmp_path / "older" / "record.json"
+    record = json.loads(before.read_text())
+    del record["versions"]  # as of a run from before they were noted
+    before.write_text(json.dumps(record))
+
+    capsys.readouterr()
+    run_all([good, diverges, older, later], 1)
+    assert "warning" not in capsys.readouterr().out
+    for file in files:
+        noted = json.loads(file.read_text())
+        file.write_text(json.dumps(noted | {"versions": noted["versions"] | {"torch": "1.0"}}))
+    run_all([good, diverges, older, later], 1)
+    assert "warning" not in capsys.readouterr().out  # nothing is run that would differ
+    run_all([good, diverges, older, later, last], 1)
+    out = capsys.readouterr().out
+    assert f"warning: 2 of the finished runs were run with other versions (torch: 1.0 -> {version('torch')})" in out
 
 
 def test_no_worker_starts_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,8 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--model.network.depth=2",), "model.network.init_args.depth: 1 -> 2"),
         (("--widths=4,8,16,24",), "base_width: 8 -> 4"),
         (("--episodes=2",), "episodes: 0 -> 2"),
+        (("--trainer.precision=bf16-mixed",), "trainer.precision: unset -> bf16-mixed"),
+        (("--trainer.devices=2",), "trainer.devices: 1 -> 2"),
     ):
         with pytest.raises(UserError, match=rf"holds a run with other settings \(.*{difference}"):
             run(output, *GRID, "--optimizer", "dopr-adamw", *more)

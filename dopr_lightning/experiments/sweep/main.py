@@ -23,7 +23,6 @@ from dopr_lightning.experiments.command import (
     seed_numbers,
     task_of,
 )
-from dopr_lightning.experiments.report import versions
 from dopr_lightning.experiments.runner import KILLED, attempt_all, broke, cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
@@ -48,6 +47,7 @@ from dopr_lightning.experiments.sweep.report import (
     trial_results,
 )
 from dopr_lightning.experiments.trial import DATA, Trial, check_settings, note_settings, write_json
+from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 
