@@ -33,8 +33,17 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save unless the last step's state was saved."""
+        self.keep(trainer)
+
+    def keep(self, trainer: Trainer) -> str:
+        """Save a fit's state where its next checkpoint may never be; on all processes.
+
+        Returns:
+            The file, or nothing if there is to be none.
+        """
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self.last_model_path if self._last_global_step_saved == trainer.global_step else ""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """When training has ended, describe its last epoch as one to go on with, or the next as one to begin.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS, train
 from dopr_lightning import configs
 from dopr_lightning.errors import UserError
 from dopr_lightning.policies.ema import EMA
+from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
 from dopr_lightning.training import find_config, resolve
 
@@ -95,6 +97,58 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, options: tuple[str,
             assert not torch.equal(value, whole["state_dict"][name]), name
     assert ("DoPr" in whole["callbacks"]) == (DOPR[0] in options)
     assert whole["lr_schedulers"][0]["_last_lr"][0] < 1e-2
+
+
+@pytest.mark.parametrize("options", [(), (AFTER_VALIDATION,), EPOCHS], ids=["steps", "saved in validation", "epochs"])
+@pytest.mark.parametrize("simulator", [True, False], ids=["simulator", "policy"])
+def test_rollouts_that_fail_lose_no_training(
+    simulator: bool, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validations are every second epoch, so that the third epoch's and fourth's training is not in a checkpoint."""
+    options = (*DOPR, *options, "--trainer.check_val_every_n_epoch=2")
+    train(tmp_path / "whole", *options)
+
+    fails, owner, method = 4 * STEPS, *((Toy, "step") if simulator else (PolicyModule, "predict"))
+    works = getattr(owner, method)
+
+    def broken(self: Any, *arguments: Any) -> Any:
+        if cli_trainer.global_step == fails:
+            raise RuntimeError("no display")
+        return works(self, *arguments)
+
+    class Watch(Callback):
+        def on_fit_start(self, trainer: Any, *_: Any) -> None:
+            nonlocal cli_trainer
+            cli_trainer = trainer
+
+    cli_trainer: Any = None
+    monkeypatch.setattr(owner, method, broken)
+    with pytest.raises(UserError if simulator else RuntimeError, match="no display") as caught:
+        train(tmp_path / "part", *options, callbacks=[Watch()])
+    monkeypatch.undo()
+    said = "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    last = tmp_path / "part" / "last.ckpt"
+    assert f"the training until step {fails} is saved; go on with it by --ckpt_path {last}" in said
+    assert saved(tmp_path / "part")["global_step"] == fails
+
+    train(tmp_path / "part", *options, resume=last)
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "part"))
+
+
+def test_a_policy_that_diverged_replaces_no_checkpoint(tmp_path: Path) -> None:
+    """Its rollouts fail for actions that are not finite; what was saved before may be gone on from."""
+
+    class Diverge(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step == 3 * STEPS - 1:
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.fill_(math.nan)
+
+    with pytest.raises(UserError, match="not finite") as caught:
+        train(tmp_path, AFTER_VALIDATION, callbacks=[Diverge()])
+    assert "is saved" not in str(caught.value)
+    assert saved(tmp_path)["global_step"] == 2 * STEPS
 
 
 CONSTANT = ("--model.optimizer.schedule=constant", "--trainer.check_val_every_n_epoch=30", *DOPR)

@@ -20,8 +20,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, check_success, evaluate
+from dopr_lightning.rollout.seat import SimulationError
 from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
 from dopr_lightning.rollout.video import Film, animation, best_and_worst, film, require_encoder, write_mp4
+from dopr_lightning.saving import LastCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -193,19 +195,19 @@ class RolloutEvaluation(Callback):
         first_seed = offset + (spec.first_seed if self.first_seed is None else self.first_seed)
         seeds = range(first_seed, first_seed + count)
         mine = seeds[trainer.global_rank :: trainer.world_size]
-        error: UserError | None = None
+        error: Exception | None = None
         episodes: list[Episode] = []
         with getattr(pl_module, "gathered", nullcontext)():
             try:
                 episodes = evaluate(
                     cast(Policy, pl_module), spec, mine, self.num_envs, workers=self.workers, timeout_s=self.timeout_s
                 )
-            except UserError as caught:
+            except Exception as caught:  # a policy may raise anything
                 error = caught
         # A rank that fails must say so to the others, which would wait for it otherwise.
-        failures = [message for message in _gather(str(error) if error else None) if message]
+        failures = [failure for failure in _gather(_failure(error)) if failure]
         if failures:
-            raise error or UserError(failures[0])
+            raise _stopped(trainer, error or UserError(failures[0][0]), blameless=all(one for _, one in failures))
         episodes = sorted((e for share in _gather(episodes) for e in share), key=lambda e: e.seed)
         check_success(spec, episodes)
         self.latest = episodes
@@ -248,6 +250,33 @@ class RolloutEvaluation(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     _show(logger, f"rollout/{name}", shown, step)
+
+
+def _failure(error: Exception | None) -> tuple[str, bool] | None:
+    """What to say of an error, and whether the training is none the worse for it: the simulator failed, say."""
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return str(error), isinstance(error, SimulationError)
+    return f"{type(error).__name__}: {error}", True
+
+
+def _stopped(trainer: L.Trainer, error: Exception, *, blameless: bool) -> Exception:
+    """The error to raise, once a fit's state is saved: this validation's checkpoint would have come after it.
+
+    Not so where the policy is at fault: diverged weights must not replace those that were saved before.
+    """
+    savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)]
+    path = savers[0].keep(trainer) if savers and blameless and trainer.state.fn == TrainerFn.FITTING else ""
+    if not path:
+        return error
+    saved = f"the training until step {trainer.global_step} is saved; go on with it by --ckpt_path {path}"
+    if isinstance(error, UserError):
+        said = type(error)(f"{error}; {saved}")
+        said.__cause__ = error
+        return said
+    error.add_note(saved)
+    return error
 
 
 def _gather(mine: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.seat import Description, Observation, Stretch
+from dopr_lightning.rollout.seat import Description, Observation, SimulationError, Stretch
 from dopr_lightning.rollout.workers import Lost, seats
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def evaluate(
                 restarts[episode.seed] += 1
                 failures[episode.seed] += what.own
                 if failures[episode.seed] == ATTEMPTS:
-                    raise UserError(f"{what.reason}; it failed {ATTEMPTS} times")
+                    raise SimulationError(f"{what.reason}; it failed {ATTEMPTS} times")
                 log.warning("%s; the episode is begun again", what.reason)
                 waiting.appendleft(episode.seed)
             elif episode.extend(what):

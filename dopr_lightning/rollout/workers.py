@@ -145,7 +145,7 @@ class _Elsewhere:
     def describe(self) -> Description:
         answer = self._round([_Order(0, "describe")])[0]
         if isinstance(answer, Lost):
-            raise UserError(answer.reason)
+            raise SimulationError(answer.reason)
         return answer
 
     def start(self, seeds: Mapping[int, int]) -> Mapping[int, Stretch | Lost]:

@@ -28,6 +28,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.callback import SELECTION_OFFSET, RolloutEvaluation
 from dopr_lightning.rollout.statistics import bootstrap_interval
+from dopr_lightning.saving import LastCheckpoint
 
 
 @pytest.fixture(autouse=True)
@@ -425,7 +426,10 @@ def test_processes_share_the_seeds(tmp_path: Path, processes: int, episodes: int
 
 def test_a_failure_on_one_process_stops_both(tmp_path: Path) -> None:
     broken = replace(SPEC, kwargs={"fault": ("raise", 41 + SELECTION_OFFSET)})  # a seed of rank 1
-    callbacks: list[Callback] = [RolloutEvaluation(episodes=4)]
-    run = trainer(tmp_path, callbacks, devices=2, strategy="ddp_fork", max_epochs=1, num_sanity_val_steps=0)
-    with pytest.raises(Exception, match=f"seed {41 + SELECTION_OFFSET}"):
+    saver = LastCheckpoint(dirpath=tmp_path, save_last=True)
+    callbacks: list[Callback] = [RolloutEvaluation(episodes=4), saver]
+    options = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1, "num_sanity_val_steps": 0}
+    run = trainer(tmp_path, callbacks, **options | {"enable_checkpointing": True})
+    with pytest.raises(Exception, match=rf"seed {41 + SELECTION_OFFSET}.*--ckpt_path .*last\.ckpt"):
         run.fit(Constant(), datamodule=data(broken))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
