@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -46,6 +48,7 @@ class Preemption(Callback):
         if asked:
             self._asked = None
             self._leave(self._signal, None)
+            drop_older(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put Lightning's handler back: after training there are no steps to wait for."""
@@ -55,3 +58,14 @@ class Preemption(Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked = signum
+
+
+def drop_older(trainer: Trainer) -> None:
+    """Remove what earlier preemptions left, once a newer checkpoint is complete: the newest is what is gone on from."""
+    found = (
+        (int(match[1]), path)
+        for path in Path(trainer.default_root_dir).glob("hpc_ckpt_*")
+        if (match := re.fullmatch(r"hpc_ckpt_(\d+)\.ckpt", path.name))
+    )
+    for _, path in sorted(found)[:-1]:
+        trainer.strategy.remove_checkpoint(path)  # on rank zero

@@ -29,7 +29,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
-from dopr_lightning.preemption import Preemption
+from dopr_lightning.preemption import Preemption, drop_older
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.saving import LastCheckpoint
@@ -235,6 +235,7 @@ def settle(trainer: Trainer) -> None:
     connector = trainer._checkpoint_connector
     if SLURMEnvironment.detect() and connector._hpc_resume_path is not None:
         trainer.save_checkpoint(connector.hpc_save_path(trainer.default_root_dir))
+        drop_older(trainer)
 
 
 class _SaveConfig(SaveConfigCallback):

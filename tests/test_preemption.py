@@ -113,12 +113,14 @@ def test_a_preempted_run_ends_as_the_uninterrupted_one(tmp_path: Path, scheduler
     whole = job(tmp_path / "whole", scheduler)
     part = job(tmp_path / "part", scheduler)
     until(part, "step 6")  # in the middle of the second epoch
+    earlier, held = (tmp_path / "part" / f"hpc_ckpt_{number}.ckpt" for number in (9, 10))
+    earlier.touch()
     part.send_signal(signal.SIGUSR1)
-    held = tmp_path / "part" / "hpc_ckpt_1.ckpt"
-    until_asked = time.monotonic() + PATIENCE
-    while not (scheduler / "asked").exists() and time.monotonic() < until_asked:
+    until_left = time.monotonic() + PATIENCE
+    while earlier.exists() and time.monotonic() < until_left:
         time.sleep(0.05)
     assert (scheduler / "asked").read_text() == "requeue 4711\n"
+    assert list((tmp_path / "part").glob("hpc_*")) == [held]
     part.kill()  # as SLURM does with a job that it requeues
     part.wait()
     step = torch.load(held, weights_only=True)["global_step"]
@@ -134,5 +136,6 @@ def test_a_preempted_run_ends_as_the_uninterrupted_one(tmp_path: Path, scheduler
     )
     assert one["global_step"] == 20
     assert_same(one, other)
+    assert [path.name for path in (tmp_path / "part").glob("hpc_*")] == ["hpc_ckpt_11.ckpt"]
     # The report, too, is of the weights at the end.
     assert reported(tmp_path / "whole") == reported(tmp_path / "part")
