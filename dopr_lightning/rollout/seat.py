@@ -6,6 +6,7 @@ Worker processes run this module, so it imports nothing that takes seconds.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -146,9 +147,9 @@ class Seat:
             clipped = np.clip(action, space.low, space.high).astype(space.dtype)
             observation, reward, terminated, truncated, info = self._guard(partial(self._env.step, clipped))
             self._steps += 1
-            rewards.append(float(reward))
-            if "is_success" in info:
-                success = bool(success) or bool(info["is_success"])
+            rewards.append(self._number("reward", reward))
+            if info.get("is_success") is not None:
+                success = bool(success) or bool(self._number("is_success", info["is_success"]))
             done = bool(terminated or truncated)
             frames += self._frames(last=done)
             if done:
@@ -183,12 +184,42 @@ class Seat:
         return self._env
 
     def _checked(self, observation: Any) -> Observation:
-        # Copies: the simulator may go on writing to the same memory, and the policy looks back.
-        cameras = self._spec.cameras
-        state = np.array(observation["state"] if cameras else observation, dtype=np.float32)
+        cameras, space = self._spec.cameras, self._env.observation_space
+        given = self._guard(lambda: observation["state"] if cameras else observation)
+        state = self._array("observation", given, space["state"] if cameras else space, np.float32)
         if not np.isfinite(state).all():
             raise SimulationError(f"{self._where()}: the environment's observation is not finite; {_REMEDY}")
-        return Observation(state, {camera: np.array(observation["images"][camera]) for camera in cameras})
+        views = self._guard(lambda: {camera: observation["images"][camera] for camera in cameras})
+        images = {
+            camera: self._array(f"image of camera {camera!r}", view, space["images"][camera], np.uint8)
+            for camera, view in views.items()
+        }
+        return Observation(state, images)
+
+    def _array(self, name: str, value: Any, space: Any, dtype: type[np.generic]) -> Array:
+        """A copy of what the environment gave, if it is what its space says.
+
+        A copy: the simulator may go on writing to the same memory, and the policy looks back.
+        """
+        array = self._guard(partial(np.array, value))
+        if array.shape != space.shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise SimulationError(
+                f"{self._where()}: the environment's {name} is {array.dtype} of shape {array.shape}, and its space is "
+                f"{space}; mend the environment"
+            )
+        return array.astype(dtype, copy=False)
+
+    def _number(self, name: str, value: Any) -> float:
+        """What the environment gave, as the number it must be: a mean over episodes hides where there was none."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise SimulationError(
+                f"{self._where()}: the environment's {name} is {value!r}, no finite number; mend the environment"
+            )
+        return number
 
     def _frames(self, last: bool = False) -> list[Array]:
         """The present frame, if it is one to film."""

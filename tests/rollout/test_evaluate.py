@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from toy_environment import SPEC, Toy, forget, length
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.evaluate import Episode, check_success, evaluate
-from dopr_lightning.rollout.seat import Seat
+from dopr_lightning.rollout.seat import Seat, SimulationError
 
 SEEDS = [11, 3, 4, 8, 5, 21, 2, 9, 14]
 
@@ -246,6 +247,55 @@ def test_a_failing_environment_names_its_seed(fault: str, said: str) -> None:
     with pytest.raises(UserError, match=f"seed 5, step 1.*{said}"):
         evaluate(Feedback(), replace(SPEC, kwargs={"fault": (fault, 5)}), SEEDS, num_envs=3)
     assert Toy.open_environments == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        (0, np.zeros(3), r"observation is float64 of shape \(3,\), and its space is Box"),
+        (0, "nothing", r"observation is <U7 of shape \(\)"),
+        (0, [[1], [2, 3]], "ValueError: setting an array element"),
+        (1, None, "reward is None, no finite number"),
+        (1, math.nan, "reward is nan, no finite number"),
+        (1, np.ones(2), "reward is array.*no finite number"),
+        (4, {"is_success": np.array([True, False])}, "is_success is array.*no finite number"),
+    ],
+)
+def test_what_a_step_gives_must_be_what_it_is_taken_for(
+    field: int, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = Toy.step
+
+    def odd(self: Toy, action: Any) -> Any:
+        given = list(works(self, action))
+        if self.t == 2:
+            given[field] = value
+        return tuple(given)
+
+    monkeypatch.setattr(Toy, "step", odd)
+    with pytest.raises(SimulationError, match=f"DoprToy-v0 failed in the episode with seed 5, step 2: .*{said}"):
+        evaluate(Feedback(), SPEC, [5])
+    assert Toy.open_environments == 0
+
+
+def test_success_that_is_none_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = Toy.step
+    monkeypatch.setattr(Toy, "step", lambda self, action: (*works(self, action)[:4], {"is_success": None}))
+    (episode,) = evaluate(Feedback(), SPEC, [4])
+    assert episode.success is None
+
+
+def test_an_image_must_be_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(faulty_environment.SPEC, kwargs={"cameras": ["front"]}, cameras=("front",))
+    observes = faulty_environment.Faulty._observe
+
+    def as_floats(self: Any) -> Any:
+        seen = observes(self)
+        return {"state": seen["state"], "images": {"front": seen["images"]["front"] / 255}}
+
+    monkeypatch.setattr(faulty_environment.Faulty, "_observe", as_floats)
+    with pytest.raises(SimulationError, match="image of camera 'front' is float64"):
+        evaluate(Feedback(), spec, [4])
 
 
 def test_a_policy_for_another_environment() -> None:
