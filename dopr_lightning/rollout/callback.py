@@ -82,6 +82,7 @@ class RolloutEvaluation(Callback):
         for name, value, least in (
             ("episodes", episodes, 0),
             ("report_episodes", report_episodes, 0),
+            ("first_seed", first_seed or 0, 0),
             ("every_n_epochs", every_n_epochs, 1),
             ("num_envs", num_envs, 1),
             ("workers", workers, 0),

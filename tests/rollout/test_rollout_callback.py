@@ -372,6 +372,7 @@ def test_no_environment(tmp_path: Path) -> None:
     [
         ("episodes", -1),
         ("report_episodes", -1),
+        ("first_seed", -1),
         ("every_n_epochs", 0),
         ("num_envs", 0),
         ("workers", -1),
