@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from dopr_lightning.errors import UserError
+
+Metric = Literal["return", "max_reward", "success"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,14 @@ class EnvironmentSpec:
         name: What a person calls the task, where the id does not say it.
         simulators: The distributions, as pip names them, whose versions decide what an episode is. A checkpoint
             records them, and is not judged in others unasked.
+
+    Raises:
+        UserError: There is no such metric.
     """
 
     id: str
     max_steps: int
-    metric: Literal["return", "max_reward", "success"]
+    metric: Metric
     first_seed: int = 100_000
     kwargs: dict[str, Any] = field(default_factory=dict)
     extra: str | None = None
@@ -39,6 +46,10 @@ class EnvironmentSpec:
     cameras: tuple[str, ...] = ()
     name: str = ""
     simulators: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise UserError(f"{self.id}: metric {self.metric!r}; choose one of {', '.join(get_args(Metric))}")
 
     @property
     def title(self) -> str:

@@ -86,6 +86,11 @@ def test_the_metric_chooses_the_value() -> None:
     assert [e.value for e in episodes] == [e.max_reward for e in episodes]
 
 
+def test_a_metric_that_there_is_not() -> None:
+    with pytest.raises(UserError, match="DoprToy-v0: metric 'reward'; choose one of return, max_reward, success"):
+        replace(SPEC, metric="reward")  # type: ignore[arg-type]
+
+
 def test_success_as_the_metric() -> None:
     spec = replace(faulty_environment.SPEC, metric="success")  # where the seed is a multiple of 3, at step 4 of 5 to 7
     episodes = evaluate(Feedback(act=3), spec, [3, 4, 6, 8])
