@@ -240,7 +240,12 @@ def _check_clipping(module: nn.Module, trainer: Trainer, base: Choice, mup: MupS
             f"Leave gradient_clip_val out, or take a base whose step is not, adamw say. {by_value}"
         )
     if trainer.is_global_zero:
-        log.warning("%s. Leave it out, or choose it so high that it only catches outliers. %s.", said, by_value)
+        log.warning(
+            "%s. Where it only catches outliers, as a bound well above the usual norms does, all is well; one that "
+            "acts in usual steps should be left out, here and in the sweep. %s.",
+            said,
+            by_value,
+        )
 
 
 def _grows(module: nn.Module, mup: MupSpec) -> bool:

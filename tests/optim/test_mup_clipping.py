@@ -186,8 +186,9 @@ def test_clipping_by_norm_beyond_the_base_width_is_pointed_out_once(
     assert said == (
         "gradient_clip_val=10.0 under muP, in a model wider than its base {'width': 6}: the norm that it is compared "
         "with changes with the width (that of all gradients grows, in the end like sqrt(width); that of DoPr's M "
-        "falls), so that clipping acts differently at each width. Leave it out, or choose it so high that it only "
-        "catches outliers. Clipping by value is no way out: entries change with the width too."
+        "falls), so that clipping acts differently at each width. Where it only catches outliers, as a bound well "
+        "above the usual norms does, all is well; one that acts in usual steps should be left out, here and in the "
+        "sweep. Clipping by value is no way out: entries change with the width too."
     )
 
 
