@@ -28,11 +28,11 @@ log = getLogger(__name__)
 class DoPr(pl.Callback):
     """Precondition every gradient with its layer's activation covariance before the optimizer takes its step.
 
-    The rewrite happens in ``on_before_optimizer_step``: gradients are averaged over ranks and unscaled there (but for
-    fused optimizers, which unscale in their step; M scales along), the
-    window of accumulated batches is complete, and gradient clipping, which comes after, sees what the optimizer will
-    see. Under data parallelism covariances are pooled over ranks, so ranks stay bit-identical. The state travels in
-    Lightning's checkpoints. A step that a gradient scaler skips (``precision="16-mixed"``) leaves no trace.
+    The rewrite happens in ``on_before_optimizer_step``. There gradients are averaged over ranks and unscaled (but for
+    fused optimizers, which unscale in their step; M scales along), and the window of accumulated batches is complete.
+    Gradient clipping comes after and sees what the optimizer will see. Under data parallelism covariances are pooled
+    over ranks, so ranks stay bit-identical. The state travels in Lightning's checkpoints. A step that a gradient scaler
+    skips (``precision="16-mixed"``) leaves no trace.
 
     Layers whose weights no optimizer holds are left alone. With several optimizers (manual optimization) each has
     statistics and a cadence of its own, for the layers whose weights it holds. Use ``toggle_optimizer``, or rows that
@@ -153,6 +153,7 @@ class DoPr(pl.Callback):
                 "its own; take strategy='ddp', or FSDP2 (docs/multi-gpu.md)"
             )
         self._remove()  # where another callback's on_exception kept an earlier fit from it
+        self._without_gradients = False
         preconditioner = ActivationPreconditioner(pl_module, **self.options)
         self.preconditioners = [preconditioner]
         self._look_around(trainer, pl_module, preconditioner)
@@ -185,6 +186,7 @@ class DoPr(pl.Callback):
             check_still_frozen(self._frozen)
             return
         if all(parameter.grad is None for parameter in _parameters(optimizer)):  # training_step returned None
+            self._without_gradients = True
             preconditioner.discard()
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -212,12 +214,15 @@ class DoPr(pl.Callback):
                 preconditioner.settle()
         batches = trainer.fit_loop.epoch_loop._batches_that_stepped
         if batches and not any(p.steps for p in self.preconditioners if p):
-            why = (
-                "whenever an optimizer was to step its parameters had no gradients (.grad)"
-                if pl_module.automatic_optimization
-                else "no step of an optimizer came by. Step what self.optimizers() returns; use_pl_optimizer=False "
-                "keeps Lightning's hooks out"
-            )
+            if not pl_module.automatic_optimization:
+                why = (
+                    "no step of an optimizer came by. Step what self.optimizers() returns; use_pl_optimizer=False "
+                    "keeps Lightning's hooks out"
+                )
+            elif self._without_gradients:
+                why = "when an optimizer was to step its parameters had no gradients (.grad)"
+            else:  # all were skipped by a gradient scaler
+                return
             log.warning("DoPr rewrote no gradient in %d batches: %s.", batches, why)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -270,6 +270,7 @@ def run(verb: str, arguments: Sequence[str], project: Project = LIBRARY) -> None
     joined = dist.is_initialized()
     # In a context of its own, which is dropped: jsonargparse leaves its parser in a variable, and all that was built.
     copy_context().run(CLI, [verb, *arguments], project=project)
+    # Not after an error, where others may wait for this process: they learn of its end by it.
     if dist.is_initialized() and not joined:
         leave_groups()
 

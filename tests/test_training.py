@@ -19,7 +19,9 @@ from dopr_lightning import configs
 from dopr_lightning.errors import UserError
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.rollout import callback as rollout_callback
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
+from dopr_lightning.saving import LastCheckpoint
 from dopr_lightning.training import find_config, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -135,7 +137,7 @@ def test_rollouts_that_fail_lose_no_training(
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "part"))
 
 
-def test_a_policy_that_diverged_replaces_no_checkpoint(tmp_path: Path) -> None:
+def test_a_policy_that_diverged_replaces_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rollouts fail for actions that are not finite; what was saved before may be gone on from."""
 
     class Diverge(Callback):
@@ -146,9 +148,45 @@ def test_a_policy_that_diverged_replaces_no_checkpoint(tmp_path: Path) -> None:
                         parameter.fill_(math.nan)
 
     with pytest.raises(UserError, match="not finite") as caught:
-        train(tmp_path, AFTER_VALIDATION, callbacks=[Diverge()])
+        train(tmp_path / "one", AFTER_VALIDATION, callbacks=[Diverge()])
     assert "is saved" not in str(caught.value)
-    assert saved(tmp_path)["global_step"] == 2 * STEPS
+    assert saved(tmp_path / "one")["global_step"] == 2 * STEPS
+
+    def refuses(self: Any, *arguments: Any) -> Any:
+        if any(parameter.isnan().any() for parameter in self.parameters()):
+            raise ValueError("expected parameter loc to be finite")
+        return predict(self, *arguments)
+
+    predict = PolicyModule.predict
+    monkeypatch.setattr(PolicyModule, "predict", refuses)
+    with pytest.raises(ValueError, match="parameter loc") as refused:
+        train(tmp_path / "other", AFTER_VALIDATION, callbacks=[Diverge()])
+    assert not hasattr(refused.value, "__notes__")
+    assert saved(tmp_path / "other")["global_step"] == 2 * STEPS
+
+
+def test_a_checkpoint_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, trainer: Any) -> str:
+        raise OSError("no space left")
+
+    def broken(self: Any, *arguments: Any) -> Any:
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(LastCheckpoint, "keep", full)
+    monkeypatch.setattr(Toy, "step", broken)
+    with pytest.raises(UserError, match="no display") as caught:
+        train(tmp_path)
+    assert caught.value.__notes__ == ["the training could not be saved either: no space left"]
+
+
+def test_success_that_is_never_said_loses_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise UserError("reports no 'is_success'")
+
+    monkeypatch.setattr(rollout_callback, "check_success", never)
+    with pytest.raises(UserError, match=f"reports no 'is_success'; the training until step {STEPS} is saved"):
+        train(tmp_path)
+    assert saved(tmp_path)["global_step"] == STEPS
 
 
 CONSTANT = ("--model.optimizer.schedule=constant", "--trainer.check_val_every_n_epoch=30", *DOPR)

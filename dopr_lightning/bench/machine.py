@@ -31,8 +31,9 @@ BUSY = 4096
 ROWS = 2048
 """At a time, of the inputs whose statistics are timed: of a batch, in part."""
 
-MAPS = (64, 64, 441)
-"""The convolution's input that is rearranged: images, channels and positions of ResNet18's first stage here."""
+MAPS = (64, 128, 64)
+"""The convolution's input that is rearranged: samples, channels, positions. On a CPU those of a 1-D U-Net, which are
+fewer, are rearranged somewhat faster, and images half as fast."""
 
 KERNEL = 5
 """Taps of the convolution whose gradient is rearranged: the 1-D U-Net's."""
@@ -53,8 +54,8 @@ class Rates:
         square: FLOP/s of float32 products of square matrices: what the FLOP floor assumes of everything.
         skinny: FLOP/s of float32 products with few columns, as the low-rank solver's rewrites have them: of one column
             more.
-        counting: FLOP/s of the low-rank solver's statistics, 4 n d k, reading the rows and their trace included.
         touch: Seconds per entry of a gradient that a low-rank update takes besides: reading and writing it.
+        read: The same of a layer's input, whose statistics the low-rank solver takes.
         factor: FLOP/s of Cholesky factors, d^3 / 3 each.
         inverse: FLOP/s of inverses from them, 2 d^3 / 3 each.
         nystrom: FLOP/s of one Nystrom step, 8 d k^2, in float64.
@@ -71,8 +72,8 @@ class Rates:
 
     square: float
     skinny: float
-    counting: float
     touch: float
+    read: float
     factor: float
     inverse: float
     nystrom: float
@@ -131,19 +132,21 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         taken = seconds(lambda: [subtract_low_rank(gradient, left, right, 0.5) for gradient in gradients])
         return taken / len(gradients) / dim**2
 
-    taken = {rank: update(rank) for rank in RANKS}
-    # Rounding and noise aside, no skinny product is faster than a square one.
-    slope = max(statistics.linear_regression(list(taken), list(taken.values())).slope, 4 / square)
+    slope, touch = _line(update, least=4 / square)
     skinny = 4 / slope
-    touch = max(0.0, statistics.mean(taken.values()) - slope * statistics.mean(RANKS))
     rows = [normal(1, ROWS, dim) for _ in range(max(4, COLD // (4 * ROWS * dim)))]
-    test, image, trace = normal(1, TRACKED, dim), normal(1, TRACKED, dim), normal(1)
 
-    def count() -> None:
-        for x in rows:
-            add_rows(x, test, image, trace)
+    def count(tracked: int) -> float:
+        """Seconds per entry of an input."""
+        test, image, trace = normal(1, tracked, dim), normal(1, tracked, dim), normal(1)
 
-    counting = 4 * ROWS * dim * TRACKED * len(rows) / seconds(count)
+        def add() -> None:
+            for x in rows:
+                add_rows(x, test, image, trace)
+
+        return seconds(add) / len(rows) / ROWS / dim
+
+    read = _line(count, least=slope)[1]
     size = min(dim, 512)
     matrix = torch.eye(size, device=device)[None]
     cholesky = torch.linalg.cholesky(matrix)
@@ -169,8 +172,8 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     return Rates(
         square,
         skinny,
-        counting,
         touch,
+        read,
         factor,
         inverse,
         nystrom_rate,
@@ -181,6 +184,14 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         call,
         overlap=overlap,
     )
+
+
+def _line(seconds: Callable[[int], float], least: float) -> tuple[float, float]:
+    """Slope and intercept over :data:`RANKS`; products with few columns are no faster than ``least`` per column."""
+    taken = {rank: seconds(rank) for rank in RANKS}
+    # Rounding and noise aside.
+    slope = max(statistics.linear_regression(list(taken), list(taken.values())).slope, least)
+    return slope, max(0.0, statistics.mean(taken.values()) - slope * statistics.mean(RANKS))
 
 
 def _cores() -> Tensor:

@@ -140,13 +140,15 @@ def _step_calls(planned: Sequence[Planned], rates: Rates) -> float:
 
 
 def _statistics(layer: Planned, rates: Rates) -> float:
-    speed = rates.counting if layer.method.solver == "lowrank" else rates.square
+    lowrank = layer.method.solver == "lowrank"
+    speed = rates.skinny if lowrank else rates.square
     passes = 2 if layer.method.solver == "woodbury" else 0
     rows = 4.0 * layer.shape.blocks * layer.shape.rows * layer.shape.dim
     if layer.method.solver == "diagonal":
         rows = 8.0 * layer.shape.rows
     copies = 2 * layer.copies_rows * rows / rates.rearranged
-    return layer.cost.statistics / speed + passes * rows / rates.bandwidth + copies
+    reading = rows / 4 * rates.read if lowrank else passes * rows / rates.bandwidth
+    return layer.cost.statistics / speed + reading + copies
 
 
 def _apply(layer: Planned, rates: Rates) -> float:

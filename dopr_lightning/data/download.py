@@ -15,12 +15,9 @@ from email.message import Message
 from pathlib import Path
 from typing import IO
 
-from dopr_lightning.errors import UserError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from dopr_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -84,35 +81,27 @@ def download(
 
 @contextmanager
 def _alone(partial: Path, target: Path) -> Iterator[bool]:
-    """Keep other calls from ``partial``; yields whether one has put it in place while this one waited for it."""
-    if fcntl is None:
-        yield False
-        return
-    while True:
-        with partial.open("ab") as file:
-            # Some network disks know no locks.
-            with suppress(OSError):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    log.warning("%s is being downloaded already; waiting for that", target)
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            in_place = _is(file, target)
-            if not in_place and not _is(file, partial):  # thrown away meanwhile: another one is to be locked
-                continue
-            try:
-                yield in_place
-            finally:
-                if not in_place and not _size(partial):
-                    partial.unlink(missing_ok=True)
-            return
-
-
-def _is(file: IO[bytes], path: Path) -> bool:
+    """Keep other calls from ``partial``; yields whether one put ``target`` in place while this one waited for it."""
+    before = _stamp(target)
+    lock = FileLock(partial.with_suffix(".lock"))
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s is being downloaded already; waiting for that", target)
+        held = lock.acquire()
+    with held:
+        yield _stamp(target) not in (None, before)
+    # Who waits for it finds the file in place. Where it failed the lock stays, for others may be about to open it.
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What another file in its place would have otherwise."""
+    if not path.exists():
+        return None
+    there = path.stat()
+    return there.st_ino, there.st_mtime_ns
 
 
 def _size(path: Path) -> int:
@@ -135,7 +124,7 @@ def _fetch(url: str, partial: Path, progress: Callable[[int, int | None], None] 
         if error.code == 416 and have == _length(error.headers):  # nothing is left to fetch
             return redirects.sha256
         if error.code == 416 and have:  # too much to be a beginning of the file
-            os.truncate(partial, 0)  # and keep the file, which is locked
+            partial.unlink()
             return _fetch(url, partial, progress)
         raise
     with response:

@@ -72,7 +72,12 @@ def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = N
 
 def _warn_of_other_versions(finished: Sequence[Trial]) -> None:
     """Trials under one version are comparable; those to come are run with what is installed now."""
-    before = Counter(differences(then, versions()) for trial in finished if (then := versions_of(trial)))
+    now = versions()
+    before = Counter(
+        differences(then, {name: now[name] for name in then if name in now})
+        for trial in finished
+        if (then := {name: version for name, version in versions_of(trial).items() if name in now})
+    )
     del before[""]
     for changed, count in before.items():
         print(f"warning: {count} of the finished runs were run with other versions ({changed}); results may differ")

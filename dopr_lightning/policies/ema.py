@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim.swa_utils import AveragedModel
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.policies.sharding import is_sharded, local
+from dopr_lightning.policies.sharding import is_sharded
+from dopr_lightning.preconditioner.sharding import local
 
 _IN_ONE_FILE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -79,11 +79,6 @@ def gathered(network: ActionNetwork, outline: ActionNetwork) -> ActionNetwork:
     return whole.to(next(iter(state.values())).device).train(network.training)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of it that this process holds; of a tensor that is whole, itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 

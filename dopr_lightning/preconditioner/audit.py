@@ -98,7 +98,7 @@ class GradientAudit:
 
 def _auditable(layer: Layer) -> bool:
     module = layer.modules[0]
-    if isinstance(layer.weight, DTensor) or layer.weight.is_meta:
+    if isinstance(layer.weight, DTensor) or layer.weight.is_meta or not layer.weight.requires_grad:
         return False
     if layer.functional:
         return True
@@ -115,7 +115,7 @@ class _Probe:
 
     def __init__(self, layer: Layer) -> None:
         self.module = layer.modules[0]
-        self.patches = getattr(layer, "conv", None) == "patch"
+        self.patches = getattr(getattr(layer, "layer", layer), "conv", None) == "patch"
         weight = layer.weight
         self.shape = weight.shape
         if isinstance(self.module, CONVOLUTIONS):
@@ -133,7 +133,8 @@ class _Probe:
         """Whether an output of this size is of an input of that size.
 
         None if that cannot be told: a subclass pads or crops around a convolution (causal ones do), which leaves the
-        channels' covariance as it is, or returns its rows in another shape, or some of their entries.
+        channels' covariance as it is, or returns a Linear's rows in another shape, or some of their entries. Of an
+        embedding as many entries as its tokens have are asked for: its input may only be where tokens come from.
         """
         module = self.module
         if isinstance(module, nn.Embedding):
@@ -149,9 +150,10 @@ class _Probe:
         outputs, features = self.shape
         if x.shape[-1:] != (features,):
             return False
-        if gradient.numel() == x.numel() // features * outputs:
-            return True if gradient.shape[-1] == outputs else None
-        return None if gradient.shape[: x.dim() - 1] == x.shape[:-1] else False
+        if gradient.shape == (*x.shape[:-1], outputs):
+            return True
+        rearranged = gradient.numel() == x.shape[:-1].numel() * outputs
+        return None if rearranged or gradient.shape[: x.dim() - 1] == x.shape[:-1] else False
 
     @torch.no_grad()
     def add(self, x: Tensor, gradient: Tensor) -> None:
@@ -189,7 +191,7 @@ class _Probe:
             factors = columns[x.flatten()]
             if module.padding_idx is not None:
                 factors = factors * (x.flatten() != module.padding_idx)[:, None]
-            gradient = gradient.reshape(len(factors), -1)
+            gradient = gradient.reshape(len(factors), module.embedding_dim)
             return gradient.mT @ factors, gradient.square().sum()
         x = x.to(gradient)
         if isinstance(module, CONVOLUTIONS):

@@ -77,7 +77,7 @@ class ExactStack(Stack):
         return count
 
     def refresh(self, share: slice) -> Tensor:
-        # The sums stay sums, unless they are averaged over refreshes: dividing them is left to who reads them.
+        # Dividing d^2 sums by their rows would cost a pass over them: who reads them does it, unless they are averaged.
         self._per_row = self.counts.clamp(min=1).to(self.dtype).reciprocal()
         traces = self._packed.trace() * self._per_row
         damping = self._damping(traces)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from threading import RLock
 
 import torch
 from torch import Tensor
@@ -45,7 +44,6 @@ class Joining:
         self._held: list[_Held] = []
         self._bytes = 0
         self._backward: int | None = None
-        self._lock = RLock()  # of a model on several devices each has a thread in the backward
 
     def hold(self, layer: Layer, x: Tensor) -> bool:
         """Hold the input of one call of a layer, in its backward, if that may bring anything.
@@ -61,17 +59,16 @@ class Joining:
         if x.device.type not in DEVICES or not 0 < size <= LARGEST or x.numel() == 0 or not layer.joins(x):
             return False
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        with self._lock:
-            if self._held and self._held[0].stream != stream:
-                return False
-            if self._bytes + size > MOST:
-                self.flush()
-            self._held.append(_Held(layer, x, x._version, stream))
-            self._bytes += size
-            backward = torch._C._current_graph_task_id()
-            if backward != self._backward:  # one that failed never came to its end
-                self._backward = backward
-                torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        if self._held and self._held[0].stream != stream:
+            return False
+        if self._bytes + size > MOST:
+            self.flush()
+        self._held.append(_Held(layer, x, x._version, stream))
+        self._bytes += size
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # one that failed never came to its end
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
         return True
 
     def flush(self) -> None:

@@ -10,31 +10,19 @@ and backward whatever the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dopr_lightning.preconditioner.certificate import (
-    Floats,
-    Ints,
-    coefficients,
-    relative_error,
-    required_rank,
-    tail_mean,
-)
-from dopr_lightning.preconditioner.covariance import collected, damping_values, usable
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.layers.together import gradients, one_shape, write
+from dopr_lightning.preconditioner.renewal import NUMBERS, Renewal, above_tail, known_fields, multipliers
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions, subtract_low_rank
-from dopr_lightning.preconditioner.subspace import SHIFT, core_eigenpairs, probe, products, random_basis
-from dopr_lightning.preconditioner.threads import ToHost, in_background, pinned
+from dopr_lightning.preconditioner.subspace import probe, products, random_basis
 
 FIRST_RANK = 48
 """Directions to start with: they meet the default tolerance on every layer of the Humanoid policies at any width
@@ -42,9 +30,6 @@ FIRST_RANK = 48
 
 GRAIN = 16
 """Directions come and go by so many, so that shapes change rarely."""
-
-NUMBERS = 4
-"""What is known of a covariance besides eigenvalues and coefficients, see :func:`_fields`."""
 
 WARM_UP = 3
 """The first so many steps all refresh: from random directions, subspace iteration takes a few to settle."""
@@ -88,7 +73,7 @@ class LowRankStack(Stack):
             above, tail = (part.to(self.device) for part in self._above_tail())
             leading = (self._basis * above[:, None]) @ self._basis.mT
             identity = torch.eye(self.dim, dtype=self.dtype, device=self.device)
-            exact.adopt_average(leading + tail[..., None] * identity, self._weight.to(self.device))
+            exact.adopt_average(leading + tail[..., None] * identity, self._fields.weight.to(self.device))
         return exact
 
     def inverse(self) -> Tensor:
@@ -131,7 +116,7 @@ class LowRankStack(Stack):
         alike: dict[Hashable, list[LowRankStack]] = {}
         for stack, _ in due:
             alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
-        renewals = [_Renewal(members) for members in alike.values()]
+        renewals = [Renewal(members) for members in alike.values()]
         solutions = [renewal.begin(deferred) for renewal in renewals]
 
         def finish() -> dict[Stack, Tensor]:
@@ -163,26 +148,25 @@ class LowRankStack(Stack):
         if not self._allocated or self.refreshed_at[index] is None:
             return None
         part = self.slices[index]
-        values, tail = self._eigenvalues[part], self._above_tail()[1][part].expand(-1, self.dim - self.tracked)
+        values, tail = self._fields.eigenvalues[part], self._above_tail()[1][part].expand(-1, self.dim - self.tracked)
         return spectrum_of_eigenvalues(torch.cat([values, tail], dim=1).sort(-1)[0])
 
     def _allocate(self) -> None:
         basis = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
         known = torch.zeros(self.blocks, 2 * self.tracked + NUMBERS, dtype=self.dtype)
-        _, _, _, floor, error, _ = _fields(known, self.tracked)
-        floor.fill_(1)
-        error.fill_(math.nan)
+        fields = known_fields(known, self.tracked)
+        fields.floor.fill_(1)
+        fields.error.fill_(math.nan)
         self._inverse_floor = torch.ones(self.blocks, dtype=self.dtype, device=self.device)
         self._know(known)
         self._make_sums()
         self._make_factors(basis)
 
     def _know(self, known: Tensor) -> None:
-        """Take over what is known of the covariances, on the host: :func:`_fields` side by side, (B, 2 k + 4)."""
-        self._known = known
-        self._eigenvalues, self._coefficients, *rest = _fields(known, self.tracked)
-        self._trace, self._floor, self._error, self._weight = rest
+        """Take over what is known of the covariances, on the host: :class:`Known` side by side, (B, 2 k + 4)."""
+        self.known = known
+        self._fields = known_fields(known, self.tracked)
 
     def _make_sums(self) -> None:
         """One buffer for image and trace, so that they are one message between ranks."""
@@ -229,7 +213,7 @@ class LowRankStack(Stack):
             image: (B, k, d).
             rotation: (B, k, k), in float64.
             known: Rows for :meth:`_know`.
-            derived: :func:`_derived` from them, on the device.
+            derived: :func:`~.renewal.multipliers` of them, on the device.
             good: Which blocks are new, (B,), on the device; None for all.
         """
         basis = rotation.mT @ image.double()
@@ -237,7 +221,7 @@ class LowRankStack(Stack):
             self._left.copy_(basis)
         else:
             torch.where(good[:, None, None], basis.to(self.dtype), self._left, out=self._left)
-        self._known.copy_(known)
+        self.known.copy_(known)
         self._derive(derived)
 
     def _derive(self, derived: Tensor) -> None:
@@ -246,11 +230,11 @@ class LowRankStack(Stack):
         torch.mul(derived[:, :-1, None], self._left, out=self._right)
 
     def _rederive(self) -> None:
-        self._derive(torch.from_numpy(_derived(self._known.numpy(), self.tracked)).to(self.device))
+        self._derive(torch.from_numpy(multipliers(self.known.numpy(), self.tracked)).to(self.device))
 
     def _above_tail(self) -> tuple[Tensor, Tensor]:
-        """:func:`_above_tail` of what is known, on the host and in the stack's dtype."""
-        above, tail = _above_tail(self._eigenvalues.numpy(), self._trace.numpy(), self.dim)
+        """:func:`~.renewal.above_tail` of what is known, on the host and in the stack's dtype."""
+        above, tail = above_tail(self._fields.eigenvalues.numpy(), self._fields.trace.numpy(), self.dim)
         return torch.from_numpy(above).to(self.dtype), torch.from_numpy(tail).to(self.dtype)
 
     def _fit_tracked(self, needed: int, ample: int) -> None:
@@ -263,7 +247,7 @@ class LowRankStack(Stack):
 
     def _track(self, count: int) -> None:
         missing = count - self.tracked
-        eigenvalues, coefficients = self._eigenvalues[:, :count], self._coefficients[:, :count]
+        eigenvalues, coefficients = self._fields.eigenvalues[:, :count], self._fields.coefficients[:, :count]
         basis = self._basis[..., :count]
         if missing > 0:
             _, tail = self._above_tail()
@@ -276,7 +260,7 @@ class LowRankStack(Stack):
             eigenvalues = torch.cat([eigenvalues, tail.expand(-1, missing)], -1)
             coefficients = torch.nn.functional.pad(coefficients, (0, missing))
         self.tracked = count
-        self._know(torch.cat([eigenvalues, coefficients, self._known[:, -NUMBERS:]], -1))
+        self._know(torch.cat([eigenvalues, coefficients, self.known[:, -NUMBERS:]], -1))
         self._make_sums()
         self._make_factors(basis)
 
@@ -288,9 +272,9 @@ class LowRankStack(Stack):
     def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
         super().load_state_dict(state)
         self._rederive()
-        self._scales = (1 / self._floor).tolist()
-        self.errors = [float(self._error[part].max()) for part in self.slices]
-        ranks = self._coefficients.count_nonzero(-1).tolist()
+        self._scales = (1 / self._fields.floor).tolist()
+        self.errors = [float(self._fields.error[part].max()) for part in self.slices]
+        ranks = self._fields.coefficients.count_nonzero(-1).tolist()
         self.ranks = [max(ranks[part]) for part in self.slices]
         self._updates = [self._update(index) for index in range(len(self.layers))]
 
@@ -298,146 +282,15 @@ class LowRankStack(Stack):
         part = self.slices[index]
         tensors = {
             "basis": self._basis,
-            "eigenvalues": self._eigenvalues,
-            "coefficients": self._coefficients,
-            "trace": self._trace,
-            "floor": self._floor,
-            "error": self._error,
+            "eigenvalues": self._fields.eigenvalues,
+            "coefficients": self._fields.coefficients,
+            "trace": self._fields.trace,
+            "floor": self._fields.floor,
+            "error": self._fields.error,
         }
         if self.options.ema:
-            tensors["weight"] = self._weight
+            tensors["weight"] = self._fields.weight
         return {name: tensor[part] for name, tensor in tensors.items()}
-
-
-class _Renewal:
-    """One refresh of stacks on one device that track equally many directions.
-
-    What is k x k per covariance is done on the host, for all of them at once: stack by stack it would be some 300 small
-    operators each. Numbers there are arrays in float64, see :mod:`~.certificate`. The host waits for the device once,
-    in :meth:`solve`.
-
-    Args:
-        stacks: Whose sums are complete, or will be by what is queued. Their projections are queued.
-    """
-
-    def __init__(self, stacks: Sequence[LowRankStack]) -> None:
-        self.stacks = stacks
-        self.device, self.dtype = stacks[0].device, stacks[0].dtype
-        self.tracked, self.options = stacks[0].tracked, stacks[0].options
-        self.sizes = [stack.blocks for stack in stacks]
-        # Of this thread: another may be held to fewer.
-        self.workers = torch.get_num_threads() if _host_is_idle(self.device) else 1
-        self.dims = np.repeat([stack.dim for stack in stacks], self.sizes)
-        self.last = np.concatenate([stack._known.numpy() for stack in stacks]).astype(np.float64)
-        eigenvalues, _, trace, _, _, weight = _fields(self.last, self.tracked)
-        self.weight, share = collected(weight, self.options.ema)  # without ema, all of it new
-        above, tail = _above_tail(eigenvalues, trace, self.dims)
-        kept = (1 - share)[:, None]
-        past = np.concatenate([share[:, None], kept * trace[:, None], kept * tail, kept * above], axis=1)
-        facts, numbers = self._factors(self._upload(pinned(torch.from_numpy(past), self.device)))
-        self.images, cores = zip(*map(LowRankStack.project, stacks, numbers.split(self.sizes)), strict=True)
-        self._download = ToHost(facts, torch.cat(cores, dim=1))
-
-    def _factors(self, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the sums, of the identity and of each direction in the average, in units of its trace, (B, 2 + k).
-
-        On the device, where the sums are. And before them what :meth:`solve` needs to know: rows, this refresh's trace,
-        and that of the average, (3, B).
-
-        Args:
-            past: The new statistics' share, and of the past, times its own: trace, tail, and eigenvalues above that.
-        """
-        share, kept_trace, kept = past[:, 0], past[:, 1], past[:, 2:]
-        rows = torch.cat([stack.counts for stack in self.stacks]).double()
-        per_row = rows.clamp(min=1).reciprocal()
-        seen = torch.cat([stack.trace_sums for stack in self.stacks]).double() * per_row
-        average = torch.addcmul(kept_trace, share, seen)
-        # What is not usable divides by anything: such blocks keep what they have.
-        numbers = torch.cat([(share * per_row)[:, None], kept], dim=1) / average[:, None]
-        numbers[:, 1] += SHIFT
-        return torch.stack([rows, seen, average]), numbers.to(self.dtype)
-
-    def begin(self, deferred: bool) -> Callable[[], _Solution]:
-        """:meth:`solve`, to be called; if that is later, and the host idle until then, a thread has begun with it."""
-        return in_background(self.solve, self.device) if deferred and _host_is_idle(self.device) else self.solve
-
-    def solve(self) -> _Solution:
-        """What the host does, for :meth:`adopt`; may run in a thread of its own."""
-        options = self.options
-        facts, core_and_gram = self._download.wait()
-        rows, seen, trace = facts.numpy()
-        damping, fresh = (damping_values(of, self.dims, options.damping, options.damping_scale) for of in (trace, seen))
-        valid = usable(trace, damping, self.dtype) & usable(seen, fresh, self.dtype)
-        found, rotation, trusted = core_eigenpairs(core_and_gram, torch.from_numpy(valid), workers=self.workers)
-        good = trusted.numpy()
-        # Any numbers will do where nothing can be trusted: such blocks keep what they have.
-        trace, damping = np.where(good, trace, 1), np.where(good, damping, 1)
-        eigenvalues = np.where(good[:, None], found.numpy() * trace[:, None], 0)
-        error = relative_error(eigenvalues, trace, damping, self.dims)
-        needed = required_rank(error, options.max_error)
-        # Directions are dropped only if the others do twice as well as they must, so that they do not come back.
-        ample = required_rank(error, options.max_error / 2)
-        # Multiples of 8 take less time than the fewer directions they replace.
-        rank = np.minimum(-(-needed // 8) * 8, self.tracked)
-        c, floor = coefficients(eigenvalues, trace, damping, self.dims, rank)
-        numbers = np.stack([trace, floor, np.take_along_axis(error, rank[:, None], 1)[:, 0], self.weight], axis=1)
-        new = np.concatenate([eigenvalues, c, numbers], axis=1)
-        with np.errstate(over="ignore"):  # a floor that is infinite leaves nothing of the gradient
-            known = np.where(good[:, None], new, self.last).astype(self._number)
-        derived = _derived(known, self.tracked)
-        _, used, _, _, certified, _ = _fields(known, self.tracked)
-        outcome = [rows, seen, good, derived[:, -1], certified]
-        outcome += [np.count_nonzero(used, axis=-1), needed * good, ample * good]
-        return _Solution(
-            rotation=pinned(rotation, self.device),
-            known=torch.from_numpy(known),
-            derived=pinned(torch.from_numpy(derived), self.device),
-            good=None if good.all() else pinned(torch.from_numpy(good), self.device),
-            outcome=torch.from_numpy(np.stack(outcome)),
-        )
-
-    def adopt(self, solution: _Solution) -> Iterable[tuple[LowRankStack, Tensor]]:
-        """Renew the stacks; returns what their :meth:`LowRankStack.accept` is told."""
-        parts = zip(
-            self.stacks,
-            self.images,
-            self._upload(solution.rotation).split(self.sizes),
-            solution.known.split(self.sizes),
-            self._upload(solution.derived).split(self.sizes),
-            [None] * len(self.stacks) if solution.good is None else self._upload(solution.good).split(self.sizes),
-            strict=True,
-        )
-        for stack, *part in parts:
-            stack.renew(*part)
-        return zip(self.stacks, solution.outcome.split(self.sizes, dim=1), strict=True)
-
-    @property
-    def _number(self) -> np.dtype[Any]:
-        """The stacks' dtype, of arrays."""
-        return self.stacks[0]._known.numpy().dtype
-
-    def _upload(self, numbers: Tensor) -> Tensor:
-        """To the device in one piece."""
-        return numbers.to(self.device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class _Solution:
-    """What :meth:`_Renewal.solve` has found, on the host, blocks first but in ``outcome``.
-
-    Attributes:
-        rotation: (B, k, k), see :meth:`LowRankStack.renew`, as for the next three.
-        known: (B, 2 k + 4).
-        derived: (B, k + 1).
-        good: (B,), or None where all are.
-        outcome: What :meth:`LowRankStack.accept` is told, (8, B).
-    """
-
-    rotation: Tensor
-    known: Tensor
-    derived: Tensor
-    good: Tensor | None
-    outcome: Tensor
 
 
 def add_rows(rows: Tensor, test: Tensor, image: Tensor, trace: Tensor) -> None:
@@ -453,28 +306,3 @@ def add_rows(rows: Tensor, test: Tensor, image: Tensor, trace: Tensor) -> None:
     image.baddbmm_(scores.mT, rows)
     norms = torch.linalg.vector_norm(rows, dim=(1, 2))
     trace.addcmul_(norms, norms)
-
-
-def _host_is_idle(device: torch.device) -> bool:
-    """Whether the host's cores have little to do in a step of training."""
-    return device.type != "cpu"
-
-
-def _fields(known: Any, tracked: int) -> tuple[Any, ...]:
-    """Eigenvalues and coefficients, (B, k); trace, floor lambda', certified error, and weight of the average, (B,).
-
-    Views of an array, or of a tensor.
-    """
-    return known[:, :tracked], known[:, tracked : 2 * tracked], *known[:, 2 * tracked :].T
-
-
-def _derived(known: NDArray[Any], tracked: int) -> NDArray[Any]:
-    """What the update multiplies with: each direction's coefficient by the floor, and 1 by it, (B, k + 1)."""
-    _, coefficients, _, floor, *_ = _fields(known, tracked)
-    return np.concatenate([coefficients, np.ones_like(floor)[:, None]], axis=1) / floor[:, None]
-
-
-def _above_tail(eigenvalues: Floats, trace: Floats, dim: int | Ints) -> tuple[Floats, Floats]:
-    """By how much the eigenvalues exceed the mean of those not tracked, (B, k), and that, (B, 1)."""
-    tail = tail_mean(eigenvalues, trace, dim)[:, -1:]
-    return eigenvalues - tail, tail

@@ -3,9 +3,10 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from logging import getLogger
+from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
@@ -13,24 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.profiler import record_function
 
 from dopr_lightning.preconditioner.audit import GradientAudit
 from dopr_lightning.preconditioner.capture import Capture
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import check_patterns, check_still_frozen, find_coverage
-from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
+from dopr_lightning.preconditioner.distributed import Reduction, world_size
 from dopr_lightning.preconditioner.failures import report, too_inexact, unseen
 from dopr_lightning.preconditioner.joining import Joining
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer
 from dopr_lightning.preconditioner.lowrank import WARM_UP, LowRankStack
 from dopr_lightning.preconditioner.masks import Masks
 from dopr_lightning.preconditioner.options import check_options
+from dopr_lightning.preconditioner.refresh import labelled, refresh
 from dopr_lightning.preconditioner.replay import Replay
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
 from dopr_lightning.preconditioner.stack import FinishRefresh, Stack, StackOptions
-from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, moments
+from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, covered_rows, moments
 from dopr_lightning.preconditioner.threads import ToHost
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
@@ -185,7 +186,9 @@ class ActivationPreconditioner:
         self._masks = Masks()
         self._alignment: dict[str, Alignment] = {}
         self._watch()
-        if parameters is None:  # optimizers that share a layer may each step after a backward of its own
+        self._removed = False
+        self._whole = parameters is None  # optimizers that share a layer may each step after a backward of its own
+        if self._whole:
             self._look_for_others()
             _whole.add(self)
 
@@ -195,6 +198,7 @@ class ActivationPreconditioner:
         self._replay = Replay()
         self._audit = GradientAudit(self._coverage.layers)
         self._capture = Capture(self._coverage.layers, self._take, lambda: self.collecting, self._audit)
+        self._lock = RLock()  # of a model on several devices each has a thread in the backward
 
     @property
     def update_every(self) -> int:
@@ -248,7 +252,7 @@ class ActivationPreconditioner:
                 self._masks.report()
             if measure:
                 before = {name: gradient.clone() for name, gradient in self._gradients()}
-            with _range("dopr::apply"):
+            with labelled("dopr::apply"):
                 self._replay.apply(self._stacks)
             if measure:
                 self._alignment = self._compare(before)
@@ -280,7 +284,7 @@ class ActivationPreconditioner:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with torch.autocast(self._stacks[0].device.type, enabled=False), _range("dopr::solve"):
+        with torch.autocast(self._stacks[0].device.type, enabled=False), labelled("dopr::solve"):
             found = pending.finish()
             *done, gradients = pending.download.wait()
             self._accept(found | dict(zip(pending.done, done, strict=True)), pending.step)
@@ -319,6 +323,7 @@ class ActivationPreconditioner:
 
     def remove(self) -> None:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
+        self._removed = True
         self._pending = None
         _whole.discard(self)
         self._capture.remove()
@@ -332,37 +337,23 @@ class ActivationPreconditioner:
         self.settle()
         rows = [SummaryRow(name, reason=reason) for name, reason in self._coverage.reasons.items()]
         for stack in self._stacks:
-            for index, layer in enumerate(stack.layers):
-                spectrum = stack.spectrum(index)
-                rows += [
-                    SummaryRow(
-                        parameter=label,
-                        kind=layer.kind,
-                        solver=stack.solver,
-                        d_in=stack.dim,
-                        rows=stack.rows_seen[index],
-                        condition_number=None if spectrum is None else spectrum.condition_number,
-                        effective_rank=None if spectrum is None else spectrum.effective_rank,
-                        rank=stack.ranks[index] if isinstance(stack, LowRankStack) else None,
-                        error=stack.errors[index] if isinstance(stack, LowRankStack) else None,
-                        cosine=float(self._alignment[name].cosine) if name in self._alignment else None,
-                        update_rms=float(self._alignment[name].rms) if name in self._alignment else None,
-                        failures=stack.failures[index],
-                    )
-                    for label, name in zip(layer.labels, layer.parameter_names, strict=True)
-                ]
+            rows += covered_rows(stack, self._alignment)
         return Summary(sorted(rows, key=lambda row: self._coverage.order(row.parameter)))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, of model and preconditioner at once, has no thread, and watches its own model."""
         self.settle()
-        watching = ("_joining", "_replay", "_audit", "_capture")
+        watching = ("_joining", "_replay", "_audit", "_capture", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in watching}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch()
         self._capture.listen(self.collecting)
+        if self._removed:
+            self.remove()
+        elif self._whole:
+            _whole.add(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""
@@ -409,12 +400,13 @@ class ActivationPreconditioner:
         """Point out a weight that an earlier preconditioner goes on rewriting."""
         # By modules, since an earlier one's weights may have been replaced, or be computed no more.
         theirs = {id(module) for other in _whole for layer in other._coverage.layers for module in layer.modules}
-        shared = next((layer.name for layer in self._coverage.layers if theirs & {*map(id, layer.modules)}), None)
-        if shared is not None:
+        shared = [layer.name for layer in self._coverage.layers if theirs & {*map(id, layer.modules)}]
+        if shared:
             log.warning(
-                "%s: another preconditioner covers it too, and if both step, its gradient is rewritten twice; call "
+                "%s%s: another preconditioner covers it too, and if both step, its gradient is rewritten twice; call "
                 "remove() of the other one, or give each an include of its own",
-                shared,
+                shared[0],
+                f" (and {len(shared) - 1} more)" if shared[1:] else "",
             )
 
     def _plan(self, refreshed: bool) -> None:
@@ -461,13 +453,14 @@ class ActivationPreconditioner:
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
     def _take(self, layer: Layer, x: Tensor, mask: Tensor | None, lasts: bool) -> None:
-        if self._pending is not None:  # the number of directions must not change in an open window
-            self.settle()
-        if not (lasts and mask is None and self._joining.hold(layer, x)):
-            self._count([layer], x, mask)
+        with self._lock:
+            if self._pending is not None:  # the number of directions must not change in an open window
+                self.settle()
+            if not (lasts and mask is None and self._joining.hold(layer, x)):
+                self._count([layer], x, mask)
 
     def _count(self, layers: Sequence[Layer], x: Tensor, mask: Tensor | None = None) -> None:
-        with _range("dopr::statistics"):
+        with labelled("dopr::statistics"):
             stack = self._stack_of[layers[0]]
             stack.add(layers, x, mask)
             if mask is not None:
@@ -478,45 +471,23 @@ class ActivationPreconditioner:
     def _refresh(self) -> None:
         """Pool the sums over ranks and renew the inverses; where this may overlap, leave the end to :meth:`settle`."""
         self._joining.flush()  # of a backward that failed
-        if world_size(self._group) > 1:  # the process group may be younger than this preconditioner
+        if world_size(self._group) > 1:  # init_process_group may have been called after this was made
             for stack in list(self._stacks):
                 if isinstance(stack, WoodburyStack):
                     self._replace(stack, stack.to_exact())
         stacks = self._stacks
-        for stack in stacks:
-            stack.close()
-        with _range("dopr::reduce"):
-            reduction = Reduction([*(s.counts for s in stacks), *(s.sums for s in stacks)], self._group)
-        shares = assign([s.blocks for s in stacks], [s.cost for s in stacks], world_size(self._group))
-        mine = [share[rank(self._group)] for share in shares]
-
-        def due(kind: type[Stack]) -> Iterator[tuple[Stack, slice]]:
-            for index, stack in enumerate(stacks):
-                if type(stack) is kind:
-                    reduction.wait(index)
-                    reduction.wait(len(stacks) + index)
-                    yield stack, mine[index]
-
         deferred = self._may_overlap()
-        with _range("dopr::solve"):
-            kinds = dict.fromkeys(type(stack) for stack in stacks)
-            finish = {kind: kind.begin_refresh(due(kind), deferred=deferred) for kind in kinds}
-            later = finish.pop(LowRankStack, dict) if deferred else dict
-            outcomes = {stack: outcome for kind in finish for stack, outcome in finish[kind]().items()}
-        with _range("dopr::reduce"):
-            shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
-            gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], self._group)
-            renewed = Reduction([outcomes[stacks[i]][2] for i, _ in shared], self._group)
-            for position in range(len(shared)):
-                renewed.wait(position)
-            gathering.wait()
-        self.bytes_sent += reduction.bytes + gathering.bytes + renewed.bytes
+        refreshed = refresh(stacks, self._group, deferred=deferred)
+        self.bytes_sent += refreshed.bytes_sent
+        outcomes = refreshed.outcomes
         if deferred:
             suspects = [layer for stack in stacks for layer in stack.without_rows() if layer.has_gradient]
             found = [layer.gradient().any().to(self._stacks[0].device) for layer in suspects]
             gradients = torch.stack(found) if found else torch.zeros(0)
             download = ToHost(*outcomes.values(), gradients)
-            self._pending = _Pending(later, tuple(outcomes), suspects, download, self.steps, self._masks.fitted)
+            self._pending = _Pending(
+                refreshed.finish, tuple(outcomes), suspects, download, self.steps, self._masks.fitted
+            )
             return
         self._accept(outcomes, self.steps)
         without = [
@@ -583,8 +554,3 @@ class _Pending:
     download: ToHost
     step: int
     masked: bool
-
-
-def _range(name: str) -> AbstractContextManager[Any]:
-    """A label for profilers, which costs nothing without one."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()

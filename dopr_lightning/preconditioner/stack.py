@@ -337,7 +337,7 @@ class Stack(ABC):
         keep = None if mask is None else self._keep(layer, x, mask, rows.shape[1])
         limit = self.options.max_rows
         if limit is not None and rows.shape[1] > limit:
-            some = spread(rows.shape[1], limit, rows.device)
+            some = spread(rows.shape[1], limit).to(rows.device, non_blocking=True)
             rows, keep = rows.index_select(1, some), None if keep is None else keep[some]
         rows = rows.to(self.dtype)  # only now: half precision is thinned out at half the cost
         if keep is None:
@@ -377,16 +377,16 @@ def gradient_shape(layer: Layer) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=64)
-def spread(rows: int, limit: int, device: torch.device) -> Tensor:
+def spread(rows: int, limit: int) -> Tensor:
     """The ``limit`` of so many rows that are used: one of each of as many stretches.
 
     Where in its stretch goes by the golden ratio. At equal distances it could be the same token of every sequence, or a
     few columns of every image.
     """
-    edges = [-(-i * rows // limit) for i in range(limit + 1)]
-    offsets = ((i * GOLDEN % 1, stop - start) for i, (start, stop) in enumerate(pairwise(edges)))
-    index = [start + int(share * length) for start, (share, length) in zip(edges, offsets, strict=False)]
-    return torch.tensor(index, device=device)
+    stretch = torch.arange(limit + 1)
+    edges = (stretch * rows + limit - 1) // limit
+    share = stretch[:-1].double() * GOLDEN % 1
+    return edges[:-1] + (share * edges.diff()).long()
 
 
 def subtract_low_rank(gradient: Tensor, left: Tensor, right: Tensor, scale: Tensor | float) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dopr_lightning.preconditioner.lowrank import LowRankStack
+from dopr_lightning.preconditioner.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,38 @@ class Alignment(NamedTuple):
 
     cosine: Tensor
     rms: Tensor
+
+
+def covered_rows(stack: Stack, measured: Mapping[str, Alignment]) -> list[SummaryRow]:
+    """One row per parameter of a stack's layers.
+
+    Args:
+        stack: Of the layers.
+        measured: By the parameter's public name.
+    """
+    low_rank = stack if isinstance(stack, LowRankStack) else None
+    rows = []
+    for index, layer in enumerate(stack.layers):
+        spectrum = stack.spectrum(index)
+        for label, name in zip(layer.labels, layer.parameter_names, strict=True):
+            rewrite = measured.get(name)
+            rows.append(
+                SummaryRow(
+                    parameter=label,
+                    kind=layer.kind,
+                    solver=stack.solver,
+                    d_in=stack.dim,
+                    rows=stack.rows_seen[index],
+                    condition_number=None if spectrum is None else spectrum.condition_number,
+                    effective_rank=None if spectrum is None else spectrum.effective_rank,
+                    rank=None if low_rank is None else low_rank.ranks[index],
+                    error=None if low_rank is None else low_rank.errors[index],
+                    cosine=None if rewrite is None else float(rewrite.cosine),
+                    update_rms=None if rewrite is None else float(rewrite.rms),
+                    failures=stack.failures[index],
+                )
+            )
+    return rows
 
 
 def moments(gradient: Tensor, rewritten: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
+from dopr_lightning.preconditioner.sharding import local
 from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, check_success, evaluate
 from dopr_lightning.rollout.seat import SimulationError
 from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
@@ -206,11 +208,14 @@ class RolloutEvaluation(Callback):
             except Exception as caught:  # a policy may raise anything
                 error = caught
         # A rank that fails must say so to the others, which would wait for it otherwise.
-        failures = [failure for failure in _gather(_failure(error)) if failure]
+        failures = [failure for failure in _gather(_failure(error, pl_module)) if failure]
         if failures:
             raise _stopped(trainer, error or UserError(failures[0][0]), blameless=all(one for _, one in failures))
         episodes = sorted((e for share in _gather(episodes) for e in share), key=lambda e: e.seed)
-        check_success(spec, episodes)
+        try:
+            check_success(spec, episodes)
+        except UserError as unsaid:
+            raise _stopped(trainer, unsaid, blameless=True) from None
         self.latest = episodes
 
         # Every rank holds all episodes, so the numbers agree without another reduction.
@@ -253,13 +258,14 @@ class RolloutEvaluation(Callback):
                     _show(logger, f"rollout/{name}", shown, step)
 
 
-def _failure(error: Exception | None) -> tuple[str, bool] | None:
+def _failure(error: Exception | None, policy: torch.nn.Module) -> tuple[str, bool] | None:
     """What to say of an error, and whether the training is none the worse for it: the simulator failed, say."""
     if error is None:
         return None
     if isinstance(error, UserError):
         return str(error), isinstance(error, SimulationError)
-    return f"{type(error).__name__}: {error}", True
+    sound = all(bool(local(weight).isfinite().all()) for weight in policy.parameters())
+    return f"{type(error).__name__}: {error}", sound
 
 
 def _stopped(trainer: L.Trainer, error: Exception, *, blameless: bool) -> Exception:
@@ -268,7 +274,13 @@ def _stopped(trainer: L.Trainer, error: Exception, *, blameless: bool) -> Except
     Not so where the policy is at fault: diverged weights must not replace those that were saved before.
     """
     savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)]
-    path = savers[0].keep(trainer) if savers and blameless and trainer.state.fn == TrainerFn.FITTING else ""
+    if not (savers and blameless and trainer.state.fn == TrainerFn.FITTING):
+        return error
+    try:
+        path = savers[0].keep(trainer)
+    except Exception as another:  # a full disk, or a device that the first error has left unusable
+        error.add_note(f"the training could not be saved either: {another}")
+        return error
     if not path:
         return error
     saved = f"the training until step {trainer.global_step} is saved; go on with it by --ckpt_path {path}"

@@ -29,8 +29,8 @@ FREE = 1e30
 UNIT = Rates(
     square=1,
     skinny=1,
-    counting=1,
     touch=0,
+    read=0,
     factor=1,
     inverse=1,
     nystrom=1,
@@ -210,6 +210,18 @@ def test_the_floor_is_the_flops_at_the_speed_of_square_products() -> None:
     rare = predict(planned, UNIT, update_every=10)
     assert rare.seconds["statistics"] == prediction.seconds["statistics"] / 2
     assert rare.seconds["apply"] == prediction.seconds["apply"]
+
+
+def test_statistics_read_an_input_and_rearrange_that_of_a_convolution() -> None:
+    def more(module: nn.Module, **rates: float) -> float:
+        planned = plan(module, 128, solver="lowrank")
+        slow, quick = (predict(planned, rates, update_every=1) for rates in (replace(UNIT, **rates), UNIT))
+        return slow.seconds["statistics"] - quick.seconds["statistics"]
+
+    linear, conv = nn.Linear(64, 5), nn.Conv1d(64, 5, 3)
+    assert more(linear, read=3.0) == more(conv, read=3.0) == 3 * 128 * 64
+    assert more(linear, rearranged=0.5) == 0
+    assert more(conv, rearranged=0.5) == pytest.approx(2 * 4 * 128 * 64 / 0.5)
 
 
 def test_on_a_gpu_only_who_is_waited_for_costs_time() -> None:

@@ -537,12 +537,14 @@ def test_a_convolution_that_pads_or_crops_by_itself_has_its_channels_covariance(
     inverse = torch.linalg.inv(covariance + 0.01 * covariance.trace() * torch.eye(4))
     torch.testing.assert_close(module.weight.grad, torch.einsum("ock,cd->odk", gradient, inverse))
     assert not caplog.records
-    refusing = ActivationPreconditioner(module, conv="patch")
-    with pytest.raises(
-        TypeError, match=r"^weight: rows cannot be taken from a call with a tensor of shape \(3, 4, 7\)"
-    ):
-        module(x).sum().backward()
-    refusing.remove()
+    ap.remove()
+    for max_dim in (None, 7):
+        refusing = ActivationPreconditioner(module, conv="patch", max_dim=max_dim)
+        with pytest.raises(
+            TypeError, match=r"^weight: rows cannot be taken from a call with a tensor of shape \(3, 4, 7\)"
+        ):
+            module(x).sum().backward()
+        refusing.remove()
 
 
 def test_a_subclass_whose_input_is_not_what_its_weight_multiplies_is_refused_by_name() -> None:
@@ -579,6 +581,14 @@ def test_a_subclass_whose_input_is_not_what_its_weight_multiplies_is_refused_by_
     refused(Positions(4, 3), torch.full((2, 4), 7))
 
 
+def test_an_embedding_may_see_no_token_at_first() -> None:
+    module = nn.Embedding(5, 3)
+    ap = ActivationPreconditioner(module)
+    module(torch.zeros(2, 0, dtype=torch.long)).sum().backward()
+    module(torch.tensor([[1, 4]])).square().sum().backward()
+    ap.step()
+
+
 def test_a_subclass_that_returns_its_rows_in_another_shape_is_let_be(caplog: pytest.LogCaptureFixture) -> None:
     class Heads(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -588,8 +598,18 @@ def test_a_subclass_that_returns_its_rows_in_another_shape_is_let_be(caplog: pyt
         def forward(self, input: Tensor) -> tuple[Tensor, ...]:
             return super().forward(input).chunk(2, -1)
 
+    class Transposed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).mT
+
+    class Squeezed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).squeeze()
+
     x = torch.randn(3, 7, 8)
-    heads, chunks = Heads(8, 6), Chunks(8, 6)
+    heads, chunks, transposed, squeezed = Heads(8, 6), Chunks(8, 6), Transposed(8, 7), Squeezed(8, 1)
+    assert audited(lambda: transposed(x).square().sum().backward(), Watched([transposed]), caplog=caplog) == []
+    assert audited(lambda: squeezed(x[:1, 0]).square().sum().backward(), Watched([squeezed]), caplog=caplog) == []
     assert audited(lambda: heads(x).square().sum().backward(), Watched([heads]), caplog=caplog) == []
     assert audited(lambda: torch.cat(chunks(x)).square().sum().backward(), Watched([chunks]), caplog=caplog) == []
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dopr_lightning import ActivationPreconditioner
-from dopr_lightning.preconditioner import lowrank
+from dopr_lightning.preconditioner import renewal
 from dopr_lightning.preconditioner.lowrank import WARM_UP
 from dopr_lightning.preconditioner.threads import in_background
 
@@ -31,7 +31,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the host's part of a refresh: on a CPU, and beside a GPU."""
     if request.param == "in a thread":
-        monkeypatch.setattr(lowrank, "_host_is_idle", lambda device: True)
+        monkeypatch.setattr(renewal, "_host_is_idle", lambda device: True)
 
 
 def net() -> nn.Sequential:

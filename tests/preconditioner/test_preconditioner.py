@@ -540,6 +540,28 @@ def test_copies_go_on_by_themselves(update_every: int) -> None:
     assert torch.equal(weight_gradients(other)[0], weight_gradients(model)[0])
 
 
+def test_a_copy_of_a_removed_one_is_removed() -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model)
+    ap.remove()
+    other, copied = copy.deepcopy((model, ap))
+    assert not any(module._forward_hooks for module in other.modules())
+    copied.remove()
+
+
+def test_copies_are_made_while_weights_are_frozen() -> None:
+    """As those of the other optimizer are under ``toggle_optimizer``."""
+    model = mlp(5, 4, 3)
+    ap = ActivationPreconditioner(model)
+    model[0].requires_grad_(False)
+    other, copied = copy.deepcopy((model, ap))
+    other[0].requires_grad_(True)
+    backward(other, batch(0))
+    before = weight_gradients(other)[0]
+    copied.step()
+    torch.testing.assert_close(weight_gradients(other)[0], preconditioned(before, covariance(batch(0)), 0.01))
+
+
 def test_globs_are_lists() -> None:
     """Iterated by letter, ``exclude="0"`` would do and ``include="bo*"`` cover everything."""
     for name in ("include", "exclude"):

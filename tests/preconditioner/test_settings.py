@@ -16,7 +16,6 @@ from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.stack import spread
 
 GAMMA = 0.1
-CPU = torch.device("cpu")
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -220,7 +219,7 @@ def test_max_rows_takes_evenly_spread_rows_of_each_input(limit: int, masked: boo
             model(x).square().sum().backward()
     before = gradients(model)
     ap.step()
-    some = spread(24, limit, CPU) if limit < 24 else torch.arange(24)
+    some = spread(24, limit) if limit < 24 else torch.arange(24)
     used = torch.cat([x[some][keep[some]] for x in parts])
     assert rows(ap) == {"0.weight": len(used)}
     torch.testing.assert_close(model[0].weight.grad, rewritten(before["0.weight"], covariance(used)))
@@ -230,7 +229,7 @@ def test_max_rows_takes_evenly_spread_rows_of_each_input(limit: int, masked: boo
 def test_rows_are_spread_along_every_axis(grid: tuple[int, ...], limit: int) -> None:
     """Every 28th row of images 84 wide would be of three columns."""
     rows = math.prod(grid)
-    some = spread(rows, limit, CPU)
+    some = spread(rows, limit)
     assert torch.equal(some * limit // rows, torch.arange(limit))  # of every stretch one
     for size, place in zip(grid, torch.unravel_index(some, grid), strict=True):
         share = torch.bincount(place, minlength=size) * size / limit
