@@ -607,7 +607,7 @@ def test_a_subclass_that_returns_its_rows_in_another_shape_is_let_be(caplog: pyt
             return super().forward(input).squeeze()
 
     x = torch.randn(3, 7, 8)
-    heads, chunks, transposed, squeezed = Heads(8, 6), Chunks(8, 6), Transposed(8, 7), Squeezed(8, 1)
+    heads, chunks, transposed, squeezed = Heads(8, 6), Chunks(8, 6), Transposed(8, 6), Squeezed(8, 1)
     assert audited(lambda: transposed(x).square().sum().backward(), Watched([transposed]), caplog=caplog) == []
     assert audited(lambda: squeezed(x[:1, 0]).square().sum().backward(), Watched([squeezed]), caplog=caplog) == []
     assert audited(lambda: heads(x).square().sum().backward(), Watched([heads]), caplog=caplog) == []
