@@ -90,10 +90,11 @@ def _alone(partial: Path, target: Path) -> Iterator[bool]:
         log.warning("%s is being downloaded already; waiting for that", target)
         held = lock.acquire()
     with held:
-        yield _stamp(target) not in (None, before)
-    # Who waits for it finds the file in place. Where it failed the lock stays, for others may be about to open it.
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
+        try:
+            yield _stamp(target) not in (None, before)
+        finally:
+            with suppress(OSError):  # Windows removes nothing that is open
+                Path(lock.lock_file).unlink()  # who waits for it then waits for the next one's
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

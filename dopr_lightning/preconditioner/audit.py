@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from dopr_lightning.preconditioner.engine import current_backward
+
 if TYPE_CHECKING:
     from dopr_lightning.preconditioner.layers import Layer
 
@@ -160,14 +162,14 @@ class _Probe:
         explained, noise = self._explain(x, gradient.detach())
         # Under autocast the layer saw x rounded to its output's dtype, on GPUs perhaps to TF32.
         precision = max(torch.finfo(gradient.dtype).eps, 2**-10)
-        backward = torch._C._current_graph_task_id()
+        backward = current_backward()
         before = self.explained.get(backward, (0.0, 0.0))
         self.explained[backward] = before[0] + explained, before[1] + noise * precision**2
 
     @torch.no_grad()
     def observe(self, gradient: Tensor) -> None:
         """Hook of the weight: called once per backward, with the sum over the weight's uses."""
-        explained = self.explained.pop(torch._C._current_graph_task_id(), None)
+        explained = self.explained.pop(current_backward(), None)
         # Without rows it may have been in eval mode; that a layer is never captured is noticed elsewhere.
         if explained is not None:
             self.judged.append((self._project(gradient), *explained))

@@ -20,22 +20,28 @@ from contextlib import contextmanager
 from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._library.effects import EffectType
-from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from dopr_lightning.preconditioner.engine import (
+    ORDERED,
+    gets_gradient,
+    keep_out_of_cuda_graphs,
+    tell_when_compiling,
+    within_torch_func,
+)
+
 if TYPE_CHECKING:
     from dopr_lightning.preconditioner.audit import GradientAudit
     from dopr_lightning.preconditioner.layers import Layer
+
+OPERATOR = "dopr_lightning::count_rows"
 
 
 class Capture:
@@ -61,7 +67,7 @@ class Capture:
         active: Callable[[], bool],
         audit: GradientAudit | None = None,
     ) -> None:
-        _keep_out_of_cuda_graphs()
+        keep_out_of_cuda_graphs(OPERATOR)
         self.active = active
         self.current_mask: Tensor | None = None
         self._sink = sink
@@ -70,7 +76,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._compiled = False
         self.listen(True)
-        _tell_when_compiling(self)
+        tell_when_compiling(self)
 
     def listen(self, wanted: bool) -> None:
         """Take the hooks off as long as no rows are wanted, unless something was compiled, or put them back.
@@ -145,29 +151,6 @@ def _never() -> bool:
     return False
 
 
-_waiting: WeakSet[Capture] = WeakSet()
-
-
-def _tell_when_compiling(capture: Capture) -> None:
-    """Let :meth:`Capture.compiling` be called when ``torch.compile`` begins with anything."""
-    _waiting.add(capture)
-    handler = torch._dynamo.callback_handler
-    if not isinstance(handler.start_callbacks, _Callbacks):
-        handler.start_callbacks = _Callbacks([*handler.start_callbacks, _on_compile_start])
-
-
-class _Callbacks(list[Callable[[Any], None]]):
-    """Called when a compilation starts; one of them also after ``torch._dynamo.reset()``, which clears the others."""
-
-    def clear(self) -> None:
-        self[:] = [_on_compile_start]
-
-
-def _on_compile_start(_: Any) -> None:
-    while _waiting:
-        _waiting.pop().compiling()
-
-
 class _Tap:
     """Puts the counting node behind outputs of one layer."""
 
@@ -189,7 +172,7 @@ class _Tap:
             return False
         # Within torch.func tensors are wrapped. Its gradients are values; where they become a weight's .grad all the
         # same (vmap of the module itself, then backward), no row is counted, and step() says so.
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.compiler.is_compiling() and within_torch_func():
             return False
         return self.layer.weight.requires_grad
 
@@ -252,28 +235,13 @@ class _CountRows(torch.autograd.Function):
         else:
             (x,) = ctx.saved_tensors
             ctx.tap.capture.show_audit(ctx.tap.layer, x, gradient)
-            if not ctx.counted and _gets_gradient(ctx.tap.layer.weight):  # a graph may be walked back twice
+            if not ctx.counted and gets_gradient(ctx.tap.layer.weight):  # a graph may be walked back twice
                 ctx.counted = True
                 ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask, lasts=ctx.lasts)
         return gradient, None, None, None, None, None
 
 
-def _gets_gradient(weight: nn.Parameter) -> bool:
-    """Whether the backward under way, or a later one through its graph, adds to a weight's ``.grad``.
-
-    ``torch.autograd.grad`` of an adversarial input does not, nor ``backward(inputs=...)`` of another network.
-    """
-    # A graph that is kept may be walked for the weights later (retain_graph, create_graph, zero-bubble pipelines). Of a
-    # DTensor the graph has another tensor.
-    if torch._C._autograd._get_current_graph_task_keep_graph() or type(weight) is not nn.Parameter:
-        return True
-    try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
-    except RuntimeError:  # torch.autograd.grad of the weight itself, or the weight was frozen after the forward
-        return True
-
-
-@torch.library.custom_op("dopr_lightning::count_rows", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+@torch.library.custom_op(OPERATOR, mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def count_rows(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
     """Compiled graphs call this in their backward. It takes the gradient so that it can be nowhere else."""
     tap = _tap_of_key.get(int(key))
@@ -289,19 +257,7 @@ def _(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
 
 # It returns nothing and would be dropped as dead code. An effect instead of an argument that it mutates: that would
 # have to be saved for backward, and a second micro-batch's backward would find it modified.
-count_rows.register_effect(EffectType.ORDERED)
-
-
-def _keep_out_of_cuda_graphs() -> None:
-    """Say by name what the operator's tag says, which its effect hides from Inductor (torch 2.11 to 2.14).
-
-    Recorded in a CUDA graph (``mode="reduce-overhead"``) it would make its buffers in the graph's memory, and never
-    count another row.
-    """
-    config = torch._inductor.config
-    name = "dopr_lightning::count_rows"
-    if name not in config.custom_should_partition_ops:
-        config.custom_should_partition_ops = [*config.custom_should_partition_ops, name]
+count_rows.register_effect(ORDERED)
 
 
 class _Unscriptable:

@@ -16,6 +16,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from dopr_lightning.preconditioner.engine import at_the_end_of_backward, current_backward
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.stack import Stack
 
@@ -65,10 +66,10 @@ class Joining:
             self.flush()
         self._held.append(_Held(layer, x, x._version, stream))
         self._bytes += size
-        backward = torch._C._current_graph_task_id()
+        backward = current_backward()
         if backward != self._backward:  # one that failed never came to its end
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+            at_the_end_of_backward(self._end)
         return True
 
     def flush(self) -> None:

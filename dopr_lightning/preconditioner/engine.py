@@ -1,0 +1,87 @@
+"""What is asked of autograd's engine and of the compiler, where torch has no public way (tested: 2.11 to 2.14)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import nn
+from torch._library.effects import EffectType
+from torch.autograd.graph import get_gradient_edge
+
+ORDERED = EffectType.ORDERED
+"""The effect of operators that must be neither dropped nor swapped."""
+
+
+def current_backward() -> int:
+    """A number for the backward that this thread is in: one inside another has its own. -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
+def at_the_end_of_backward(function: Callable[[], None]) -> None:
+    """Let ``function`` be called when the backward under way has come to its end."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def gets_gradient(weight: nn.Parameter) -> bool:
+    """Whether the backward under way, or a later one through its graph, adds to a weight's ``.grad``.
+
+    ``torch.autograd.grad`` of an adversarial input does not, nor ``backward(inputs=...)`` of another network.
+    """
+    # A graph that is kept may be walked for the weights later (retain_graph, create_graph, zero-bubble pipelines). Of a
+    # DTensor the graph has another tensor.
+    if torch._C._autograd._get_current_graph_task_keep_graph() or type(weight) is not nn.Parameter:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # torch.autograd.grad of the weight itself, or the weight was frozen after the forward
+        return True
+
+
+def within_torch_func() -> bool:
+    """Whether tensors are wrapped by a transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Listener(Protocol):
+    """Whom it concerns that something is being compiled."""
+
+    def compiling(self) -> None: ...
+
+
+_waiting: WeakSet[Listener] = WeakSet()
+
+
+def tell_when_compiling(listener: Listener) -> None:
+    """Let the listener's ``compiling`` be called, once, when ``torch.compile`` begins with anything."""
+    _waiting.add(listener)
+    handler = torch._dynamo.callback_handler
+    if not isinstance(handler.start_callbacks, _Callbacks):
+        handler.start_callbacks = _Callbacks([*handler.start_callbacks, _on_compile_start])
+
+
+class _Callbacks(list[Callable[[Any], None]]):
+    """Called when a compilation starts; one of them also after ``torch._dynamo.reset()``, which clears the others."""
+
+    def clear(self) -> None:
+        self[:] = [_on_compile_start]
+
+
+def _on_compile_start(_: Any) -> None:
+    while _waiting:
+        _waiting.pop().compiling()
+
+
+def keep_out_of_cuda_graphs(operator: str) -> None:
+    """Say by name what an operator's tag says, which its effect hides from Inductor (torch 2.11 to 2.14).
+
+    Recorded in a CUDA graph (``mode="reduce-overhead"``) it would make its buffers in the graph's memory, and never
+    run again.
+    """
+    config = torch._inductor.config
+    if operator not in config.custom_should_partition_ops:
+        config.custom_should_partition_ops = [*config.custom_should_partition_ops, operator]
