@@ -90,9 +90,10 @@ def _is_users(error: Exception) -> bool:
 
 
 def _said(error: Exception) -> str:
+    said = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:  # its own text begins with a number
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        said = f"{error.filename}: {error.strerror}"
+    return "; ".join([said, *getattr(error, "__notes__", [])])  # notes say what became of the training
 
 
 def _train(verb: str, arguments: list[str], project: Project) -> None:

@@ -300,3 +300,16 @@ def test_an_interruption_says_that_nothing_is_lost(
     monkeypatch.setitem(VERBS, "compare", interrupted)
     assert main(["compare"]) == 130
     assert "resumes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("no display"), PermissionError(13, "Permission denied", "frames")])
+def test_what_became_of_the_training_is_said_with_an_error(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(verb: str, arguments: list[str], project: Project) -> None:
+        error.add_note("the training until step 4 is saved")
+        raise error
+
+    monkeypatch.setitem(VERBS, "fit", fail)
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err.endswith("; the training until step 4 is saved\n")
