@@ -20,7 +20,7 @@ TRACKED = 48
 """Columns of the skinny products: what the low-rank solver starts with."""
 
 RANKS = (16, 32, 48, 64)
-"""Directions of the low-rank updates that are timed: what layers use."""
+"""Directions of the low-rank updates and statistics that are timed: what layers use."""
 
 COLD = 1 << 25
 """Bytes that no core's own cache holds."""
@@ -123,30 +123,34 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     dim = max(dim, BUSY) if overlap else dim
     a, b = normal(dim, dim), normal(dim, dim)
     square = 2 * dim**3 / seconds(lambda: torch.mm(a, b))
-    # Many gradients in turn: a real one was written a while ago and is in no core's cache.
-    gradients = [normal(1, dim, dim) for _ in range(max(4, COLD // (4 * dim**2)))]
 
-    def update(rank: int) -> float:
-        """Seconds per entry of a gradient."""
+    def line(height: int, use: Callable[[int], Callable[[Tensor], object]], least: float) -> tuple[float, float]:
+        """Seconds per entry of a matrix (1, height, dim), by columns that it is multiplied with: slope and intercept.
+
+        Products with few columns are no faster than ``least`` per column.
+        """
+        # Many in turn: a real one was written a while ago and is in no core's cache.
+        cold = [normal(1, height, dim) for _ in range(max(4, COLD // (4 * height * dim)))]
+
+        def per_entry(columns: int) -> float:
+            once = use(columns)
+            return seconds(lambda: [once(matrix) for matrix in cold]) / len(cold) / height / dim
+
+        taken = {columns: per_entry(columns) for columns in RANKS}
+        # Rounding and noise aside.
+        slope = max(statistics.linear_regression(list(taken), list(taken.values())).slope, least)
+        return slope, max(0.0, statistics.mean(taken.values()) - slope * statistics.mean(RANKS))
+
+    def update(rank: int) -> Callable[[Tensor], object]:
         left, right = normal(1, dim, rank), normal(1, rank, dim) / dim
-        taken = seconds(lambda: [subtract_low_rank(gradient, left, right, 0.5) for gradient in gradients])
-        return taken / len(gradients) / dim**2
+        return lambda gradient: subtract_low_rank(gradient, left, right, 0.5)
 
-    slope, touch = _line(update, least=4 / square)
+    def count(tracked: int) -> Callable[[Tensor], object]:
+        return partial(add_rows, test=normal(1, tracked, dim), image=normal(1, tracked, dim), trace=normal(1))
+
+    slope, touch = line(dim, update, least=4 / square)
     skinny = 4 / slope
-    rows = [normal(1, ROWS, dim) for _ in range(max(4, COLD // (4 * ROWS * dim)))]
-
-    def count(tracked: int) -> float:
-        """Seconds per entry of an input."""
-        test, image, trace = normal(1, tracked, dim), normal(1, tracked, dim), normal(1)
-
-        def add() -> None:
-            for x in rows:
-                add_rows(x, test, image, trace)
-
-        return seconds(add) / len(rows) / ROWS / dim
-
-    read = _line(count, least=slope)[1]
+    _, read = line(ROWS, count, least=slope)
     size = min(dim, 512)
     matrix = torch.eye(size, device=device)[None]
     cholesky = torch.linalg.cholesky(matrix)
@@ -184,14 +188,6 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
         call,
         overlap=overlap,
     )
-
-
-def _line(seconds: Callable[[int], float], least: float) -> tuple[float, float]:
-    """Slope and intercept over :data:`RANKS`; products with few columns are no faster than ``least`` per column."""
-    taken = {rank: seconds(rank) for rank in RANKS}
-    # Rounding and noise aside.
-    slope = max(statistics.linear_regression(list(taken), list(taken.values())).slope, least)
-    return slope, max(0.0, statistics.mean(taken.values()) - slope * statistics.mean(RANKS))
 
 
 def _cores() -> Tensor:
