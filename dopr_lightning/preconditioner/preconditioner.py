@@ -40,8 +40,8 @@ log = getLogger(__name__)
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Kinds of devices."""
 
-_whole: WeakSet[ActivationPreconditioner] = WeakSet()
-"""Those in use that were given no optimizer's parameters, and so rewrite at every step."""
+_in_use: WeakSet[ActivationPreconditioner] = WeakSet()
+"""Those that were given no optimizer's parameters, and so rewrite at every step, and were not removed."""
 
 
 class ActivationPreconditioner:
@@ -190,7 +190,7 @@ class ActivationPreconditioner:
         self._whole = parameters is None  # optimizers that share a layer may each step after a backward of its own
         if self._whole:
             self._look_for_others()
-            _whole.add(self)
+            _in_use.add(self)
 
     def _watch(self) -> None:
         """Hook the layers."""
@@ -325,7 +325,7 @@ class ActivationPreconditioner:
         """Take the hooks off the model; the preconditioner is of no use afterwards."""
         self._removed = True
         self._pending = None
-        _whole.discard(self)
+        _in_use.discard(self)
         self._capture.remove()
         self._audit.remove()
 
@@ -353,7 +353,7 @@ class ActivationPreconditioner:
         if self._removed:
             self.remove()
         elif self._whole:
-            _whole.add(self)
+            _in_use.add(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on bit for bit, with any number of ranks."""
@@ -399,7 +399,7 @@ class ActivationPreconditioner:
     def _look_for_others(self) -> None:
         """Point out a weight that an earlier preconditioner goes on rewriting."""
         # By modules, since an earlier one's weights may have been replaced, or be computed no more.
-        theirs = {id(module) for other in _whole for layer in other._coverage.layers for module in layer.modules}
+        theirs = {id(module) for other in _in_use for layer in other._coverage.layers for module in layer.modules}
         shared = [layer.name for layer in self._coverage.layers if theirs & {*map(id, layer.modules)}]
         if shared:
             log.warning(
