@@ -86,7 +86,7 @@ def plan(
 def observed(preconditioner: ActivationPreconditioner) -> list[Planned]:
     """What is being done, after some steps of one process: the solvers and ranks that the data has led to."""
     return [
-        _planned(layer, stack.rows_seen[index], _method(stack, index))
+        _planned(layer, stack.records[index].rows_seen, _method(stack, index))
         for stack in preconditioner._stacks
         for index, layer in enumerate(stack.layers)
     ]

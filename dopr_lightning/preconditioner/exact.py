@@ -8,6 +8,7 @@ enough to pay for itself, its factor (d_in^3 / 3) is kept instead and solves for
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -139,13 +140,10 @@ class ExactStack(Stack):
     def adopt(self, other: Stack, inverse: Tensor) -> None:
         """Go on where another stack of the same layers, in their order, stopped, with its inverses, (blocks, d, d)."""
         self.allocate()
-        self.refreshed_at = list(other.refreshed_at)
-        self.rows_seen = list(other.rows_seen)
-        self.failures = list(other.failures)
-        self.failures_in_a_row = list(other.failures_in_a_row)
+        self.records = [replace(record) for record in other.records]
         self.refreshes = other.refreshes
         self.solution.copy_(inverse)
-        if any(step is not None for step in self.refreshed_at):
+        if any(record.refreshed_at is not None for record in self.records):
             self.factors = False  # the adopted inverses may have to be kept beside new ones
 
     def adopt_average(self, covariance: Tensor, weight: Tensor) -> None:

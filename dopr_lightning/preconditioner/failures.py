@@ -57,7 +57,7 @@ def too_inexact(stack: LowRankStack, consequence: str) -> str:
 
 def report(failure: Failure, most: int) -> None:
     """Warn of a refresh that gave no inverse, once per layer; raise RuntimeError after ``most`` in a row."""
-    stack, index, name = failure.stack, failure.index, failure.layer.name
+    record, name = failure.record, failure.layer.name
     if not math.isfinite(failure.trace):
         problem = "has NaN or infinity"
     elif failure.trace == 0:
@@ -66,13 +66,13 @@ def report(failure: Failure, most: int) -> None:
         problem = "overflows with its damping, lower the damping"
     else:
         problem = "is not positive definite, raise the damping"
-    problem = f"{name}: covariance {problem} (rows {stack.rows_seen[index]})"
-    if stack.failures_in_a_row[index] >= most:
+    problem = f"{name}: covariance {problem} (rows {record.rows_seen})"
+    if record.failures_in_a_row >= most:
         raise RuntimeError(
             f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
         )
-    if stack.failures[index] == 1:
-        step = stack.refreshed_at[index]
+    if record.failures == 1:
+        step = record.refreshed_at
         kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
         log.warning("%s; %s", problem, kept)
 

@@ -89,7 +89,7 @@ class LowRankStack(Stack):
 
     def apply(self, *, fixed: bool = False) -> None:
         for run in self.runs if fixed else [[index] for index in range(len(self.layers))]:
-            present = [i for i in run if self.layers[i].has_gradient and self.refreshed_at[i] is not None]
+            present = [i for i in run if self.layers[i].has_gradient and self.records[i].refreshed_at is not None]
             layers = [self._dense(i) for i in present]
             if len(present) == len(run) > 1 and one_shape(layers):
                 part = slice(self.slices[run[0]].start, self.slices[run[-1]].stop)
@@ -136,7 +136,7 @@ class LowRankStack(Stack):
         self.ranks = [int(max(ranks[part])) for part in self.slices]
         most, enough = 0, max(self.ranks)
         for index, part in enumerate(self.slices):
-            if self.refreshed_at[index] == step:
+            if self.records[index].refreshed_at == step:
                 self.errors[index] = max(errors[part])
                 most, enough = max(most, int(max(needed[part]))), max(enough, int(max(ample[part])))
         if self.refreshes >= WARM_UP:
@@ -145,7 +145,7 @@ class LowRankStack(Stack):
         return failed
 
     def spectrum(self, index: int) -> Spectrum | None:
-        if not self._allocated or self.refreshed_at[index] is None:
+        if not self._allocated or self.records[index].refreshed_at is None:
             return None
         part = self.slices[index]
         values, tail = self._fields.eigenvalues[part], self._above_tail()[1][part].expand(-1, self.dim - self.tracked)

@@ -289,7 +289,10 @@ class ActivationPreconditioner:
             *done, gradients = pending.download.wait()
             self._accept(found | dict(zip(pending.done, done, strict=True)), pending.step)
         seen = {
-            layer for stack in self._stacks for layer, rows in zip(stack.layers, stack.rows_seen, strict=True) if rows
+            layer
+            for stack in self._stacks
+            for layer, record in zip(stack.layers, stack.records, strict=True)
+            if record.rows_seen
         }
         suspects = zip(pending.suspects, gradients.tolist(), strict=True)
         self._raise_unseen([layer for layer, gradient in suspects if gradient and layer not in seen], pending.masked)
@@ -416,9 +419,8 @@ class ActivationPreconditioner:
         without = [
             layer
             for stack in self._stacks
-            if None in stack.refreshed_at
-            for layer, step, failures in zip(stack.layers, stack.refreshed_at, stack.failures, strict=True)
-            if step is None and failures == 0 and layer.has_gradient
+            for layer, record in zip(stack.layers, stack.records, strict=True)
+            if record.refreshed_at is None and record.failures == 0 and layer.has_gradient
         ]
         if refreshed:  # in vain: a gradient of zeros, which some wrappers give to unused layers
             self._unused.update(layer.name for layer in without)
@@ -493,8 +495,8 @@ class ActivationPreconditioner:
         without = [
             layer
             for stack in stacks
-            for layer, rows in zip(stack.layers, stack.rows_seen, strict=True)
-            if rows == 0 and layer.has_gradient and bool(layer.gradient().any())
+            for layer, record in zip(stack.layers, stack.records, strict=True)
+            if record.rows_seen == 0 and layer.has_gradient and bool(layer.gradient().any())
         ]
         self._raise_unseen(without, self._masks.fitted)
 
@@ -503,7 +505,7 @@ class ActivationPreconditioner:
             return
         layer, *others = sorted(layers, key=lambda layer: self._coverage.order(layer.name))
         stack = self._stack_of[layer]
-        before = stack.refreshed_at[stack.index_of[layer]] is not None
+        before = stack.records[stack.index_of[layer]].refreshed_at is not None
         raise RuntimeError(unseen(layer, others, masked=masked, before=before))
 
     def _may_overlap(self) -> bool:
@@ -511,9 +513,9 @@ class ActivationPreconditioner:
         if not self._overlap or self._due or self.update_every == 1 or self.steps < WARM_UP:
             return False
         return not any(
-            step is None and layer.has_gradient
+            record.refreshed_at is None and layer.has_gradient
             for stack in self._stacks
-            for layer, step in zip(stack.layers, stack.refreshed_at, strict=True)
+            for layer, record in zip(stack.layers, stack.records, strict=True)
         )
 
     def _accept(self, outcomes: Mapping[Stack, Tensor], step: int) -> None:

@@ -129,7 +129,7 @@ class _Known:
         self.rest = _Launches([stack for stack in stacks if stack not in self.together])
         self.all = _Launches(stacks)
         self._read = tuple([stack.addresses for stack in self.together])
-        self._have = tuple([step is None for stack in self.together for step in stack.refreshed_at])
+        self._have = tuple([record.refreshed_at is None for stack in self.together for record in stack.records])
 
     def task(self, gradients: Sequence[Tensor | None]) -> Task:
         """What is to be done with these gradients of the parameters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import Any, ClassVar, Self, TypeAlias
@@ -41,6 +41,23 @@ class StackOptions:
     update_every: int
 
 
+@dataclass
+class LayerRecord:
+    """What the refreshes of one layer came to.
+
+    Attributes:
+        rows_seen: Rows of the last refresh over all ranks.
+        refreshed_at: Step of the last good inverse, None before the first.
+        failures: Refreshes that gave no usable inverse.
+        failures_in_a_row: How many of them since the last that did.
+    """
+
+    rows_seen: int = 0
+    refreshed_at: int | None = None
+    failures: int = 0
+    failures_in_a_row: int = 0
+
+
 FinishRefresh: TypeAlias = "Callable[[], dict[Stack, Tensor]]"
 """The second part of a refresh: the outcomes, for :meth:`Stack.accept`."""
 
@@ -60,10 +77,8 @@ class Stack(ABC):
         dim: Their size d.
         index_of: The layers' numbers.
         counts: Rows behind the sums, per block, int64 (a long window of a convolution passes 2^24 rows).
-        rows_seen: Rows of the last refresh over all ranks, per layer.
-        refreshed_at: Step of the last good inverse, per layer, None before the first.
+        records: What refreshes came to, per layer.
         refreshes: How many there were.
-        failures: Refreshes that gave no usable inverse, per layer; and how many of them in a row.
         mask_fits: Whether the latest mask had as many positions as the layer saw rows.
     """
 
@@ -77,10 +92,7 @@ class Stack(ABC):
         ends = list(accumulate((layer.blocks for layer in self.layers), initial=0))
         self.slices = [slice(start, end) for start, end in pairwise(ends)]
         self.blocks = ends[-1]
-        self.rows_seen = [0] * len(self.layers)
-        self.refreshed_at: list[int | None] = [None] * len(self.layers)
-        self.failures = [0] * len(self.layers)
-        self.failures_in_a_row = [0] * len(self.layers)
+        self.records = [LayerRecord() for _ in self.layers]
         self.refreshes = 0
         self.mask_fits = False
         self._rows_added = [0] * len(self.layers)
@@ -223,18 +235,18 @@ class Stack(ABC):
         self.refreshes += 1
         rows, traces, renewed = outcome[:3]
         failed = []
-        for index, (layer, part) in enumerate(zip(self.layers, self.slices, strict=True)):
-            self.rows_seen[index] = int(max(rows[part]))
-            if self.rows_seen[index] == 0:
+        for index, (layer, record, part) in enumerate(zip(self.layers, self.records, self.slices, strict=True)):
+            record.rows_seen = int(max(rows[part]))
+            if record.rows_seen == 0:
                 continue
             if all(renewed[part]):
-                self.refreshed_at[index] = step
-                self.failures_in_a_row[index] = 0
+                record.refreshed_at = step
+                record.failures_in_a_row = 0
                 self._current[index] = True
                 continue
-            self.failures[index] += 1
-            self.failures_in_a_row[index] += 1
-            failed.append(Failure(self, index, layer, sum(traces[part])))
+            record.failures += 1
+            record.failures_in_a_row += 1
+            failed.append(Failure(self, layer, record, sum(traces[part])))
         return failed
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -245,10 +257,7 @@ class Stack(ABC):
             layer.name: {
                 "solver": self.solver,
                 "refreshes": self.refreshes,
-                "refreshed_at": self.refreshed_at[index],
-                "rows_seen": self.rows_seen[index],
-                "failures": self.failures[index],
-                "failures_in_a_row": self.failures_in_a_row[index],
+                **asdict(self.records[index]),
                 # On the host: a checkpoint must not need the device's memory.
                 "tensors": {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors(index).items()},
             }
@@ -261,10 +270,7 @@ class Stack(ABC):
         for index, layer in enumerate(self.layers):
             saved = state[layer.name]
             self.refreshes = saved["refreshes"]
-            self.refreshed_at[index] = saved["refreshed_at"]
-            self.rows_seen[index] = saved["rows_seen"]
-            self.failures[index] = saved["failures"]
-            self.failures_in_a_row[index] = saved["failures_in_a_row"]
+            self.records[index] = LayerRecord(**{field.name: saved[field.name] for field in fields(LayerRecord)})
             for name, tensor in self._tensors(index).items():
                 value = saved["tensors"].get(name)
                 if value is None or value.shape != tensor.shape:
@@ -366,8 +372,8 @@ class Failure:
     """A layer whose inverse could not be renewed; ``trace`` is that of its covariance."""
 
     stack: Stack
-    index: int
     layer: Layer
+    record: LayerRecord
     trace: float
 
 

@@ -104,14 +104,14 @@ def covered_rows(stack: Stack, measured: Mapping[str, Alignment]) -> list[Summar
                     kind=layer.kind,
                     solver=stack.solver,
                     d_in=stack.dim,
-                    rows=stack.rows_seen[index],
+                    rows=stack.records[index].rows_seen,
                     condition_number=None if spectrum is None else spectrum.condition_number,
                     effective_rank=None if spectrum is None else spectrum.effective_rank,
                     rank=None if low_rank is None else low_rank.ranks[index],
                     error=None if low_rank is None else low_rank.errors[index],
                     cosine=None if rewrite is None else float(rewrite.cosine),
                     update_rms=None if rewrite is None else float(rewrite.rms),
-                    failures=stack.failures[index],
+                    failures=stack.records[index].failures,
                 )
             )
     return rows

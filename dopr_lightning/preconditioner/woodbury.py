@@ -73,7 +73,7 @@ class WoodburyStack(Stack):
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         failed = super().accept(outcome, step)
         for index, (factor, scale) in self._new.items():
-            if self.refreshed_at[index] == step:
+            if self.records[index].refreshed_at == step:
                 self._factors[index] = factor
                 self._scale[self.slices[index]] = scale
         self._new.clear()
@@ -81,7 +81,7 @@ class WoodburyStack(Stack):
 
     def spectrum(self, index: int) -> Spectrum | None:
         factor = self._factors[index]
-        if factor is None or self.rows_seen[index] == 0:
+        if factor is None or self.records[index].rows_seen == 0:
             return None
         # V V^T has the eigenvalues s / (s + lambda).
         shrunk = torch.linalg.eigvalsh(factor @ factor.mT).clamp(0, 1)

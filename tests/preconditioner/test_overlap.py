@@ -192,7 +192,7 @@ def test_a_gradient_of_zeros_without_rows_is_none() -> None:
 
 def test_a_layer_that_is_never_used_keeps_no_other_from_overlapping() -> None:
     model, ap = steps_with(*["none"] * EVERY)
-    assert None in [step for stack in ap._stacks for step in stack.refreshed_at]
+    assert None in [record.refreshed_at for stack in ap._stacks for record in stack.records]
     backward_with(model, EVERY, "none")
     ap.step()
     assert ap._pending is not None
@@ -210,7 +210,7 @@ def test_rows_counted_on_the_device_are_rows(sparse: bool) -> None:
         with ap.mask(tokens != 0):
             model["linear"](model["embedding"](tokens)).square().sum().backward()
         ap.step()
-    assert [stack.refreshed_at for stack in ap._stacks] == [[EVERY]] * 2
+    assert [[record.refreshed_at for record in stack.records] for stack in ap._stacks] == [[EVERY]] * 2
 
 
 def test_copies_are_made_of_what_is_finished() -> None:
