@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from dopr_lightning.internals import skips_backward, steps_logged, will_skip
 from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, check_still_frozen
@@ -180,7 +180,7 @@ class DoPr(pl.Callback):
     ) -> None:
         """Rewrite the gradients."""
         preconditioner = self._of(optimizer, trainer)
-        if trainer.fit_loop._skip_backward:  # weight averaging renews its batch norms
+        if skips_backward(trainer):  # weight averaging renews its batch norms
             return
         if preconditioner is None:
             check_still_frozen(self._frozen)
@@ -190,7 +190,7 @@ class DoPr(pl.Callback):
             preconditioner.discard()
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and _will_skip(scaler, optimizer):
+        if scaler is not None and will_skip(scaler, optimizer):
             preconditioner.discard()
             return
         # Not the trainer's count, which under manual optimization is of batches: it may pass over every multiple.
@@ -199,7 +199,7 @@ class DoPr(pl.Callback):
         if measure and trainer.is_global_zero:
             metrics = _metrics(preconditioner)
             for logger in trainer.loggers:  # on the x axis of all that Lightning logs
-                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_metrics(metrics, step=steps_logged(trainer))
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Forget the rows of gradients that never came to a step."""
@@ -212,7 +212,7 @@ class DoPr(pl.Callback):
         for preconditioner in self.preconditioners:
             if preconditioner is not None:
                 preconditioner.settle()
-        batches = trainer.fit_loop.epoch_loop._batches_that_stepped
+        batches = steps_logged(trainer)
         if batches and not any(p.steps for p in self.preconditioners if p):
             if not pl_module.automatic_optimization:
                 why = (
@@ -345,14 +345,6 @@ def _frozen_globs(preconditioner: ActivationPreconditioner, model: nn.Module) ->
         free = (prefix for prefix in around if not any(parameter.startswith(prefix) for parameter in covered))
         globs.append(next((f"{prefix}*" for prefix in free), name))
     return list(dict.fromkeys(globs))
-
-
-def _will_skip(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether the scaler found infinities when it unscaled, and so will not let the optimizer step."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: Lightning leaves unscaling to its step
-        scaler._check_inf_per_device(optimizer)
-    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return any(bool(value) for value in found.values())
 
 
 def _metrics(preconditioner: ActivationPreconditioner) -> dict[str, float]:

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from dopr_lightning.internals import cluster_environment
+
 AGREE_EVERY = 8
 """Steps after which several processes ask each other whether one was asked: that waits for the device."""
 
@@ -31,7 +33,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's handler."""
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             assert environment.requeue_signal is not None
             self._signal, self._asked = environment.requeue_signal, None

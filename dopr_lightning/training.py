@@ -27,6 +27,7 @@ from dopr_lightning.configuration import NOTHING_TO_JUDGE, find_config, packaged
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder
+from dopr_lightning.internals import next_preempted_checkpoint, preempted_checkpoint
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.preemption import Preemption, drop_older
@@ -232,9 +233,8 @@ def settle(trainer: Trainer) -> None:
     Lightning looks for the checkpoint of a preemption whenever none is named, also for a test: it would judge the
     weights that the run had then. And the same command, should it be run again, has nothing left to do.
     """
-    connector = trainer._checkpoint_connector
-    if SLURMEnvironment.detect() and connector._hpc_resume_path is not None:
-        trainer.save_checkpoint(connector.hpc_save_path(trainer.default_root_dir))
+    if SLURMEnvironment.detect() and preempted_checkpoint(trainer) is not None:
+        trainer.save_checkpoint(next_preempted_checkpoint(trainer))
         drop_older(trainer)
 
 
@@ -251,7 +251,7 @@ class _SaveConfig(SaveConfigCallback):
             UserError: Without a logger there is no ``version_N``, and another run's file is there.
         """
         path = Path(trainer.log_dir or "") / self.config_filename  # log_dir: on every rank
-        requeued = trainer._checkpoint_connector._hpc_resume_path is not None
+        requeued = preempted_checkpoint(trainer) is not None
         if requeued and path.is_file():
             mine = self.parser.dump(self.config, skip_none=False)
             self.already_saved = yaml.safe_load(path.read_text()) == yaml.safe_load(mine)

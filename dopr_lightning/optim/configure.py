@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dopr_lightning.internals import finds_batch_size
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import Choice, resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
@@ -273,8 +274,7 @@ def _estimate(module: nn.Module, trainer: Trainer | None) -> float:
         )
     if trainer.max_epochs != -1:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            # The Tuner's own finder exits after its search.
-            searches = isinstance(callback, BatchSizeFinder) and not callback._early_exit
+            searches = isinstance(callback, BatchSizeFinder) and finds_batch_size(callback)
             if searches or isinstance(callback, GradientAccumulationScheduler):
                 raise ValueError(
                     f"a cosine schedule must know its end, and {type(callback).__name__} moves it; set "
