@@ -30,7 +30,7 @@ from dopr_lightning.preconditioner.refresh import labelled, refresh
 from dopr_lightning.preconditioner.replay import Replay
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
-from dopr_lightning.preconditioner.stack import FinishRefresh, Stack, StackOptions
+from dopr_lightning.preconditioner.stack import FinishRefresh, LayerRecord, Stack, StackOptions
 from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, covered_rows, moments
 from dopr_lightning.preconditioner.threads import ToHost
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
@@ -288,12 +288,7 @@ class ActivationPreconditioner:
             found = pending.finish()
             *done, gradients = pending.download.wait()
             self._accept(found | dict(zip(pending.done, done, strict=True)), pending.step)
-        seen = {
-            layer
-            for stack in self._stacks
-            for layer, record in zip(stack.layers, stack.records, strict=True)
-            if record.rows_seen
-        }
+        seen = {layer for layer, record in self._records() if record.rows_seen}
         suspects = zip(pending.suspects, gradients.tolist(), strict=True)
         self._raise_unseen([layer for layer, gradient in suspects if gradient and layer not in seen], pending.masked)
 
@@ -418,8 +413,7 @@ class ActivationPreconditioner:
             self._unused.clear()
         without = [
             layer
-            for stack in self._stacks
-            for layer, record in zip(stack.layers, stack.records, strict=True)
+            for layer, record in self._records()
             if record.refreshed_at is None and record.failures == 0 and layer.has_gradient
         ]
         if refreshed:  # in vain: a gradient of zeros, which some wrappers give to unused layers
@@ -448,6 +442,10 @@ class ActivationPreconditioner:
             reduction.wait(0)
             self.bytes_sent += reduction.bytes
         return {name: alignment(of) for name, of in zip(names, together, strict=True) if name in after}
+
+    def _records(self) -> Iterator[tuple[Layer, LayerRecord]]:
+        for stack in self._stacks:
+            yield from zip(stack.layers, stack.records, strict=True)
 
     def _replace(self, old: Stack, new: Stack) -> None:
         self._replay.forget()
@@ -494,8 +492,7 @@ class ActivationPreconditioner:
         self._accept(outcomes, self.steps)
         without = [
             layer
-            for stack in stacks
-            for layer, record in zip(stack.layers, stack.records, strict=True)
+            for layer, record in self._records()
             if record.rows_seen == 0 and layer.has_gradient and bool(layer.gradient().any())
         ]
         self._raise_unseen(without, self._masks.fitted)
@@ -512,11 +509,7 @@ class ActivationPreconditioner:
         """Whether this refresh may be finished in the next step, which is none itself."""
         if not self._overlap or self._due or self.update_every == 1 or self.steps < WARM_UP:
             return False
-        return not any(
-            record.refreshed_at is None and layer.has_gradient
-            for stack in self._stacks
-            for layer, record in zip(stack.layers, stack.records, strict=True)
-        )
+        return not any(record.refreshed_at is None and layer.has_gradient for layer, record in self._records())
 
     def _accept(self, outcomes: Mapping[Stack, Tensor], step: int) -> None:
         self._replay.forget()
