@@ -436,7 +436,7 @@ class ActivationPreconditioner:
         nothing = torch.zeros(4, dtype=torch.double, device=device)
         sums = [moments(before[name], after[name]).to(device) if name in after else nothing for name in names]
         together = torch.stack(sums)
-        if any(isinstance(parameter, DTensor) for layer in self._stack_of for parameter in layer.tensors):
+        if any(isinstance(parameter, DTensor) for layer in self._stack_of for parameter in layer.parameters.values()):
             # What is replicated counts once per rank, in all four sums alike.
             reduction = Reduction([together], self._group)
             reduction.wait(0)

@@ -111,13 +111,8 @@ class Layer(ABC):
         return self._bias.get()
 
     @property
-    def tensors(self) -> list[nn.Parameter]:
-        """The weight, and the bias if it is covered. To have them by name, as :attr:`parameters`, takes longer."""
-        return [self.weight, self.bias] if self.homogeneous else [self.weight]
-
-    @property
     def locations(self) -> list[Location]:
-        """Where the :attr:`tensors` are."""
+        """Where the weight is, and the bias if it is covered."""
         return [at for at in (self._weight, self._bias) if at is not None]
 
     @property
