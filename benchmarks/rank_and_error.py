@@ -254,12 +254,10 @@ def print_summary(run: Run, records: Sequence[dict[str, Any]], ranks: Sequence[i
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (by_rank, honest, over_time) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    by_rank, honest, over_time = figure.subplots(1, 3)
     ranks = results["ranks"]
     for entry in results["runs"]:
         run = entry["run"]

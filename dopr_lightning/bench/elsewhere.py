@@ -205,12 +205,10 @@ def _print(results: Mapping[str, Any]) -> None:
 
 
 def _plot(results: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
     rows, base = results["solvers"], results["base"]["seconds"]
     bottoms = [0.0] * len(rows)
     for phase in PHASES:
@@ -221,4 +219,3 @@ def _plot(results: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{results['model']}, {results['ranks']} ranks", fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -109,15 +109,13 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Ratios with their quartiles and goals, and where the added time goes."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = results["rows"]
     names = [f"{row['model']}\nbatch {row['batch']}" for row in rows]
     places = range(len(rows))
-    figure, (above, below) = plt.subplots(2, 1, figsize=(3 + 0.8 * len(rows), 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(3 + 0.8 * len(rows), 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     ratios = [row["ratio"] for row in rows]
     errors = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
     above.errorbar(places, [r["median"] for r in ratios], errors, fmt="ko", capsize=4, label="measured")
@@ -145,7 +143,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         fontsize=9,
     )
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _setting(settings: Mapping[str, Any]) -> str:

@@ -51,22 +51,13 @@ def plot(checks: Checks, path: Path) -> None:
 
     Values are relative to the narrowest width's: a right line is flat, between those of the tolerance.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     quantities = get_args(Quantity)
-    figure, grid = plt.subplots(
-        len(checks),
-        len(quantities),
-        figsize=(2.6 * len(quantities), 2.4 * len(checks) + 0.6),
-        sharex=True,
-        sharey="col",
-        squeeze=False,
-        layout="constrained",
-    )
-    colours = plt.get_cmap("viridis")
+    figure = Figure(figsize=(2.6 * len(quantities), 2.4 * len(checks) + 0.6), layout="constrained")
+    grid = figure.subplots(len(checks), len(quantities), sharex=True, sharey="col", squeeze=False)
+    colours = colormaps["viridis"]
     for panels, ((name, parametrization), check) in zip(grid, checks.items(), strict=True):
         for axes, quantity in zip(panels, quantities, strict=True):
             rows = [row for row in check.rows if row.quantity == quantity]
@@ -92,7 +83,6 @@ def plot(checks: Checks, path: Path) -> None:
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _slope(row: Row) -> float:

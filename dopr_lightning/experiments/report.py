@@ -128,23 +128,15 @@ def print_table(results: Mapping[str, Any]) -> None:
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Validation loss, the closed-loop metric, an arm per column: the two need not agree. Then differences of arms."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     arms = results["arms"]
     names = [arm["name"] for arm in arms]
     colours = ["tab:orange" if name.startswith("dopr-") else "tab:gray" for name in names]
     pairs = [entry for entry in results["differences"] if entry["mean"] is not None]
     widths = [len(arms), len(arms), *([len(pairs)] if pairs else [])]
-    figure, (left, right, *more) = plt.subplots(
-        1,
-        len(widths),
-        figsize=(5 + 0.7 * sum(widths), 3.6),
-        width_ratios=[1 + width for width in widths],
-        layout="constrained",
-    )
+    figure = Figure(figsize=(5 + 0.7 * sum(widths), 3.6), layout="constrained")
+    left, right, *more = figure.subplots(1, len(widths), width_ratios=[1 + width for width in widths])
     for index, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
         if arm["diverged"]:
             for axes in (left, right):
@@ -178,7 +170,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         f"{results['task']}, {budget['steps']} steps; dots: seeds, bars: means, lines: 95 % intervals", fontsize=9
     )
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _number(value: float) -> float | None:

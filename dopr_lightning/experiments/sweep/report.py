@@ -242,18 +242,15 @@ def metric_label(metric: str) -> str:
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """A panel per hyperparameter and metric, muP beside standard: a curve per width, its seeds' range, its best."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     transfers = results["transfer"]
     columns = list(dict.fromkeys(t["parametrization"] for t in transfers))
     rows = list(dict.fromkeys((t["hyperparameter"], t["metric"]) for t in transfers))
-    figure, grid = plt.subplots(
-        len(rows), len(columns), figsize=(5 * len(columns), 3.4 * len(rows)), layout="constrained", squeeze=False
-    )
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(results["widths"])))
+    figure = Figure(figsize=(5 * len(columns), 3.4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(results["widths"])))
     for transfer in transfers:
         row = rows.index((transfer["hyperparameter"], transfer["metric"]))
         axes = grid[row, columns.index(transfer["parametrization"])]
@@ -273,7 +270,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         fontsize=8,
     )
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _panel(axes: Any, transfer: Mapping[str, Any], colours: Array) -> None:

@@ -62,13 +62,7 @@ class Curve:
             coefficients, centre, low, high = self.parabola
             if low <= x <= high:
                 return float(np.polyval(coefficients, x - centre))
-        i = int(np.clip(np.searchsorted(self.x, x), 1, max(1, len(self.x) - 1)))
-        if len(self.x) == 1 or x <= self.x[i - 1]:
-            return float(self.y[i - 1])
-        if x >= self.x[i]:
-            return float(self.y[i])
-        share = (x - self.x[i - 1]) / (self.x[i] - self.x[i - 1])
-        return float((1 - share) * self.y[i - 1] + share * self.y[i])
+        return float(np.interp(x, self.x, self.y))
 
 
 def fit_curve(values: Sequence[float], losses: Array) -> Curve | None:
