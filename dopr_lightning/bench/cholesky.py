@@ -24,9 +24,7 @@ class PlainCholesky:
 
     def __init__(self, model: nn.Module, damping: float = 0.01) -> None:
         self.damping = damping
-        covered = find_coverage(
-            model, conv="channel", bias=False, max_dim=None, include=None, exclude=(), parameters=None
-        )
+        covered = find_coverage(model)
         self._layers = [layer for layer in covered.layers if isinstance(layer, DenseLayer)]
         self._grams: dict[DenseLayer, Tensor] = {}
         self._rows: dict[DenseLayer, int] = {}

@@ -162,7 +162,7 @@ def predicted_row(
 def _weights(layer: Planned) -> int:
     if layer.method.solver == "diagonal":
         return 0  # a lookup
-    return layer.shape.blocks * layer.shape.m * layer.shape.dim
+    return layer.size.blocks * layer.size.m * layer.size.dim
 
 
 def _call(name: str) -> nn.Module:

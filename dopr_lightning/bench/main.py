@@ -145,7 +145,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     preconditioner = dopr.preconditioner
     assert isinstance(preconditioner, ActivationPreconditioner)
     planned = observed(preconditioner)
-    rates = measure_rates(device, max(layer.shape.dim for layer in planned))
+    rates = measure_rates(device, max(layer.size.dim for layer in planned))
     split = phases(dopr, batches, length=every)
     held = held_bytes(preconditioner)  # a whole number of intervals has passed: the next step is a refresh
     base_peak, dopr_peak = peak_bytes(base, batches[0], 0), peak_bytes(dopr, batches[0], held)
@@ -192,7 +192,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
             "phases": prediction.seconds,
             "held_bytes": prediction.held,
         },
-        "layers": [asdict(layer.shape) | asdict(layer.method) for layer in planned],
+        "layers": [asdict(layer.size) | asdict(layer.method) for layer in planned],
         "exact": {
             "steps": len(exact_times),
             "base_seconds": asdict(Quartiles.of(columns[0])),
@@ -218,7 +218,7 @@ def _goal_bytes(planned: Sequence[Any]) -> int:
     """One packed copy of all covariances, one copy of their inverses."""
     from dopr_lightning.preconditioner.cost import packed_size
 
-    dense = [layer.shape for layer in planned if layer.method.solver != "diagonal"]
+    dense = [layer.size for layer in planned if layer.method.solver != "diagonal"]
     return sum(4 * shape.blocks * (packed_size(shape.dim) + shape.dim**2) for shape in dense)
 
 

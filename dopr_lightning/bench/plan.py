@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dopr_lightning.preconditioner import ActivationPreconditioner
-from dopr_lightning.preconditioner.cost import Cost, Method, Shape, layer_cost
+from dopr_lightning.preconditioner.cost import Cost, LayerSize, Method, layer_cost
 from dopr_lightning.preconditioner.coverage import find_coverage
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import DenseLayer, DiagonalLayer, Layer
@@ -29,13 +29,13 @@ class Planned:
     """One layer and how it is solved.
 
     Attributes:
-        shape: Its sizes.
+        size: What the preconditioner sees of it.
         method: How it is solved.
         copies_rows: Whether its input is rearranged, at the cost of a copy.
         copies_gradient: Whether its gradient is, there and back.
     """
 
-    shape: Shape
+    size: LayerSize
     method: Method
     copies_rows: bool
     copies_gradient: bool
@@ -43,7 +43,7 @@ class Planned:
     @property
     def cost(self) -> Cost:
         """In FLOPs and bytes."""
-        return layer_cost(self.shape, self.method)
+        return layer_cost(self.size, self.method)
 
 
 def plan(
@@ -117,19 +117,13 @@ def count_rows(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, i
 
     handles = [
         module.register_forward_hook(hook(layer), with_kwargs=True)
-        for layer in _layers(model)
+        for layer in find_coverage(model).layers
         for module in layer.modules
     ]
     run(model)
     for handle in handles:
         handle.remove()
     return rows
-
-
-def _layers(model: nn.Module) -> list[Layer]:
-    return find_coverage(
-        model, conv="channel", bias=False, max_dim=None, include=None, exclude=(), parameters=None
-    ).layers
 
 
 def _method(stack: Stack, index: int) -> Method:
@@ -146,10 +140,10 @@ def _planned(layer: Layer, rows: int, method: Method, shards: int = 1) -> Planne
         weight.grad = None
     else:
         blocks, m, dim = layer.gradient().shape
-    shape = Shape(layer.name, blocks, -(-m // shards), dim, rows)
+    size = LayerSize(layer.name, blocks, -(-m // shards), dim, rows)
     # A convolution's channels lie apart in its input, and if the kernel has several taps in its gradient.
     copies_gradient = layer.kind == "conv" and weight[0, 0].numel() > 1
-    return Planned(shape, method, copies_rows=layer.kind.startswith("conv"), copies_gradient=copies_gradient)
+    return Planned(size, method, copies_rows=layer.kind.startswith("conv"), copies_gradient=copies_gradient)
 
 
 def _collect(value: Any, storages: dict[int, int]) -> None:

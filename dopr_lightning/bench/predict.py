@@ -132,7 +132,7 @@ def _step_calls(planned: Sequence[Planned], rates: Rates) -> float:
     methods = (layer.method for layer in planned)
     kept = [method.solver == "lowrank" or (method.solver == "exact" and not method.factor) for method in methods]
     recordable = [layer for layer, keeps in zip(planned, kept, strict=True) if keeps]
-    entries = sum(layer.shape.blocks * layer.shape.m * layer.shape.dim for layer in recordable)
+    entries = sum(layer.size.blocks * layer.size.m * layer.size.dim for layer in recordable)
     if not (rates.overlap and small_enough(entries, len(recordable))):
         return LAYER_CALLS * len(planned)
     launched = len(planned) - len(recordable)
@@ -143,21 +143,21 @@ def _statistics(layer: Planned, rates: Rates) -> float:
     lowrank = layer.method.solver == "lowrank"
     speed = rates.skinny if lowrank else rates.square
     passes = 2 if layer.method.solver == "woodbury" else 0
-    rows = 4.0 * layer.shape.blocks * layer.shape.rows * layer.shape.dim
+    rows = 4.0 * layer.size.blocks * layer.size.rows * layer.size.dim
     if layer.method.solver == "diagonal":
-        rows = 8.0 * layer.shape.rows
+        rows = 8.0 * layer.size.rows
     copies = 2 * layer.copies_rows * rows / rates.rearranged
     reading = rows / 4 * rates.read if lowrank else passes * rows / rates.bandwidth
     return layer.cost.statistics / speed + reading + copies
 
 
 def _apply(layer: Planned, rates: Rates) -> float:
-    entries = layer.shape.blocks * layer.shape.m * layer.shape.dim
+    entries = layer.size.blocks * layer.size.m * layer.size.dim
     seconds = 4 * layer.copies_gradient * 4.0 * entries / rates.strided  # there and back
     if layer.method.solver in ("lowrank", "woodbury"):  # in place
-        used = layer.method.rank if layer.method.solver == "lowrank" else layer.shape.rows
+        used = layer.method.rank if layer.method.solver == "lowrank" else layer.size.rows
         columns = -(-used // COLUMNS) * COLUMNS
-        flops = layer.shape.blocks * apply_flops(layer.shape.m, layer.shape.dim, columns)
+        flops = layer.size.blocks * apply_flops(layer.size.m, layer.size.dim, columns)
         seconds += flops / rates.skinny + entries * rates.touch
     else:
         speed = rates.square / (SUBSTITUTION if layer.method.factor else 1)
@@ -171,8 +171,8 @@ def _solve(planned: Sequence[Planned], rates: Rates, ranks: int, *, aside: bool,
     A thread may solve the host's eigenproblems ``aside``; and what else the host does may be ``hidden`` by the device.
     """
     exact = [layer for layer in planned if layer.method.solver == "exact"]
-    groups = sorted({layer.shape.dim for layer in exact}, reverse=True)
-    counts = [sum(layer.shape.blocks for layer in exact if layer.shape.dim == dim) for dim in groups]
+    groups = sorted({layer.size.dim for layer in exact}, reverse=True)
+    counts = [sum(layer.size.blocks for layer in exact if layer.size.dim == dim) for dim in groups]
     shares = assign(counts, [float(dim) ** 3 for dim in groups], ranks)
     busiest = max(
         (
@@ -185,12 +185,12 @@ def _solve(planned: Sequence[Planned], rates: Rates, ranks: int, *, aside: bool,
         default=0.0,
     )
     # Some keep factors, a third of the FLOPs: the busiest rank is taken to have as many of them as any.
-    cubes = sum(layer.shape.blocks * layer.shape.dim**3.0 for layer in exact)
+    cubes = sum(layer.size.blocks * layer.size.dim**3.0 for layer in exact)
     kept = sum(layer.cost.solve for layer in exact) / max(1.0, cubes)
     seconds = busiest * (1 / (3 * rates.factor) + max(0.0, kept - 1 / 3) / rates.inverse)
     flops = busiest * kept
     tracked = {layer.method.tracked for layer in planned if layer.method.solver == "lowrank"}
-    sizes = {layer.shape.dim for layer in planned if layer.method.solver == "lowrank"}
+    sizes = {layer.size.dim for layer in planned if layer.method.solver == "lowrank"}
     if not hidden:
         seconds += rates.call * (RENEWAL_CALLS * len(tracked) + STACK_CALLS * len(sizes))
     for layer in planned:
@@ -200,7 +200,7 @@ def _solve(planned: Sequence[Planned], rates: Rates, ranks: int, *, aside: bool,
         if layer.method.solver == "lowrank" and not aside:
             seconds += (
                 layer.cost.solve / rates.nystrom
-                + layer.shape.blocks * rates.small * (layer.method.tracked / TRACKED) ** 2
+                + layer.size.blocks * rates.small * (layer.method.tracked / TRACKED) ** 2
             )
         else:
             seconds += layer.cost.solve / rates.square

@@ -122,27 +122,6 @@ def relative_error(eigenvalues: Floats, trace: Floats, damping: Floats, dim: int
         return np.sqrt((known + outside * high + hump) / norm)
 
 
-def worst_case_error(eigenvalues: Floats, trace: Floats, damping: Floats, dim: int) -> Floats:
-    r"""Bound on :math:`\|\hat M - M\|_F / \|M\|_F` for every gradient whatsoever, for every rank r <= k.
-
-    :math:`\hat M - M` is M times a matrix with eigenvalues :math:`(\sigma - \mu_r) / (\lambda + \mu_r)` along what is
-    left out. Only the second assumption of :func:`relative_error` is needed, on the eigenvalues outside.
-
-    Args:
-        eigenvalues: s, descending, (B, k).
-        trace: (B,).
-        damping: :math:`\lambda`, (B,).
-        dim: d.
-
-    Returns:
-        (B, k + 1), for r = 0 .. k. NaN where the trace is 0.
-    """
-    mu = tail_mean(eigenvalues, trace, dim)
-    ceiling = _ceiling(eigenvalues) if eigenvalues.shape[-1] < dim else np.zeros_like(trace)
-    largest = np.concatenate([eigenvalues, ceiling[:, None]], axis=-1)
-    return np.maximum(largest - mu, mu) / (damping[:, None] + mu)
-
-
 def required_rank(error: Floats, tolerance: float) -> Ints:
     """Smallest rank whose error is at most ``tolerance``.
 

@@ -24,12 +24,15 @@ from dataclasses import dataclass
 
 from dopr_lightning.preconditioner.packed import panels
 
+NUMBER = 4
+"""Bytes of a number of the statistics, float32 under any autocast."""
+
 COUNT = 8
 """Bytes of a row count (int64), which every covariance has, and of the flag (float64) that tells of its inverse."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerSize:
     """One layer, seen by the preconditioner.
 
     Attributes:
@@ -85,52 +88,51 @@ class Cost:
     gathered: int
 
 
-def layer_cost(shape: Shape, method: Method, *, itemsize: int = 4) -> Cost:
+def layer_cost(size: LayerSize, method: Method) -> Cost:
     """Cost of one layer.
 
     Args:
-        shape: Its sizes.
+        size: Its sizes.
         method: How it is solved.
-        itemsize: Bytes of a number of the statistics: 4, they are float32 under any autocast; 8 for float64 models.
 
     Raises:
         ValueError: An unknown solver.
     """
-    m, d, n, k = shape.m, shape.dim, shape.rows, method.tracked
+    m, d, n, k = size.m, size.dim, size.rows, method.tracked
     if method.solver == "exact":
         return _times(
-            shape.blocks,
+            size.blocks,
             statistics=2.0 * n * packed_size(d),
             solve=solve_flops(d, None) / (3 if method.factor else 1),
             apply=apply_flops(m, d, None),
-            held=itemsize * (packed_size(d) + d * d) + COUNT,
-            summed=itemsize * packed_size(d) + COUNT,
-            gathered=itemsize * d * d + COUNT,
+            held=NUMBER * (packed_size(d) + d * d) + COUNT,
+            summed=NUMBER * packed_size(d) + COUNT,
+            gathered=NUMBER * d * d + COUNT,
         )
     if method.solver == "lowrank":
         small = 2 * k + 6  # eigenvalues and coefficients; trace and its sum, floor and its inverse, error, weight
         return _times(
-            shape.blocks,
+            size.blocks,
             statistics=statistics_flops(n, d, k),
             solve=solve_flops(d, k),
             apply=apply_flops(m, d, method.rank),
-            held=itemsize * ((4 if k < d else 3) * d * k + small) + COUNT,
-            summed=itemsize * (d * k + 1) + COUNT,
+            held=NUMBER * ((4 if k < d else 3) * d * k + small) + COUNT,
+            summed=NUMBER * (d * k + 1) + COUNT,
             gathered=0,
         )
     if method.solver == "woodbury":
         return _times(
-            shape.blocks,
+            size.blocks,
             statistics=0.0,
             solve=3.0 * n * n * d + n**3 / 3,
             apply=apply_flops(m, d, n),
-            held=itemsize * (n * d + 1) + COUNT,
+            held=NUMBER * (n * d + 1) + COUNT,
             summed=COUNT,
             gathered=0,
         )
     if method.solver == "diagonal":
-        held, summed = itemsize * 2 * d + COUNT, itemsize * d + COUNT
-        return _times(shape.blocks, statistics=n, solve=2.0 * d, apply=m * d, held=held, summed=summed, gathered=0)
+        held, summed = NUMBER * 2 * d + COUNT, NUMBER * d + COUNT
+        return _times(size.blocks, statistics=n, solve=2.0 * d, apply=m * d, held=held, summed=summed, gathered=0)
     raise ValueError(f"no cost is known for solver {method.solver!r}")
 
 

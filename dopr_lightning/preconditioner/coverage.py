@@ -69,12 +69,12 @@ def check_still_frozen(layers: Sequence[Layer]) -> None:
 def find_coverage(
     model: nn.Module,
     *,
-    conv: ConvCovariance,
-    bias: bool,
-    max_dim: int | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-    parameters: Collection[nn.Parameter] | None,
+    conv: ConvCovariance = "channel",
+    bias: bool = False,
+    max_dim: int | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    parameters: Collection[nn.Parameter] | None = None,
 ) -> Coverage:
     """Choose what to cover.
 

@@ -192,7 +192,7 @@ def test_the_plan_of_a_model_on_no_device_is_what_is_then_done(solver: Any) -> N
     arm.step(workload.batches(1, CPU)[0])
 
     def known(layers: Any) -> Any:  # the directions in use follow from the data
-        return sorted((x.shape.name, x.shape, replace(x.method, rank=0)) for x in layers)
+        return sorted((x.size.name, x.size, replace(x.method, rank=0)) for x in layers)
 
     assert known(planned) == known(observed(arm.preconditioner))
 

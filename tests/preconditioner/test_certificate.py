@@ -30,7 +30,6 @@ coefficients = on_tensors(certificate.coefficients)
 relative_error = on_tensors(certificate.relative_error)
 required_rank = on_tensors(certificate.required_rank)
 tail_mean = on_tensors(certificate.tail_mean)
-worst_case_error = on_tensors(certificate.worst_case_error)
 
 
 def test_tail_mean_of_every_rank() -> None:
@@ -121,41 +120,21 @@ def test_blocks_of_several_sizes_are_certified_as_each_alone() -> None:
             torch.testing.assert_close(all_[one], alone, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("certificate", [relative_error, worst_case_error])
-def test_the_certificates_do_not_depend_on_the_scale(certificate: Callable[..., Tensor]) -> None:
+def test_the_certificate_does_not_depend_on_the_scale() -> None:
     spectrum = power_law(1.0).float()
-    expected = certificate(spectrum[None, :16], spectrum.sum()[None], 0.01 * spectrum.sum()[None], DIM)
+    expected = relative_error(spectrum[None, :16], spectrum.sum()[None], 0.01 * spectrum.sum()[None], DIM)
     for scale in (1e-30, 1e30):
         scaled = scale * spectrum
-        found = certificate(scaled[None, :16], scaled.sum()[None], 0.01 * scaled.sum()[None], DIM)
+        found = relative_error(scaled[None, :16], scaled.sum()[None], 0.01 * scaled.sum()[None], DIM)
         torch.testing.assert_close(found, expected)
 
 
 def test_the_certificate_is_zero_at_full_rank() -> None:
     spectrum = power_law(1.0, 8)
     trace = spectrum.sum()[None]
-    for bound in (relative_error, worst_case_error):
-        errors = bound(spectrum[None], trace, 0.01 * trace, 8)[0]
-        assert errors.shape == (9,)
-        assert float(errors[8]) < 1e-6 < 1e-3 < float(errors[6])
-
-
-def test_no_gradient_exceeds_the_worst_case_and_one_attains_it() -> None:
-    spectrum = exponential()
-    sigma, trace = torch.diag(spectrum), spectrum.sum()[None]
-    damping = 0.01 * trace
-    bound = worst_case_error(spectrum[None, :16], trace, damping, DIM)[0]
-    basis = torch.eye(DIM, dtype=torch.float64)[None, :, :16]
-    gradients = [*torch.eye(DIM, dtype=torch.float64)[:, None], torch.randn(5, DIM, dtype=torch.float64)]
-    for rank in range(17):
-        c, rest = coefficients(spectrum[None, :16], trace, damping, DIM, rank)
-        errors = []
-        for gradient in gradients:
-            truth = exact(gradient, sigma, damping)
-            errors.append(float((approximate(gradient, basis, c, rest) - truth).norm() / truth.norm()))
-        assert max(errors) <= float(bound[rank]) * (1 + 1e-9)
-        if rank < 16:  # beyond, the next eigenvalue is not known but bounded
-            assert max(errors) == pytest.approx(float(bound[rank]))
+    errors = relative_error(spectrum[None], trace, 0.01 * trace, 8)[0]
+    assert errors.shape == (9,)
+    assert float(errors[8]) < 1e-6 < 1e-3 < float(errors[6])
 
 
 def test_required_rank_is_the_smallest_within_the_tolerance() -> None:

@@ -13,8 +13,8 @@ from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.bench.plan import held_bytes, observed
 from dopr_lightning.preconditioner.cost import (
     Cost,
+    LayerSize,
     Method,
-    Shape,
     layer_cost,
     low_rank_is_cheaper,
     packed_size,
@@ -22,7 +22,7 @@ from dopr_lightning.preconditioner.cost import (
 from dopr_lightning.preconditioner.packed import PackedSymmetric
 
 # Two blocks of gradients 3 x 4, five rows. Nothing narrower than 64 is packed: a covariance takes 16 numbers.
-SHAPE = Shape("w", blocks=2, m=3, dim=4, rows=5)
+SIZE = LayerSize("w", blocks=2, m=3, dim=4, rows=5)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ SHAPE = Shape("w", blocks=2, m=3, dim=4, rows=5)
     ],
 )
 def test_costs_are_those_counted_by_hand(method: Method, cost: Cost) -> None:
-    assert layer_cost(SHAPE, method) == cost
+    assert layer_cost(SIZE, method) == cost
 
 
 @pytest.mark.parametrize("dim", [1, 63, 64, 65, 512, 1000, 2048])
@@ -83,7 +83,7 @@ def test_packed_size_is_that_of_the_packed_matrices(dim: int) -> None:
 
 def test_an_unknown_solver_has_no_cost() -> None:
     with pytest.raises(ValueError, match="shampoo"):
-        layer_cost(SHAPE, Method("shampoo"))
+        layer_cost(SIZE, Method("shampoo"))
 
 
 def product(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **_: object) -> int:
@@ -122,7 +122,7 @@ def test_apply_makes_the_flops_it_is_said_to(solver: str, dim: int, rows: int, k
     ap, _ = train(solver, dim, rows)
     planned = observed(ap)
     assert {layer.method.solver for layer in planned} == {kind}
-    assert {layer.shape.m for layer in planned} == {dim, 7}
+    assert {layer.size.m for layer in planned} == {dim, 7}
     with torch.no_grad(), counter() as flops:
         for stack in ap._stacks:
             stack.apply()
