@@ -38,7 +38,7 @@ from dopr_lightning.preconditioner.woodbury import WoodburyStack
 log = getLogger(__name__)
 
 WITHOUT_FLOAT64 = frozenset({"mps"})
-"""Kinds of devices."""
+"""Types of devices that lack it."""
 
 _in_use: WeakSet[ActivationPreconditioner] = WeakSet()
 """Those that were given no optimizer's parameters, and so rewrite at every step, and were not removed."""

@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 
 def _overrides(cls: type, *names: str, without: str) -> bool:
-    """Whether a class, or one of its bases, defines one of the names after what ``without`` says was last said."""
+    """Whether ``cls`` redefines any of ``names`` and not ``without``, whose claim about them may then not hold."""
     for base in cls.__mro__:
         if without in vars(base):
             return False
