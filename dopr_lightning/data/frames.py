@@ -26,10 +26,12 @@ class Frames:
     def __getitem__(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """The frames at ``rows``, (..., 3, H, W) for rows of shape (...).
 
-        Colours still lie last in memory: moving them would cost more than the gather, and a GPU's convolutions prefer
-        them there.
+        Colours lie in memory where they lie in the array: moving them would cost more than the gather, and a GPU's
+        convolutions prefer them last.
         """
-        return torch.from_numpy(self._array.take(rows, axis=0)).movedim(-1, -3)
+        # Quicker than indexing, but of what lies otherwise, colours first say, it first copies the whole.
+        chosen = self._array.take(rows, axis=0) if self._array.flags.c_contiguous else self._array[rows]
+        return torch.from_numpy(chosen).movedim(-1, -3)
 
     def __reduce__(self) -> tuple[Callable[..., Frames], tuple[Any, ...]]:
         array = self._array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,20 @@ def test_a_file_in_fortrans_order(on_disk: Any) -> None:
     expected = frames(3, 64, 64)[5].transpose(2, 0, 1)
     for one in (dataset, pickle.loads(sent)):
         np.testing.assert_array_equal(one[5]["images"]["front"][0], expected)
+
+
+@pytest.mark.parametrize("view", [lambda a: np.moveaxis(a, 1, -1), lambda a: a.transpose(0, 2, 3, 1)[:, ::-1, :, ::-1]])
+def test_a_view_of_a_file_is_not_read_whole_for_a_batch(view: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Colours first in the file; upside down, and blue first."""
+    np.save(tmp_path / "frames.npy", frames(3, 64, 64).transpose(0, 3, 1, 2))
+    images = view(np.load(tmp_path / "frames.npy", mmap_mode="r"))
+    dataset = WindowDataset(demonstrations(front=images), 1, 1, 1)
+    tracemalloc.start()
+    batch = dataset.__getitems__([5, 7])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < images.nbytes / 4
+    np.testing.assert_array_equal(batch["images"]["front"][:, 0], images[[5, 7]].transpose(0, 3, 1, 2))
 
 
 def test_a_part_of_a_file_is_sent_as_it_is(on_disk: Any) -> None:
