@@ -216,6 +216,13 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, workers: int) -> None:
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
 
 
+def test_resume_between_epochs_of_some_batches(tmp_path: Path) -> None:
+    options = (*CONSTANT, "--trainer.limit_train_batches=3", "--checkpoint.every_n_train_steps=6")
+    train(tmp_path / "whole", *options, "--checkpoint.save_top_k=-1")
+    train(tmp_path / "resumed", *options, resume=tmp_path / "whole" / "step=6.ckpt")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
+
+
 def test_another_runs_last_checkpoint_is_not_left_beside(tmp_path: Path) -> None:
     train(tmp_path, "--trainer.max_steps=4")
     before = saved(tmp_path)

@@ -168,8 +168,11 @@ class DemonstrationData(L.LightningDataModule):
         """How many of an epoch's batches a resumed run has trained on; Lightning knows, and begins the epoch anew."""
         if not self.trainer:
             return 0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        return done if done < batches and self.trainer.fit_loop.restarting else 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.processed  # type: ignore[attr-defined]
+        # A whole epoch, which may be less than all batches (limit_train_batches), is no part of the next.
+        whole = progress.is_last_batch and done == progress.current.ready
+        return done if done < batches and not whole and self.trainer.fit_loop.restarting else 0
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every held-out window in order. Under DDP Lightning shards it, and may repeat a window to even the shards."""
