@@ -216,6 +216,17 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, workers: int) -> None:
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
 
 
+@pytest.mark.parametrize("epochs", [(), EPOCHS], ids=["steps", "epochs"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_at_the_last_batch_of_an_epoch(tmp_path: Path, workers: int, epochs: tuple[str, ...]) -> None:
+    """Where workers would draw the epoch's order again."""
+    every = f"--checkpoint.every_n_train_steps={2 * STEPS}"
+    options = (*CONSTANT, *epochs, f"--data.num_workers={workers}", every)
+    train(tmp_path / "whole", *options, "--checkpoint.save_top_k=-1")
+    train(tmp_path / "resumed", *options, resume=tmp_path / "whole" / f"step={2 * STEPS}.ckpt")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
+
+
 def test_resume_between_epochs_of_some_batches(tmp_path: Path) -> None:
     options = (*CONSTANT, "--trainer.limit_train_batches=3", "--checkpoint.every_n_train_steps=6")
     train(tmp_path / "whole", *options, "--checkpoint.save_top_k=-1")

@@ -159,10 +159,7 @@ class DemonstrationData(L.LightningDataModule):
             seed=self.seed,
             drop_last=True,
         )
-        if self.trainer:
-            # Lightning does so too, but where an epoch is resumed only after workers have drawn from another.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return self._loader(dataset, sampler=sampler, drop_last=True)
+        return self._loader(dataset, _Late, sampler=sampler, drop_last=True)
 
     def _done(self, batches: int) -> int:
         """How many of an epoch's batches a resumed run has trained on; Lightning knows, and begins the epoch anew."""
@@ -182,8 +179,10 @@ class DemonstrationData(L.LightningDataModule):
         """The held-out windows again: what is new in a test are the rollouts, with seeds of their own."""
         return self.val_dataloader()
 
-    def _loader(self, dataset: WindowDataset, **kwargs: Any) -> DataLoader[Batch]:
-        return DataLoader(
+    def _loader(
+        self, dataset: WindowDataset, kind: type[DataLoader[Batch]] = DataLoader, **kwargs: Any
+    ) -> DataLoader[Batch]:
+        return kind(
             dataset,
             batch_size=self.batch_size,
             collate_fn=already_batched,  # type: ignore[arg-type]  # batches, not lists of items
@@ -195,6 +194,16 @@ class DemonstrationData(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )
+
+
+class _Late(DataLoader[Batch]):
+    """A DataLoader whose processes draw nothing before the first batch is asked for.
+
+    Lightning asks for the iterator with the loader, and says later which epoch it is and where that is gone on with.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 class _Resumable(DistributedSampler[Any]):
