@@ -207,10 +207,11 @@ def test_the_last_checkpoint_is_what_a_run_ends_with_and_a_longer_one_goes_on_fr
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "more"))
 
 
+@pytest.mark.parametrize("end", [CONSTANT, DOPR, (*DOPR, *EPOCHS)], ids=["constant", "steps", "epochs"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, workers: int) -> None:
-    """Where workers would draw in advance, from another epoch's order."""
-    options = (*CONSTANT, f"--data.num_workers={workers}", "--checkpoint.every_n_train_steps=7")
+def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, workers: int, end: tuple[str, ...]) -> None:
+    """Where workers would draw in advance, from another epoch's order, and where epochs give a schedule its length."""
+    options = (*end, f"--data.num_workers={workers}", "--checkpoint.every_n_train_steps=7")
     train(tmp_path / "whole", *options, "--checkpoint.save_top_k=-1")
     train(tmp_path / "resumed", *options, resume=tmp_path / "whole" / "step=7.ckpt")
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -151,7 +151,7 @@ class DemonstrationData(L.LightningDataModule):
         # Also on one process: this sampler orders by (seed, epoch), and Lightning tells it the epoch and leaves it as
         # it is under DDP. RandomSampler would draw from the global generator.
         sampler = _Resumable(
-            self._done(len(dataset) // world // self.batch_size) * self.batch_size,
+            lambda: self._done(len(dataset) // world // self.batch_size) * self.batch_size,
             dataset,
             num_replicas=world,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -207,15 +207,19 @@ class _Late(DataLoader[Batch]):
 
 
 class _Resumable(DistributedSampler[Any]):
-    """A DistributedSampler whose first epoch begins ``skip`` windows on, where an interrupted run stopped."""
+    """A DistributedSampler whose first epoch begins ``skip()`` windows on, where an interrupted run stopped.
 
-    def __init__(self, skip: int, *args: Any, **kwargs: Any) -> None:
+    It is asked when that epoch begins: to count the steps of a schedule Lightning makes the loader before it has read
+    from the checkpoint where the run stopped.
+    """
+
+    def __init__(self, skip: Callable[[], int], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._skip = skip
+        self._skip: Callable[[], int] | None = skip
 
     def __iter__(self) -> Iterator[int]:
-        skip, self._skip = self._skip, 0
-        return islice(super().__iter__(), skip, None)
+        skip, self._skip = self._skip, None
+        return islice(super().__iter__(), skip() if skip else 0, None)
 
 
 def _digest(*numbers: npt.NDArray[np.int64] | None) -> str:
