@@ -94,13 +94,18 @@ class DeployedPolicy:
             (A,), float32, in the environment's own units, within the bounds that the record has.
 
         Raises:
-            UserError: It has another shape than the policy was trained on, lacks a key or a camera, or is not finite.
+            UserError: It has another shape than the policy was trained on, lacks a key or a camera, or is not finite;
+                or the action is not.
         """
         look = self._checked(observation)
         self._window.extend([look] if self._window else first_window(look, self.policy.observe))
         if not self._queue:
             self._queue.extend(decide(self.policy, [self._window], [self._generator])[0])
-        return np.clip(self._queue.popleft(), self._low, self._high)
+        action = self._queue.popleft()
+        # Clipping leaves NaN, and would make a full stroke of infinity.
+        if not np.isfinite(action).all():
+            raise UserError("the policy's action is not finite; the training diverged: load another checkpoint")
+        return np.clip(action, self._low, self._high)
 
     def _checked(self, observation: Any) -> Observation:
         cameras = self.policy.cameras

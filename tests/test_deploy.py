@@ -93,6 +93,20 @@ def test_the_bounds_are_of_each_number_of_an_action() -> None:
     assert acted() == [-9, 0.5, 9]
 
 
+def test_an_action_that_is_not_finite_does_not_reach_the_robot() -> None:
+    class Diverged:
+        observe, act, observation_dim, action_dim, cameras = 1, 2, 1, 1, ()
+        device = torch.device("cpu")
+
+        def predict(self, observations: Any, generators: Any) -> torch.Tensor:
+            return torch.tensor([[[0.5], [np.nan]]])
+
+    policy = DeployedPolicy(Diverged(), record={"action": {"low": [-1.0], "high": [1.0]}})
+    policy.act(np.zeros(1))
+    with pytest.raises(UserError, match="action is not finite; the training diverged"):
+        policy.act(np.zeros(1))
+
+
 def by_act(policy: DeployedPolicy, spec: EnvironmentSpec, seed: int) -> np.ndarray:
     """An episode as a user of the policy would write it."""
     env: gymnasium.Env[Any, Any] = make(spec)
