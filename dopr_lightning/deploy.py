@@ -119,6 +119,10 @@ class DeployedPolicy:
                 f"the policy observes {{'state': ..., 'images': {{camera: ...}}}} and got {got}; give it both"
             )
         images = observation["images"]
+        if not isinstance(images, Mapping):
+            raise UserError(
+                f"the policy observes images by camera, and got {type(images).__name__}; give {{{cameras[0]!r}: ...}}"
+            )
         if missing := [camera for camera in cameras if camera not in images]:
             raise UserError(
                 f"the policy needs images of camera {missing[0]!r}, and got {', '.join(images) or 'none'}; name them "
@@ -129,7 +133,13 @@ class DeployedPolicy:
         )
 
     def _state(self, value: Any) -> npt.NDArray[np.float32]:
-        state = np.array(value, dtype=np.float32)  # a copy: the caller may go on writing to its own
+        try:
+            state = np.array(value, dtype=np.float32)  # a copy: the caller may go on writing to its own
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the policy's state needs numbers ({error}), and got {type(value).__name__}; give what reset() or "
+                "step() observed, without what they return beside it"
+            ) from error
         if state.shape != (self.policy.observation_dim,):
             keys = self.record.get("observation", {}).get("keys", [])
             raise UserError(
