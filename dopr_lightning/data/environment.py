@@ -33,7 +33,7 @@ class EnvironmentSpec:
             records them, and is not judged in others unasked.
 
     Raises:
-        UserError: There is no such metric.
+        UserError: There is no such metric, or a number is out of range.
     """
 
     id: str
@@ -50,6 +50,9 @@ class EnvironmentSpec:
     def __post_init__(self) -> None:
         if self.metric not in get_args(Metric):
             raise UserError(f"{self.id}: metric {self.metric!r}; choose one of {', '.join(get_args(Metric))}")
+        # Gymnasium takes -1 for no limit, and a rollout may then never end.
+        if self.max_steps < 1:
+            raise UserError(f"{self.id}: max_steps={self.max_steps}; must be at least 1")
 
     @property
     def title(self) -> str:

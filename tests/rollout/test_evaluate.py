@@ -91,6 +91,13 @@ def test_a_metric_that_there_is_not() -> None:
         replace(SPEC, metric="reward")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_an_episode_without_end(steps: int) -> None:
+    """Gymnasium takes -1 for no limit."""
+    with pytest.raises(UserError, match=f"DoprToy-v0: max_steps={steps}; must be at least 1"):
+        replace(SPEC, max_steps=steps)
+
+
 def test_success_as_the_metric() -> None:
     spec = replace(faulty_environment.SPEC, metric="success")  # where the seed is a multiple of 3, at step 4 of 5 to 7
     episodes = evaluate(Feedback(act=3), spec, [3, 4, 6, 8])
