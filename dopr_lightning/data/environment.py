@@ -53,6 +53,8 @@ class EnvironmentSpec:
         # Gymnasium takes -1 for no limit, and a rollout may then never end.
         if self.max_steps < 1:
             raise UserError(f"{self.id}: max_steps={self.max_steps}; must be at least 1")
+        if self.first_seed < 0:
+            raise UserError(f"{self.id}: first_seed={self.first_seed}; must be at least 0")
 
     @property
     def title(self) -> str:

@@ -98,6 +98,11 @@ def test_an_episode_without_end(steps: int) -> None:
         replace(SPEC, max_steps=steps)
 
 
+def test_a_seed_below_zero() -> None:
+    with pytest.raises(UserError, match="DoprToy-v0: first_seed=-3; must be at least 0"):
+        replace(SPEC, first_seed=-3)
+
+
 def test_success_as_the_metric() -> None:
     spec = replace(faulty_environment.SPEC, metric="success")  # where the seed is a multiple of 3, at step 4 of 5 to 7
     episodes = evaluate(Feedback(act=3), spec, [3, 4, 6, 8])
