@@ -202,7 +202,7 @@ def check_fit(
         timeout_s: Of a worker.
 
     Raises:
-        UserError: It cannot be made, or has other sizes.
+        UserError: It cannot be made, or has other sizes or cameras.
     """
     with seats(spec, 1, policy.observe, workers=min(1, workers), timeout_s=timeout_s) as environments:
         found = environments.describe()
@@ -265,6 +265,13 @@ def _check_fit(policy: Policy, spec: EnvironmentSpec, environment: Description) 
             f"({policy.action_dim},), but {spec.id} has {sees} and {does}; evaluate it where it was "
             "trained, and train it on demonstrations of where it is to be evaluated"
         )
+    for camera in getattr(policy, "cameras", ()):
+        if camera not in environment.image_sizes:
+            raise UserError(
+                f"the policy sees through camera {camera!r}, and {spec.id} has "
+                f"{', '.join(environment.image_sizes) or 'no images'}; name it in the cameras of the environment's "
+                "spec, or leave it out of the network's"
+            )
 
 
 def first_window(observation: Observation, observe: int) -> list[Observation]:

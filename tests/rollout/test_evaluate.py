@@ -322,6 +322,14 @@ def test_a_policy_for_another_environment() -> None:
     assert Toy.open_environments == 0
 
 
+def test_a_policy_whose_camera_is_not_there() -> None:
+    policy: Any = Feedback()
+    policy.cameras = ("front",)
+    with pytest.raises(UserError, match="the policy sees through camera 'front', and DoprToy-v0 has no images"):
+        evaluate(policy, SPEC, SEEDS)
+    assert Toy.resets == []
+
+
 def test_a_policy_that_returns_another_shape() -> None:
     policy = Feedback(act=2)
     short = Feedback(act=1)

@@ -309,6 +309,16 @@ def test_sizes_of_images_are_compared_before_anything_is_trained(tmp_path: Path)
     assert model.weight == 0
 
 
+def test_cameras_are_compared_before_anything_is_trained(tmp_path: Path) -> None:
+    model = Constant()
+    model.cameras = ("front", "wrist")  # type: ignore[assignment]
+    with pytest.raises(UserError, match="camera 'wrist', and DoprToyViews-v0 has front; name it in the cameras"):
+        trainer(tmp_path, [RolloutEvaluation()]).fit(
+            model, datamodule=DemonstrationData(toy_views.ToyViews(), batch_size=5)
+        )
+    assert model.weight == 0
+
+
 @pytest.mark.parametrize(("saved", "validated"), [(None, 1), (3, 1), (4, 1), (None, 2)])
 def test_checkpoints_by_rollouts_are_where_rollouts_are(tmp_path: Path, saved: int | None, validated: int) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="rollout/return", every_n_epochs=saved)
