@@ -161,6 +161,19 @@ def test_dimensions_and_environment_load_once() -> None:
     assert source.loads == 1
 
 
+def test_a_held_out_episode_that_is_too_short_is_said_before_training() -> None:
+    class Short(Numbered):
+        def load(self) -> Demonstrations:
+            whole = super().load()
+            last = whole.split(1, 0)[1].numbers[0]  # type: ignore[index]
+            parts = [whole._select(np.array([e])) for e in range(10)]
+            cut = [part.actions[: 3 if e == last else None] for e, part in enumerate(parts)]
+            return Demonstrations(np.concatenate(cut), np.concatenate(cut), np.cumsum([len(c) for c in cut]), "short")
+
+    with pytest.raises(UserError, match="has 3 steps, too few for a window of horizon=4"):
+        DemonstrationData(Short(), batch_size=8, horizon=4).train_dataloader()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
