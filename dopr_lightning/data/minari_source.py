@@ -31,9 +31,15 @@ class Minari(Source):
         dataset_id: Minari's id of the dataset.
         episodes: Read only the first so many. Minari's expert sets hold about a thousand episodes, gigabytes of them,
             where imitation wants tens; ``None`` reads all.
+
+    Raises:
+        UserError: No episode is to be read.
     """
 
     def __init__(self, dataset_id: str = "mujoco/humanoid/expert-v0", episodes: int | None = 100) -> None:
+        # A negative number would leave out the last ones.
+        if episodes is not None and episodes < 1:
+            raise UserError(f"Minari dataset {dataset_id!r}: episodes={episodes}: read at least 1, or None for all")
         self.dataset_id = dataset_id
         self.episodes = episodes
 

@@ -58,6 +58,12 @@ def test_only_the_first_episodes_are_read(root: Path) -> None:
     assert read.numbers.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("episodes", [0, -3])
+def test_no_episodes_cannot_be_read(episodes: int) -> None:
+    with pytest.raises(UserError, match=f"episodes={episodes}: read at least 1, or None for all"):
+        Minari(ID, episodes)
+
+
 @pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
 def test_formats(data_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minari = pytest.importorskip("minari")
