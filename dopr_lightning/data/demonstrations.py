@@ -167,6 +167,11 @@ class Demonstrations:
         Raises:
             UserError: No episode would be left to train on, or none is held out.
         """
+        if self.num_episodes == 1:
+            raise UserError(
+                f"demonstrations {self.source!r}: there is one episode, and one to train on and one to hold out for "
+                "validation are needed; record another, or give the ends of all (episode_ends)"
+            )
         if not 1 <= validation_episodes < self.num_episodes:
             raise UserError(
                 f"demonstrations {self.source!r}: cannot hold out {validation_episodes} of {self.num_episodes} "

@@ -57,6 +57,11 @@ def test_split_leaves_something_on_both_sides(count: int) -> None:
         numbered().split(count, 0)
 
 
+def test_one_episode_cannot_be_split() -> None:
+    with pytest.raises(UserError, match=r"'toy': there is one episode.* record another"):
+        numbered().take(1).split(1, 0)
+
+
 @pytest.mark.parametrize("field", ["observations", "actions"])
 @pytest.mark.parametrize(
     ("row", "place"), [(0, "episode 0, step 0"), (3, "episode 1, step 0"), (13, "episode 3, step 5")]
