@@ -51,7 +51,13 @@ class Demonstrations:
         # A value too large for float32 becomes inf here, and is reported below with its place.
         with np.errstate(over="ignore"):
             for field in ("observations", "actions"):
-                array = np.ascontiguousarray(getattr(self, field), dtype=np.float32)
+                try:
+                    array = np.ascontiguousarray(getattr(self, field), dtype=np.float32)
+                except (TypeError, ValueError) as error:
+                    raise UserError(
+                        f"{name}: {field} are no array of numbers ({error}); concatenate the episodes' arrays, (steps, "
+                        "dimensions), and say in episode_ends where each ends"
+                    ) from error
                 object.__setattr__(self, field, array)
                 if array.ndim != 2 or array.shape[1] == 0:
                     raise UserError(

@@ -119,6 +119,18 @@ def test_ends_must_divide_the_steps(ends: list[int]) -> None:
         Demonstrations(good.observations, good.actions, np.array(ends), "toy")
 
 
+def test_what_is_no_array_of_numbers() -> None:
+    """A list of episodes, of names; each numpy refuses in words of its own."""
+    good = numbered()
+    for field, value, said in (
+        ("observations", [np.zeros((3, 2)), np.zeros((11, 2))], "'toy': observations are no array of numbers .*concat"),
+        ("actions", np.full((14, 1), "left"), "'toy': actions are no array of numbers"),
+    ):
+        arrays: Any = {"observations": good.observations, "actions": good.actions, field: value}
+        with pytest.raises(UserError, match=said):
+            Demonstrations(**arrays, episode_ends=good.episode_ends, source="toy")
+
+
 def test_shapes_must_fit() -> None:
     good = numbered()
     with pytest.raises(UserError, match="14 observations but 13 actions"):
