@@ -413,6 +413,11 @@ def test_nothing_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Robomimic(task="tool_hang", dataset_type="mh").load()
 
 
+def test_a_state_of_no_keys(path: Path) -> None:
+    with pytest.raises(UserError, match="keys are empty; name at least one low-dimensional observation"):
+        Robomimic(path=str(path), keys=())
+
+
 def test_a_task_of_ones_own_needs_a_horizon(path: Path) -> None:
     with pytest.raises(UserError, match="'stack', ph: no horizon is known; set max_steps"):
         _ = Robomimic(task="stack", path=str(path)).environment

@@ -59,6 +59,9 @@ class Robomimic(Source):
             stored offsets (7 per arm).
         filter_key: Only the demonstrations of this mask of the file, ``20_percent`` say.
         max_steps: How long a policy may try; by default robomimic's own horizon for the task and type.
+
+    Raises:
+        UserError: There are no keys.
     """
 
     def __init__(
@@ -72,6 +75,10 @@ class Robomimic(Source):
         filter_key: str | None = None,
         max_steps: int | None = None,
     ) -> None:
+        if not keys:
+            raise UserError(
+                "Robomimic: keys are empty; name at least one low-dimensional observation, beside images too"
+            )
         self.task = task
         self.dataset_type = dataset_type
         self.path = path
