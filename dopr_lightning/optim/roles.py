@@ -17,6 +17,9 @@ from dopr_lightning.preconditioner.layers import layer_types, public_name
 Role = Literal["hidden", "condition", "input", "readout", "vector", "embedding"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+"""Whose weights have the shape of what is normalised, (channels, length) perhaps."""
+
 _LAYERS = (nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase)
 """Of matrices, beside the types that DoPr covers."""
 
@@ -26,8 +29,8 @@ def parameter_roles(
 ) -> dict[str, Role]:
     """The role of every trainable parameter.
 
-    ``vector``: anything with fewer than two dimensions (biases, norms), and the magnitudes of ``weight_norm``, which
-    stand in a shape like (out, 1). ``embedding``: the weight of an
+    ``vector``: anything with fewer than two dimensions (biases, norms), a LayerNorm's weights over several, and the
+    magnitudes of ``weight_norm``, which stand in a shape like (out, 1). ``embedding``: the weight of an
     :class:`torch.nn.Embedding`, and what no layer owns and has 1 as its first size, as class tokens and position
     embeddings do. ``input`` and ``readout``: matrices that touch a dimension
     which does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
@@ -110,7 +113,9 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
 
 def _role(owner: nn.Module, parameter: nn.Parameter) -> Role:
     """What can be told of a parameter by the module it belongs to."""
-    if parameter.dim() < 2 or any(weight.magnitude is parameter for weight in weight_norms(owner)):
+    if parameter.dim() < 2 or isinstance(owner, _NORMS):
+        return "vector"
+    if any(weight.magnitude is parameter for weight in weight_norms(owner)):
         return "vector"
     if isinstance(owner, _TABLES):
         return "embedding"
@@ -133,9 +138,10 @@ def _merged(ours: Role, shapes: Kind) -> Role:
     ``"fixed"``     any          ours: nothing of it grows, and shapes tell nothing
     ``"hidden"``    condition    condition: rows per sample are not seen in shapes
     ``"input"``     vector       vector: magnitudes of weight_norm are shaped like a matrix
+    ``"embedding"`` vector       vector: so are a norm's weights, which a MupSpec is told to take for an embedding
     anything else   any          what the shapes say
     ==============  ===========  =================================================
     """
-    if shapes == "fixed" or (shapes, ours) in (("hidden", "condition"), ("input", "vector")):
+    if shapes == "fixed" or (shapes, ours) in (("hidden", "condition"), ("input", "vector"), ("embedding", "vector")):
         return ours
     return shapes

@@ -183,6 +183,20 @@ def test_magnitudes_of_weight_norm_are_vectors_with_muP_and_without(norm: Callab
     assert {g["weight_decay"] for g in optimizer.param_groups for p in g["params"] if p.shape[1:].numel() == 1} == {0.0}
 
 
+def test_norms_over_several_dimensions_are_vectors_with_muP_and_without() -> None:  # noqa: N802
+    """No matrices for Muon, nor for weight decay."""
+
+    def build(width: int) -> nn.Module:
+        norms = nn.LayerNorm([width, 8]), nn.RMSNorm([width, 8])
+        return nn.Sequential(nn.Conv1d(3, width, 1), *norms, nn.Conv1d(width, width, 1), nn.Conv1d(width, 2, 1))
+
+    model = build(16)
+    roles = parameter_roles(model)
+    assert {role for name, role in roles.items() if name[0] in "12"} == {"vector"}
+    told = dict.fromkeys(("1.weight", "1.bias", "2.weight"), "embedding")
+    assert parameter_roles(model, known=MupSpec.from_factory(build, width=8, roles=told).roles(model)) == roles
+
+
 def test_what_is_guessed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Where something hangs on it and nobody has told: two networks in one have an end each in the middle."""
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for name in ("actor", "critic")})
