@@ -31,9 +31,9 @@ def parameter_roles(
 
     ``vector``: anything with fewer than two dimensions (biases, norms), a LayerNorm's weights over several, and the
     magnitudes of ``weight_norm``, which stand in a shape like (out, 1). ``embedding``: the weight of an
-    :class:`torch.nn.Embedding`, and what no layer owns and has 1 as its first size, as class tokens and position
-    embeddings do. ``input`` and ``readout``: matrices that touch a dimension
-    which does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
+    :class:`torch.nn.Embedding`, an attention's ``bias_k`` and ``bias_v``, and what no layer owns and has 1 as its first
+    size, as class tokens and position embeddings do. ``input`` and ``readout``: matrices that touch a dimension which
+    does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
     its own says so in a method ``parameter_roles() -> dict[name, role]``, as the networks of this package do; if none
     does, the first matrix (unless there is an embedding before it) and the last in order of registration are taken.
     ``condition``: matrices that see one row per sample where others see one per position, as those of FiLM, of adaptive
@@ -119,6 +119,8 @@ def _role(owner: nn.Module, parameter: nn.Parameter) -> Role:
         return "vector"
     if isinstance(owner, _TABLES):
         return "embedding"
+    if isinstance(owner, nn.MultiheadAttention) and parameter.dim() > 2:
+        return "embedding"  # bias_k and bias_v: a key and a value beside those of the sequence
     if isinstance(owner, _ConvNd) and owner.groups == owner.in_channels > 1:
         return "input"
     return "hidden" if parameter.shape[0] > 1 or _is_layer(owner) else "embedding"

@@ -197,6 +197,20 @@ def test_norms_over_several_dimensions_are_vectors_with_muP_and_without() -> Non
     assert parameter_roles(model, known=MupSpec.from_factory(build, width=8, roles=told).roles(model)) == roles
 
 
+def test_an_attentions_own_key_and_value_are_embeddings_with_muP_and_without() -> None:  # noqa: N802
+    """And no end of the network."""
+
+    def build(width: int) -> nn.Module:
+        attention = nn.MultiheadAttention(width, width // 4, kdim=width, add_bias_kv=True)
+        return nn.ModuleList([attention, nn.Linear(width, width), nn.Linear(width, 2)])
+
+    model = build(16)
+    roles = parameter_roles(model)
+    assert roles["0.bias_k"] == roles["0.bias_v"] == "embedding"
+    spec = MupSpec.from_factory(build, width=8)
+    assert {name: roles[name] for name in ("0.bias_k", "0.bias_v")}.items() <= spec.roles(model).items()
+
+
 def test_what_is_guessed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Where something hangs on it and nobody has told: two networks in one have an end each in the middle."""
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for name in ("actor", "critic")})
