@@ -29,8 +29,9 @@ def parameter_roles(
 ) -> dict[str, Role]:
     """The role of every trainable parameter.
 
-    ``vector``: anything with fewer than two dimensions (biases, norms), a LayerNorm's weights over several, and the
-    magnitudes of ``weight_norm``, which stand in a shape like (out, 1). ``embedding``: the weight of an
+    ``vector``: anything with fewer than two dimensions (biases, norms), a LayerNorm's weights over several, the
+    magnitudes of ``weight_norm``, which stand in a shape like (out, 1), and what no layer owns and has a shape like
+    (channels, 1, 1), as ConvNeXt's layer scales do. ``embedding``: the weight of an
     :class:`torch.nn.Embedding`, an attention's ``bias_k`` and ``bias_v``, and what no layer owns and has 1 as its first
     size, as class tokens and position embeddings do. ``input`` and ``readout``: matrices that touch a dimension which
     does not grow with the model; so do the kernels of a depthwise convolution, ``input``. A submodule that knows
@@ -123,7 +124,11 @@ def _role(owner: nn.Module, parameter: nn.Parameter) -> Role:
         return "embedding"  # bias_k and bias_v: a key and a value beside those of the sequence
     if isinstance(owner, _ConvNd) and owner.groups == owner.in_channels > 1:
         return "input"
-    return "hidden" if parameter.shape[0] > 1 or _is_layer(owner) else "embedding"
+    if _is_layer(owner):
+        return "hidden"
+    if parameter.dim() > 2 and parameter.shape[0] == parameter.numel():
+        return "vector"
+    return "hidden" if parameter.shape[0] > 1 else "embedding"
 
 
 def _is_layer(module: nn.Module) -> bool:

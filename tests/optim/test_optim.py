@@ -211,6 +211,13 @@ def test_an_attentions_own_key_and_value_are_embeddings_with_muP_and_without() -
     assert {name: roles[name] for name in ("0.bias_k", "0.bias_v")}.items() <= spec.roles(model).items()
 
 
+def test_scales_of_channels_are_vectors() -> None:
+    """As those of ConvNeXt: no matrices for Muon, nor for weight decay."""
+    model = nn.ModuleDict({"in": nn.Conv2d(3, 4, 1), "hidden": nn.Conv2d(4, 4, 1), "out": nn.Conv2d(4, 2, 1)})
+    model.scale = nn.Parameter(torch.ones(4, 1, 1))
+    assert parameter_roles(model)["scale"] == "vector"
+
+
 def test_what_is_guessed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Where something hangs on it and nobody has told: two networks in one have an end each in the middle."""
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for name in ("actor", "critic")})
