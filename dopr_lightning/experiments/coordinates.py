@@ -356,7 +356,8 @@ def _measure(
     steps: int,
     dopr: Mapping[str, Any] | None,
 ) -> _Measured:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # What has no entries, a mark of the device say, has no size.
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     calls_before = _calls(model, loss)
     preconditioner = None if dopr is None else ActivationPreconditioner(model, **dopr)

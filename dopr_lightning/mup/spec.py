@@ -183,7 +183,7 @@ class MupSpec:
         found = {}
         for full, (name, parameter) in self._match(model).items():
             shape = self.shapes[name]
-            rows = parameter.shape[0] if parameter.dim() else 1
+            rows = max(parameter.shape[0], 1) if parameter.dim() else 1  # 0: of an empty one, that marks a device
             found[full] = MatrixGrowth(
                 rows,
                 parameter.numel() // rows,

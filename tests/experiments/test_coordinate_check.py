@@ -750,6 +750,18 @@ def test_what_cannot_be_judged_is_said() -> None:
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["passed"] is False
 
 
+def test_empty_parameters_have_no_rows() -> None:
+    x = torch.ones(4, 3)
+
+    def build(width: int) -> tuple[nn.Module, Optimizer]:
+        model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))
+        model.mark = nn.Parameter(torch.empty(0))
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    found = coordinate_check(build, lambda model: model(x).square().mean(), [2, 4, 8], seeds=[0])
+    assert {row.layer for row in found.rows} == {"0", "0.bias", "1", "1.bias", OUTPUT}
+
+
 def test_other_bounds_may_be_right() -> None:
     x = torch.ones(4, 3)
     found = coordinate_check(

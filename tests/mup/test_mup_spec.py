@@ -882,6 +882,19 @@ def test_what_is_frozen_need_not_be_known() -> None:
         spec.growth(model)
 
 
+def test_a_parameter_may_be_empty() -> None:
+    """As one is that only says on which device the model is."""
+
+    def factory(width: int) -> nn.Module:
+        model = nn.Linear(width, 3)
+        model.mark = nn.Parameter(torch.empty(0))
+        return model
+
+    spec = MupSpec.from_factory(factory, width=8)
+    model = spec.initialize(factory(16))
+    assert spec.growth(model)["mark"].row_growth == spec.growth(model)["mark"].col_growth == 1
+
+
 def test_a_submodule_may_be_called_module() -> None:
     class Wrapper(nn.Module):
         def __init__(self, width: int) -> None:
