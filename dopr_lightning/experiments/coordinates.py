@@ -449,13 +449,14 @@ def _calls(model: nn.Module, loss: Callable[[Any], Tensor]) -> dict[str, list[_C
     watched = [(name, module) for name, module in model.named_modules() if name and name in owners]
     handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched]
     handles += [module.register_forward_hook(keep_last) for module in model.modules()]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}  # parts may be in their own, as a frozen norm is
     model.eval()  # dropout would be taken for a change
     try:
         with torch.no_grad():
             loss(model)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for handle in handles:
             handle.remove()
     return calls

@@ -762,6 +762,20 @@ def test_empty_parameters_have_no_rows() -> None:
     assert {row.layer for row in found.rows} == {"0", "0.bias", "1", "1.bias", OUTPUT}
 
 
+def test_every_module_trains_in_its_own_mode() -> None:
+    """A norm whose averages are to stay, beside one that goes on averaging."""
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    models = []
+
+    def build(width: int) -> tuple[nn.Module, Optimizer]:
+        norms = nn.BatchNorm1d(width).eval(), nn.BatchNorm1d(width)
+        models.append(nn.Sequential(nn.Linear(3, width), *norms, nn.Linear(width, 1)))
+        return models[-1], torch.optim.SGD(models[-1].parameters(), lr=0.1)
+
+    coordinate_check(build, lambda model: model(x).square().mean(), [2, 4, 8], seeds=[0], steps=3)
+    assert [[int(norm.num_batches_tracked) for norm in model[1:3]] for model in models] == [[0, 3]] * 3
+
+
 def test_other_bounds_may_be_right() -> None:
     x = torch.ones(4, 3)
     found = coordinate_check(
