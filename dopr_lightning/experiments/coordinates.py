@@ -473,6 +473,8 @@ def _natural_norm(owner: nn.Module | None, weight: Tensor) -> float:
     if isinstance(owner, (_ConvTransposeNd, *_TABLES)):
         weight = weight.transpose(0, 1)
     matrix = weight.flatten(1)
+    if matrix.dtype.itemsize < 4:
+        matrix = matrix.float()  # eigenvalues are not to be had in half precision
     rows, columns = matrix.shape
     scale = float(matrix.abs().max())
     if not 0 < scale < math.inf:
@@ -485,7 +487,7 @@ def _natural_norm(owner: nn.Module | None, weight: Tensor) -> float:
 def _rms(tensors: Any) -> float:
     squares = count = 0.0
     for tensor in tensors:
-        squares += float(tensor.square().sum(dtype=torch.float64))
+        squares += float(tensor.double().square().sum())  # in half precision small squares would be 0
         count += tensor.numel()
     return math.sqrt(squares / count)
 

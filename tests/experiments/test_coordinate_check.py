@@ -776,6 +776,21 @@ def test_every_module_trains_in_its_own_mode() -> None:
     assert [[int(norm.num_batches_tracked) for norm in model[1:3]] for model in models] == [[0, 3]] * 3
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_models_may_be_in_half_precision(half: torch.dtype) -> None:
+    x, y = torch.ones(4, 3), torch.ones(4, 1)
+
+    def found(dtype: torch.dtype) -> CoordinateCheck:
+        def build(width: int) -> tuple[nn.Module, Optimizer]:
+            model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1)).to(dtype)
+            return model, torch.optim.SGD(model.parameters(), lr=0.01)
+
+        return coordinate_check(build, lambda model: mse_loss(model(x.to(dtype)), y.to(dtype)), [4, 16, 64], seeds=[0])
+
+    for quantity in ("spectral", "entries"):
+        assert slopes(found(half), quantity) == pytest.approx(slopes(found(torch.float32), quantity), abs=0.15)
+
+
 def test_other_bounds_may_be_right() -> None:
     x = torch.ones(4, 3)
     found = coordinate_check(
