@@ -234,7 +234,8 @@ def coordinate_check(
         bounds: Least and greatest exponent of quantities for which something else is right, see :data:`EXCEPTIONS`.
 
     Raises:
-        ValueError: Fewer than three widths, or no seed or step; layers that differ between widths; nothing that trains.
+        ValueError: Fewer than three widths, no seed or step, or bounds of no quantity; layers that differ between
+            widths; nothing that trains.
 
     Example:
         >>> def build(width):
@@ -248,6 +249,8 @@ def coordinate_check(
         raise ValueError(f"an exponent needs at least three different positive widths, got {widths}")
     if steps < 1 or not seeds:
         raise ValueError(f"a coordinate check needs at least one step and one seed, got {steps} and {list(seeds)}")
+    if unknown := sorted(set(bounds or {}) - set(get_args(Quantity))):
+        raise ValueError(f"bounds of {', '.join(unknown)}; quantities are {', '.join(get_args(Quantity))}")
     found = {(width, seed): _train(build, loss, width, seed, steps, dopr) for width in widths for seed in seeds}
     first, *others = found.values()
     if any(other.values.keys() != first.values.keys() for other in others):

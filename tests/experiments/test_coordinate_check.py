@@ -712,6 +712,7 @@ def test_seeds_are_averaged_by_their_logarithm_and_causes_come_before_effects() 
         ([0, 16, 32], {}, "three different positive widths"),
         ([16, 32, 64], {"steps": 0}, "at least one step and one seed"),
         ([16, 32, 64], {"seeds": []}, "at least one step and one seed"),
+        ([16, 32, 64], {"bounds": {"outputs": (-1, 1)}}, "bounds of outputs; quantities are initial, spectral, .*"),
     ],
 )
 def test_too_little_to_go_by(widths: list[int], options: dict[str, Any], message: str) -> None:
