@@ -158,11 +158,12 @@ class MupSpec:
         """The readouts that end the model, by their names there: those that its modules declare, or the last one.
 
         Not every matrix from the width to a fixed size is one. The others are bottlenecks, low-rank adapters say, and
-        a layer between two zeros never learns.
+        a layer between two zeros never learns. Nor does one before a zero that is frozen, so that those are left out.
         """
         readouts = [full for full, role in self.roles(model).items() if role == "readout"]
         declared = {name for name, role in declared_roles(model).items() if role == "readout"}
-        return {full for full in readouts if public_name(full) in declared} or set(readouts[-1:])
+        ends = {full for full in readouts if public_name(full) in declared} or set(readouts[-1:])
+        return {full for full in ends if model.get_parameter(full).requires_grad}
 
     def multiplier_of_initial_values(self, model: nn.Module) -> dict[str, float]:
         """What :meth:`initialize` multiplies each of the model's parameters by."""

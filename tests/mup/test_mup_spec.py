@@ -481,6 +481,17 @@ def test_only_the_last_readout_or_those_declared_start_at_zero(says: bool, zero:
     assert [name for name, p in plain.items() if not p.any()] == [zero]
 
 
+def test_a_frozen_readout_does_not_start_at_zero() -> None:
+    """Where it would stay, and nothing before it would ever learn; nor does a bottleneck in its place."""
+    spec = MupSpec.from_factory(everything, width=8)
+    torch.manual_seed(0)
+    model = everything(32)
+    model["readout"].requires_grad_(False)
+    zeroed = spec.initialize(copy.deepcopy(model), zero_readouts=True)
+    for name, value in spec.initialize(model).named_parameters():
+        assert torch.equal(zeroed.get_parameter(name), value), name
+
+
 def test_biases_that_were_set_stay_as_they_are() -> None:
     def factory(width: int) -> nn.Module:
         model = nn.ModuleDict(
