@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytorch_optimizer
+from torch import Tensor
 
 
 class Signum(pytorch_optimizer.SignSGD):
@@ -62,7 +63,7 @@ class SOAP(pytorch_optimizer.SOAP):
     decomposition every ``precondition_frequency`` steps.
 
     Raises:
-        ValueError: Parameters are sharded, as FSDP2 does.
+        ValueError: Parameters are sharded, as FSDP2 does; or the rate is a tensor.
     """
 
     maximize = False
@@ -87,6 +88,9 @@ class SOAP(pytorch_optimizer.SOAP):
             precondition_frequency=precondition_frequency,
             max_precondition_dim=max_precondition_dim,
         )
+        if any(isinstance(group["lr"], Tensor) for group in self.param_groups):
+            # The correction of its bias would be multiplied into that tensor, in place, at every step.
+            raise ValueError("SOAP needs a learning rate that is a number, not a tensor; lr=float(lr)")
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if hasattr(parameter, "device_mesh"):
                 raise ValueError("SOAP needs whole matrices, which FSDP2 shards; use DDP, or another base")

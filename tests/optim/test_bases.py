@@ -353,6 +353,12 @@ def test_soap_refuses_parameters_that_fsdp2_shards(mesh: DeviceMesh) -> None:
         resolve("soap").algorithm([parameter], lr=0.1)
 
 
+def test_soap_refuses_a_rate_in_a_tensor() -> None:
+    """Which the library would change in every step, until the loss is 1e18."""
+    with pytest.raises(ValueError, match=r"SOAP needs a learning rate that is a number, not a tensor; lr=float\(lr\)"):
+        make_optimizer(Net(), "soap", lr=torch.tensor(1e-3))  # type: ignore[arg-type]
+
+
 # --- all bases ------------------------------------------------------------------------------------------------------
 
 
