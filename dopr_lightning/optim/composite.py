@@ -92,8 +92,8 @@ class CompositeOptimizer(Optimizer):
         """Load what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: Its groups hold other parameters, or it is of another parametrisation: the groups' rates had
-                other ratios.
+            ValueError: Its groups hold other parameters, or it is of another base, or of another parametrisation: the
+                groups' rates had other ratios.
         """
         saved = [group.get("lr_mult") for group in state_dict["param_groups"]]
         ours = [group.get("lr_mult") for group in self.param_groups]
@@ -112,6 +112,14 @@ class CompositeOptimizer(Optimizer):
                 "gave Muon the matrices of FiLM and adaptive norms, position embeddings and depthwise kernels too, and "
                 "decayed the magnitudes of weight_norm)"
             )
+        # Its groups' options would take the place of ours, and a step look for those that it has not.
+        options = [part.defaults.keys() for part in self.parts for _ in part.param_groups]
+        for needed, group in zip(options, state_dict["param_groups"], strict=True):
+            if lacking := sorted(needed - group.keys()):
+                raise ValueError(
+                    f"the checkpoint's optimizer is of another base: its groups have no {', '.join(lacking)}; resume "
+                    "with the base that the run was started with, or start anew from its weights"
+                )
         super().load_state_dict(state_dict)
         self._share()
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -421,6 +422,15 @@ def test_resuming_from_a_checkpoint_file_is_bit_identical(base: str, options: di
     train(*resumed, 8)
     for a, b in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("one", "other"), permutations(BASES, 2))
+def test_a_checkpoint_of_another_base_is_refused(one: str, other: str) -> None:
+    """By name, and not as what a step then lacks."""
+    theirs, ours = start(one, {}), start(other, {})
+    train(*theirs, 2)
+    with pytest.raises(ValueError, match=r"resume with the base (and the roles )?that the run was started with, or"):
+        ours[1].load_state_dict(theirs[1].state_dict())
 
 
 @pytest.mark.parametrize(("base", "options"), ALL)
