@@ -121,11 +121,14 @@ def make_optimizer(
         return [optimizer]
 
     defaults = {**chosen.options, **(chosen.mup_options if mup else {})}
+    rest = dict(chosen.rest_options)
     if options.get("fused"):
         defaults.pop("foreach", None)  # torch refuses both
-    return CompositeOptimizer(
-        part(chosen.algorithm, True, defaults | options) + part(chosen.rest, False, chosen.rest_options)
-    )
+    if len({getattr(model.get_parameter(entry.name), "device_mesh", None) for entry in entries}) > 1:
+        # Tensor parallelism of some layers: no one kernel takes what is sharded together with what is not.
+        for common in (defaults, rest):
+            common.update({"foreach": False} if "foreach" in common else {})
+    return CompositeOptimizer(part(chosen.algorithm, True, defaults | options) + part(chosen.rest, False, rest))
 
 
 def _times(eps: Any, multiplier: float) -> Any:

@@ -94,7 +94,9 @@ def stackable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     alike: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         rows = parameter.shape[0]
-        alike.setdefault((rows, parameter.numel() // rows, parameter.dtype, parameter.device), []).append(parameter)
+        # The mesh it is sharded over, if any, which tensor parallelism gives to some layers only.
+        kind = parameter.dtype, parameter.device, getattr(parameter, "device_mesh", None)
+        alike.setdefault((rows, parameter.numel() // rows, *kind), []).append(parameter)
     for (rows, cols, *_), members in alike.items():
         count = max(1, _STACK // (rows * cols))
         for start in range(0, len(members), count):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 from torch.optim.lr_scheduler import LambdaLR
 
 from dopr_lightning.mup.rules import MatrixGrowth
@@ -422,6 +423,25 @@ def test_resuming_from_a_checkpoint_file_is_bit_identical(base: str, options: di
     train(*resumed, 8)
     for a, b in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base != "soap"])
+def test_tensor_parallelism_of_some_layers_steps_like_none(base: str, mesh: DeviceMesh) -> None:
+    """The others are not sharded, and no one kernel takes both."""
+
+    def trained(plan: dict[str, ParallelStyle]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+        optimizer = make_optimizer(parallelize_module(model, mesh, plan), base, lr=0.01, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.eye(8)).square().mean().backward()
+            optimizer.step()
+        return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+
+    expected = trained({})
+    for name, value in trained({"2": ColwiseParallel(output_layouts=Replicate())}).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize(("one", "other"), permutations(BASES, 2))
