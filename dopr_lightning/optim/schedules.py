@@ -40,6 +40,8 @@ def check_schedule(schedule: Schedule, warmup_steps: int, total_steps: float) ->
         raise ValueError(f"warmup_steps must be a whole number of steps, got {warmup_steps!r}")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+    if not isinstance(total_steps, Real):
+        raise ValueError(f"total_steps must be a number of steps, got {total_steps!r}")
     if schedule == "cosine" and not warmup_steps < total_steps < math.inf:
         raise ValueError(
             f"a cosine schedule needs a finite number of steps beyond its {warmup_steps} warm-up steps, "

@@ -390,6 +390,7 @@ def test_cosine_with_warm_up_keeps_the_ratio_of_the_groups_rates() -> None:
         (("constant", -1, 10), "must not be negative"),
         (("constant", 0.1, 10), r"warmup_steps must be a whole number of steps, got 0\.1"),
         (("cosine", None, 10), "warmup_steps must be a whole number of steps, got None"),
+        (("cosine", 0, "10"), "total_steps must be a number of steps, got '10'"),
     ],
 )
 def test_bad_schedules(arguments: tuple, message: str) -> None:
@@ -431,6 +432,7 @@ def test_a_cosine_without_a_trainer_must_be_told_its_end(module: nn.Module) -> N
         ({"lr": "0.1"}, "lr must be positive and finite, got '0.1'"),
         ({"lr": 1.0, "weight_decay": -1.0}, r"weight_decay must be finite and not negative, got -1\.0"),
         ({"lr": 1.0, "weight_decay": None}, "weight_decay must be finite and not negative, got None"),
+        ({"lr": 1.0, "weight_decay_rule": "both"}, "unknown weight decay rule 'both'; choose from independent, coup"),
         ({"lr": 1.0, "lr_by_role": {"hidden": "2"}}, "the multiplier of 'hidden' must be positive, got '2'"),
         ({"base": torch.optim.Rprop, "lr": 1.0, "weight_decay": 0.5}, r"Rprop has no weight decay, .*ignore .*=0\.5"),
         ({"base": torch.optim.LBFGS, "lr": 1.0}, "LBFGS evaluates the loss several times.*needs a closure"),
