@@ -82,7 +82,8 @@ def check_mapping(argument: str, value: object, kind: str) -> None:
 def guessed_ends(model: nn.Module) -> dict[str, Role]:
     """Input and readout of a model that does not declare them: its first and last matrix, in order of registration.
 
-    Where an embedding was registered before the first matrix, that is the input, and the matrix is hidden.
+    Where an embedding was registered before the first matrix, that is the input, and the matrix is hidden. Where a
+    layer is tied to an embedding, that is the readout, and the last matrix hidden.
     """
     if declared_roles(model):
         return {}
@@ -94,8 +95,11 @@ def guessed_ends(model: nn.Module) -> dict[str, Role]:
         return {}
     before = takewhile(lambda name: name != matrices[0], parameters)
     embedded = any(isinstance(owners[parameters[name]], _TABLES) for name in before)
-    readout: dict[str, Role] = {matrices[-1]: "readout"}
-    return readout if embedded else {matrices[0]: "input", **readout}
+    tables = {p for name, p in parameters.items() if isinstance(owners[p], _TABLES)}
+    others = (module for module in model.modules() if not isinstance(module, _TABLES))
+    tied = any(p in tables for module in others for p in module.parameters(recurse=False))
+    found: dict[str, Role] = {} if embedded else {matrices[0]: "input"}
+    return found if tied else {**found, matrices[-1]: "readout"}
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,7 +112,8 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
     for module in model.modules():  # a layer before its parametrizations, which are modules below it
         held = [m.parameters() for name, m in module.named_children() if name == "parametrizations"]
         for parameter in chain(module.parameters(recurse=False), *held):
-            owners.setdefault(parameter, module)
+            if isinstance(module, _TABLES) or parameter not in owners:  # of a tied one, the embedding
+                owners[parameter] = module
     return owners
 
 

@@ -211,6 +211,16 @@ def test_an_attentions_own_key_and_value_are_embeddings_with_muP_and_without() -
     assert {name: roles[name] for name in ("0.bias_k", "0.bias_v")}.items() <= spec.roles(model).items()
 
 
+@pytest.mark.parametrize("first", ["head", "embedding"])
+def test_a_readout_tied_to_an_embedding_is_one_and_the_last_matrix_is_hidden(first: str) -> None:
+    tied = {"embedding": nn.Embedding(9, 8), "head": nn.Linear(8, 9, bias=False)}
+    tied["head"].weight = tied["embedding"].weight
+    model = nn.ModuleDict({first: tied.pop(first)} | {str(k): nn.Linear(8, 8) for k in range(3)} | tied)
+    roles = {role for name, role in parameter_roles(model).items() if name == f"{first}.weight"}
+    assert roles == {"embedding"}
+    assert [role for role in parameter_roles(model).values() if role != "vector"] == ["embedding"] + 3 * ["hidden"]
+
+
 def test_scales_of_channels_are_vectors() -> None:
     """As those of ConvNeXt: no matrices for Muon, nor for weight decay."""
     model = nn.ModuleDict({"in": nn.Conv2d(3, 4, 1), "hidden": nn.Conv2d(4, 4, 1), "out": nn.Conv2d(4, 2, 1)})
