@@ -43,7 +43,8 @@ def parameter_roles(
     Args:
         model: Any module.
         overrides: Globs on whole parameter names to roles, ``{"decoder.*": "readout"}``; they win, the last one most.
-            Vectors beside the matrices that a glob matches stay vectors.
+            What ``torch.compile`` and activation checkpointing put into names may be left out. Vectors beside the
+            matrices that a glob matches stay vectors.
         known: What the shapes of a narrow and a wide model say (a MupSpec's), by parameter name.
 
     Returns:
@@ -62,7 +63,7 @@ def parameter_roles(
     roles.update({name: _merged(roles[name], kind) for name, kind in (known or {}).items() if name in roles})
     vectors = {name for name, role in roles.items() if role == "vector"}
     for pattern, role in (overrides or {}).items():
-        matching = [name for name in roles if fnmatchcase(name, pattern)]
+        matching = [name for name in roles if fnmatchcase(name, pattern) or fnmatchcase(public_name(name), pattern)]
         if role not in get_args(Role):
             raise ValueError(f"unknown role {role!r} for {pattern!r}; roles are {', '.join(get_args(Role))}")
         if not matching:

@@ -221,6 +221,12 @@ def test_a_readout_tied_to_an_embedding_is_one_and_the_last_matrix_is_hidden(fir
     assert [role for role in parameter_roles(model).values() if role != "vector"] == ["embedding"] + 3 * ["hidden"]
 
 
+@pytest.mark.parametrize("pattern", ["1.weight", "1._orig_mod.weight"])
+def test_a_glob_need_not_know_what_is_compiled(pattern: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), torch.compile(nn.Linear(8, 8)), nn.Linear(8, 8))
+    assert parameter_roles(model, {pattern: "condition"})["1._orig_mod.weight"] == "condition"
+
+
 def test_scales_of_channels_are_vectors() -> None:
     """As those of ConvNeXt: no matrices for Muon, nor for weight decay."""
     model = nn.ModuleDict({"in": nn.Conv2d(3, 4, 1), "hidden": nn.Conv2d(4, 4, 1), "out": nn.Conv2d(4, 2, 1)})
