@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -62,15 +63,18 @@ class MupSpec:
                 condition_dim=32``.
 
         Raises:
-            ValueError: The factory asks for values or leaves shapes open; nothing scales; or something scales in a way
-                that muP has no rule for: a dimension that is part fixed, part scaling; three scaling dimensions, or two
-                beside a fixed one; an embedding tied to a readout; a readout whose weight is normalised, or weight_norm
-                that is not by outputs; an embedding's max_norm; torch's attention with growing heads; mup's MuReadout.
+            TypeError: The factory returns no module.
+            ValueError: A keyword is no positive whole number, nor several. The factory asks for values or leaves shapes
+                open; nothing scales; or something scales in a way that muP has no rule for: a dimension that is part
+                fixed, part scaling; three scaling dimensions, or two beside a fixed one; an embedding tied to a
+                readout; a readout whose weight is normalised, or weight_norm that is not by outputs; an embedding's
+                max_norm; torch's attention with growing heads; mup's MuReadout.
         """
         if not base:
             raise ValueError(
                 "name the keywords that scale with the width, as in MupSpec.from_factory(factory, width=64)"
             )
+        base = {key: _times(key, value, 1) for key, value in base.items()}
         narrow = _on_meta(factory, base)
         wide = _on_meta(factory, {key: _times(key, value, DELTA) for key, value in base.items()})
         _check_alike(narrow, wide)
@@ -337,6 +341,8 @@ def _on_meta(factory: Callable[..., nn.Module], keywords: Mapping[str, Any]) -> 
                 "a MupSpec's factory runs on the meta device, where tensors have shapes and no values, and this one "
                 f"asks for values ({error}); move to a device (.to, .cpu) and look at numbers (.item) outside of it"
             ) from error
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a MupSpec's factory returns the model, and this one returned {type(model).__name__}")
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         raise ValueError(
             f"{_some(lazy)}: of a lazy layer, whose shape is open until data come; give its inputs, or run the model "
@@ -349,9 +355,9 @@ def _times(key: str, value: Any, factor: int) -> Any:
     """``value``, a number or numbers, as many times as large."""
     if isinstance(value, list | tuple) and value:
         return type(value)(_times(key, v, factor) for v in value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key}={value!r} cannot scale with the width: it must be a positive whole number, or several")
-    return value * factor
+    return int(value) * factor  # plain, for checkpoints
 
 
 def _check_alike(narrow: nn.Module, wide: nn.Module) -> None:

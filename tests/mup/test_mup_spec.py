@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mup
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -746,6 +747,7 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
     "nothing": (lambda width: nn.Linear(3, 4), {"width": 8}, r"no parameter grows with width"),
     "no key": (lambda: nn.Linear(3, 4), {}, r"name the keywords that scale.*from_factory\(factory, width=64\)"),
     "fraction": (lambda width: nn.Linear(3, 4), {"width": 8.0}, r"width=8\.0 cannot scale.*positive whole number"),
+    "text": (lambda width: nn.Linear(3, width), {"width": "16"}, r"width='16' cannot scale"),
     "zero": (lambda width: nn.Linear(3, 4), {"width": 0}, r"width=0 cannot scale"),
     "flag": (lambda width: nn.Linear(3, 4), {"width": True}, r"width=True cannot scale"),
     "moved": (
@@ -802,6 +804,17 @@ def test_refused_by_name_and_with_the_way_out(case: str) -> None:
     factory, base, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         MupSpec.from_factory(factory, **base)
+
+
+def test_a_factory_returns_the_model() -> None:
+    with pytest.raises(TypeError, match=r"returns the model, and this one returned NoneType"):
+        MupSpec.from_factory(lambda width: None, width=8)
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    spec = MupSpec.from_factory(lambda width: nn.Linear(3, width), width=np.int64(8))
+    assert spec == MupSpec.from_factory(lambda width: nn.Linear(3, width), width=8)
+    assert type(spec.state_dict()["base"]["width"]) is int
 
 
 def test_a_factorys_own_error_is_its_own() -> None:
