@@ -116,8 +116,10 @@ class CLI(LightningCLI):
         config = self.config[subcommand] if subcommand else self.config
         if config.get("mup.from_sweep") is not None:
             self._take_from_sweep(config, sys.argv[1:] if args is None else args)
-        if root := config.get("trainer.default_root_dir"):
-            folder(root)
+        # A run's checkpoints are first written at its first validation; who judges one only reads where they lie.
+        written = ["trainer.default_root_dir", *(["checkpoint.dirpath"] if subcommand in (None, "fit") else [])]
+        for place in filter(None, map(config.get, written)):
+            folder(place)
         if subcommand:
             self._choose_what_is_shown(config["trainer"])
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")

@@ -90,6 +90,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["test", "--config", CONFIG, "--ckpt_path", "folder"], ["--ckpt_path folder: a folder, not a file"]),
     # Found before the work that could not be written down.
     ([*FIT, "--trainer.default_root_dir", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
+    ([*FIT, "--checkpoint.dirpath", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
     (["sweep", "--config", CONFIG, "--widths", "8,16", "--output", "broken.yaml"], ["a folder is needed"]),
     (["coord-check", "--config", CONFIG, "--output", "broken.yaml/out"], ["broken.yaml/out", "a folder is needed"]),
     (["bench", "--quick", "--output", "broken.yaml"], ["a folder is needed"]),
