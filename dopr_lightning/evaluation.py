@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 from argparse import ArgumentError
@@ -23,7 +22,7 @@ from dopr_lightning.console import Narrator
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.deploy import image_sizes, rebuild, speed
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.rollout.workers import seats
 from dopr_lightning.training import quiet
@@ -42,7 +41,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         UserError: The checkpoint cannot be rebuilt, or is not of what is here.
     """
     quiet()
-    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    found = Parser(prog=f"dopr {verb}", add_help=False, allow_abbrev=False)
     found.add_argument("--ckpt", required=True)
     path = found.parse_known_args(arguments)[0].ckpt
     held = checkpoint.read(path)

@@ -87,6 +87,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["demos", "replay", "folder"], ["folder: a folder, not a file"]),
     (["demos", "lift", "--scripted", "1", "--output", "folder"], ["folder is a folder; name a file in it"]),
     (["validate", "--config", CONFIG], ["Give --ckpt FILE, or --ckpt_path FILE"]),
+    (["test", "--ckpt"], ["argument --ckpt: expected one argument; see: dopr test --help"]),
     (["test", "--config", CONFIG, "--ckpt_path", "folder"], ["--ckpt_path folder: a folder, not a file"]),
     # Found before the work that could not be written down.
     ([*FIT, "--trainer.default_root_dir", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
