@@ -63,7 +63,7 @@ def parse_arms(names: str) -> list[Arm]:
             known = ", ".join(BASES)
             raise UserError(f"unknown optimizer {arm.name!r}; choose from {known}, each also as {PREFIX}NAME")
         _check_options(arm)
-    if len(set(arms)) < len(arms):
+    if len({(arm.base, arm.dopr, frozenset(arm.options)) for arm in arms}) < len(arms):
         raise UserError(f"--optimizers {names}: an optimizer is named twice")
     return arms
 
@@ -72,7 +72,7 @@ def _check_options(arm: Arm) -> None:
     """Refuse options that DoPr does not have, with the arm's name; it checks their values itself.
 
     Raises:
-        UserError: There is none of that name, or it is given no value.
+        UserError: There is none of that name, or it is given no value, or two.
     """
     from dopr_lightning.callback import DoPr
 
@@ -84,3 +84,5 @@ def _check_options(arm: Arm) -> None:
             raise UserError(f"{arm.name!r}: DoPr has no option {name!r}{hint}")
         if not value:
             raise UserError(f"{arm.name!r}: {name} needs a value, as in update_every=10")
+        if sum(other.partition("=")[0] == name for other in arm.options) > 1:
+            raise UserError(f"{arm.name!r}: {name} is given twice")

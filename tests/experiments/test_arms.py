@@ -26,6 +26,8 @@ def test_arms_may_carry_options_of_dopr() -> None:
         ("adamw+solver=exact", "options after \\+ are DoPr's, as in dopr-adamw\\+update_every=10"),
         ("dopr-adam", "unknown optimizer 'dopr-adam'"),
         ("adamw,adamw", "named twice"),
+        ("dopr-muon+ema=0.9+update_every=10,dopr-muon+update_every=10+ema=0.9", "named twice"),
+        ("dopr-adamw+ema=0.9+ema=0.5", "'dopr-adamw\\+ema=0.9\\+ema=0.5': ema is given twice"),
         (
             "adamw,dopr-adamw+update_evry=10",
             "'dopr-adamw\\+update_evry=10': DoPr has no option 'update_evry'; did you mean update_every\\?",
