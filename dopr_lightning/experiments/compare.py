@@ -28,6 +28,7 @@ from dopr_lightning.experiments.runner import cores, run_all
 from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
 from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
+from dopr_lightning.proxy import dopr_of
 
 OURS = {
     "--seed_everything": "--seeds",
@@ -91,6 +92,10 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         name = f"{arm.name} seed {seed}" + (f" lr {lr:g} (tuning)" if folder.startswith("tuning") else "")
         return Trial(name, output / folder, chosen, resolved(chosen), seed, first_seed, episodes, project=project)
 
+    def damping(arm: Arm) -> float | None:  # an arm may have its own
+        dopr = dopr_of(resolved((*base, *arm.arguments(best[arm], options.damping))))
+        return None if dopr is None else dopr["damping"]
+
     tuning_episodes = options.tuning_episodes or options.episodes
     grid = [(arm, rate, seed) for arm in arms for rate in rates for seed in tuning_seeds]
     trials = [
@@ -127,7 +132,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "data": task["data"],
         "arms": [
             arm_results(arm, seeds, outcomes[arm], task["metric"])
-            | {"lr": best[arm] or task["lr"], "damping": options.damping if arm.dopr else None}
+            | {"lr": best[arm] or task["lr"], "damping": damping(arm)}
             | {"tuning": tuning[arm]}
             for arm in arms
         ],

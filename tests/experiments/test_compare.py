@@ -297,6 +297,17 @@ def test_arms_differ_by_their_optimizer_alone(
     assert dopr == plain
 
 
+def test_an_arms_own_damping_is_the_one_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record]:
+        return [Record(1.0, [1.0, 2.0], 1.0, trial.settings) for trial in wanted]
+
+    monkeypatch.setattr(compare, "run_all", made_up)
+    optimizers = "adamw,dopr-adamw,dopr-adamw+damping=0.3+ema=0.9"
+    assert main(arguments(tmp_path / "out", "--optimizers", optimizers, "--seeds=0", "--damping=0.05")) == 0
+    arms = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    assert [arm["damping"] for arm in arms] == [None, 0.05, 0.3]
+
+
 def test_of_level_rates_the_one_of_lowest_loss_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
