@@ -249,6 +249,8 @@ def _parser(command: str) -> Parser:
 
 def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Project) -> dict[str, Any]:
     """Build everything, so that mistakes show before hours of training, and say what the task is."""
+    from dopr_lightning.callback import DoPr
+    from dopr_lightning.preconditioner import ActivationPreconditioner
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
     from dopr_lightning.training import CLI
 
@@ -256,6 +258,9 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
         cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
+        for callback in cli.trainer.callbacks:
+            if isinstance(callback, DoPr):  # whether its patterns match anything, only the policy can tell
+                ActivationPreconditioner(cli.model, **callback.options).remove()
     require_rollouts(cli, "a comparison")
     cli.datamodule.train_dataloader()
     check_steps(cli)

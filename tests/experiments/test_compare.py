@@ -308,6 +308,16 @@ def test_an_arms_own_damping_is_the_one_reported(tmp_path: Path, monkeypatch: py
     assert [arm["damping"] for arm in arms] == [None, 0.05, 0.3]
 
 
+def test_patterns_that_match_nothing_are_named_before_anything_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "run_all", lambda trials, workers: pytest.fail("nothing was to be trained"))
+    command = arguments(tmp_path / "out", "--optimizers", "adamw,dopr-adamw+exclude=[nothere]", "--seeds=0")
+    assert main(command) == 2
+    assert "exclude: 'nothere' matches no module with parameters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_level_rates_the_one_of_lowest_loss_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
