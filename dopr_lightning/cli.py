@@ -64,8 +64,14 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
         return 2
     try:
         return VERBS[verb](verb, rest, project) or 0
-    except KeyboardInterrupt:
-        print(f"{project.command}: interrupted; the same command resumes where a checkpoint was saved", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # The trainer makes one of the other.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        how = "go on from its last checkpoint by --ckpt_path"
+        if verb != "fit":
+            how = "the same command resumes where a checkpoint was saved"
+        print(f"{project.command}: interrupted; {how}", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from toy_task import CONFIG, train
 from dopr_lightning import __version__
 from dopr_lightning.cli import VERBS, main
 from dopr_lightning.optim import BASES
+from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.project import Project
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -302,6 +304,21 @@ def test_an_interruption_says_that_nothing_is_lost(
     monkeypatch.setitem(VERBS, "compare", interrupted)
     assert main(["compare"]) == 130
     assert "resumes" in capsys.readouterr().err
+
+
+def test_a_training_that_is_interrupted_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PolicyModule, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(FIT) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert capsys.readouterr().err.endswith("dopr: interrupted; go on from its last checkpoint by --ckpt_path\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("no display"), PermissionError(13, "Permission denied", "frames")])
