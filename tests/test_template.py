@@ -130,6 +130,13 @@ def test_names_end_up_where_they_belong(tmp_path: Path) -> None:
     assert (project / "src/jan_s_arm_2_e/module.py").is_file()
 
 
+@pytest.mark.parametrize("logger", CHOICES["logger"])
+def test_a_name_is_no_value_of_yaml(tmp_path: Path, logger: str) -> None:
+    project = bake(tmp_path, project_name="On", logger=logger)
+    trainer = yaml.safe_load((project / "configs/experiment.yaml").read_text())["trainer"]
+    assert "on" in trainer["logger"]["init_args"].values()
+
+
 @pytest.mark.parametrize(
     ("licence", "begins"),
     [
