@@ -179,6 +179,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"package": "a" * 41}, "package must be a lowercase Python identifier of at most 40 characters"),
     ({"project_name": "Torch"}, "project_slug 'torch' is a module that the project uses; choose another name"),
     ({"package": "json"}, "package 'json' is a module that the project uses; choose another name"),
+    ({"package": "yaml"}, "package 'yaml' is a module that the project uses; choose another name"),
+    ({"project_name": "Test"}, "project_slug 'test' is a module that the project uses; choose another name"),
     ({"author": " "}, "author must be a line of printable characters without braces, got ' '"),
     ({"author": "a\nb"}, "author must be a line of printable characters"),
     ({"project_name": "a {b}", "project_slug": "a"}, "project_name must be a line of printable characters without"),

@@ -8,16 +8,42 @@ import keyword
 import re
 import sys
 
+# Of what is installed with the project, too: one module would hide the other.
 TAKEN = sys.stdlib_module_names | {
+    "diffusers",
     "dopr_lightning",
+    "filelock",
+    "gym_pusht",
     "gymnasium",
+    "h5py",
+    "jsonargparse",
     "lightning",
+    "matplotlib",
+    "mujoco",
+    "mup",
+    "mypy",
     "numpy",
+    "pip",
     "pytest",
+    "pytorch_optimizer",
+    "rich",
+    "robomimic",
+    "robosuite",
+    "ruff",
+    "safetensors",
+    "scipy",
+    "setuptools",
     "site_packages",
     "src",
+    "tensorboard",
+    "test",  # of Python's own, and yet no name of its list
     "tests",
     "torch",
+    "torchmetrics",
+    "torchvision",
+    "wandb",
+    "yaml",
+    "zarr",
 }
 
 
