@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     questions = _questions()
     given = _given(options.answers, questions) | {"project_name": options.name}
+    if template := next((key for key in NAMES if "{" in given.get(key, "")), None):  # cookiecutter would fill it in
+        raise UserError(f"{template} must be a line of printable characters without braces, got {given[template]!r}")
     import_extra("cookiecutter", "template")
     answers = _answers(given)
     if complaint := runpy.run_path(str(DIRECTORY / "hooks" / "pre_gen_project.py"))["complaint"](answers):

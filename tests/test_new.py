@@ -63,6 +63,8 @@ REFUSED = [
     (["a", "project_name=b"], "project_name is NAME"),
     (["torch"], "project_slug 'torch' is a module that the project uses; choose another name"),
     (["a", "package=1st"], "package must be a lowercase Python identifier"),
+    (["a", "author={{b}}"], "author must be a line of printable characters without braces, got '{{b}}'"),
+    (["{{"], "project_name must be a line of printable characters without braces, got '{{'"),
     (["a", "base=soap", "trainer=fsdp2"], "base 'soap' needs whole matrices, which trainer 'fsdp2' shards; answer"),
     (["there"], "there exists; choose another name, or --output"),
     (["a", "--force"], "unrecognized arguments: --force; see: dopr new --help"),
