@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: An answer is none, or does not go with another; the folder exists; cookiecutter is not installed.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     questions = _questions()
     given = _given(options.answers, questions) | {"project_name": options.name}
     if template := next((key for key in NAMES if "{" in given.get(key, "")), None):  # cookiecutter would fill it in

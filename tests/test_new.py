@@ -53,6 +53,11 @@ def test_answers_and_another_folder(here: Path, capsys: pytest.CaptureFixture[st
     assert "cd below/it/jan-s-arm" in said
 
 
+def test_answers_may_follow_an_option(here: Path) -> None:
+    assert main(["new", "a", "task=own", "--output", "below", "mup=no"]) == 0
+    assert "mup:" not in (here / "below/a/configs/experiment.yaml").read_text()
+
+
 REFUSED = [
     (["a", "task=push"], "task=push: choose from gymnasium, own, pusht, robomimic"),
     (["a", "tsak=pusht"], "nobody asks for 'tsak'; did you mean task?"),
