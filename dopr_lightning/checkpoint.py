@@ -103,7 +103,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, it is something else, or it has no record that this version reads.
     """
-    if Path(path).is_dir():
+    if (Path(path) / ".metadata").is_file():  # of torch.distributed.checkpoint
         raise UserError(
             f"{path} is a folder of shards; join them with: python -m lightning.pytorch.utilities."
             f"consolidate_checkpoint {path}"
@@ -138,7 +138,7 @@ def require_file(path: str | Path, flag: str = "") -> None:
     Raises:
         UserError: Says what it is.
     """
-    said = f"{flag} {path}".lstrip()
+    said = f"{flag} {Path(path)}".lstrip()  # nothing, of an unset variable, is this folder
     if not Path(path).is_file():
         raise UserError(f"{said}: {missing(Path(path))}")
     if not zipfile.is_zipfile(path):

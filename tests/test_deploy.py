@@ -221,10 +221,14 @@ def test_what_is_no_checkpoint_of_ours_is_refused(state: Path, tmp_path: Path) -
         with pytest.raises(UserError, match=said):
             load_policy(other)
     (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / ".metadata").touch()
     for path, said in (
         (tmp_path / "none.ckpt", "no such file"),
         (tmp_path / "text.ckpt", "damaged"),
-        (tmp_path, "shards"),
+        (tmp_path, "a folder, not a file"),
+        ("", r"^\.: a folder, not a file"),
+        (tmp_path / "sharded", "a folder of shards"),
     ):
         with pytest.raises(UserError, match=said):
             load_policy(path)

@@ -34,6 +34,8 @@ OURS = {
     "--seed_everything": "--seeds",
     "--model.optimizer.base": "--optimizers",
     "--rollout.report_episodes": "--episodes",
+    "--checkpoint.dirpath": "--output",
+    "--trainer.default_root_dir": "--output",
 }
 """Options of ``dopr fit`` that a comparison sets itself, and how it is told."""
 

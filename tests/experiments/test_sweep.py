@@ -476,6 +476,7 @@ def test_how_a_configuration_chooses_and_judges_checkpoints(tmp_path: Path, monk
         (("--optimizer=dopr-adamw", *DAMPED), "DoPr"),
         (("--parametrizations=mup,sp",), "mup, standard, or mup,standard"),
         (("--model.mup.base={width: 4}",), "--model.mup.base is what a sweep sets itself; use --widths"),
+        (("--checkpoint.dirpath=there",), "--checkpoint.dirpath is what a sweep sets itself; use --output"),
         (("--gpus-per-trial=0.25",), "add --engine ray"),
         (("--recommend-width=4",), "--recommend-width 4 is less than the narrowest"),
         (("--episodes=-1",), "--episodes -1"),

@@ -747,7 +747,6 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
     "nothing": (lambda width: nn.Linear(3, 4), {"width": 8}, r"no parameter grows with width"),
     "no key": (lambda: nn.Linear(3, 4), {}, r"name the keywords that scale.*from_factory\(factory, width=64\)"),
     "fraction": (lambda width: nn.Linear(3, 4), {"width": 8.0}, r"width=8\.0 cannot scale.*positive whole number"),
-    "text": (lambda width: nn.Linear(3, width), {"width": "16"}, r"width='16' cannot scale"),
     "zero": (lambda width: nn.Linear(3, 4), {"width": 0}, r"width=0 cannot scale"),
     "flag": (lambda width: nn.Linear(3, 4), {"width": True}, r"width=True cannot scale"),
     "moved": (
@@ -762,7 +761,7 @@ REFUSED: dict[str, tuple[Factory, dict[str, Any], str]] = {
     ),
     "to numpy": (lambda width: nn.Linear(len(torch.ones(3).numpy()), width), {"width": 8}, "asks for values .*numpy"),
     "lazy": (lambda width: nn.LazyLinear(width), {"width": 8}, "weight, bias: of a lazy layer, .*give its inputs"),
-    "text": (lambda width: nn.Linear(3, 4), {"width": "8"}, r"width='8' cannot scale"),
+    "text": (lambda width: nn.Linear(3, width), {"width": "8"}, r"width='8' cannot scale"),
     "no sizes": (lambda width: nn.Linear(3, 4), {"width": []}, r"width=\[\] cannot scale"),
     "a bad size": (lambda width: nn.Linear(3, 4), {"width": [8, -1]}, r"width=-1 cannot scale"),
 }

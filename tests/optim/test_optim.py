@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, GradientAccumulationScheduler
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
@@ -422,12 +424,24 @@ def test_a_constant_rate_is_left_to_whoever_sets_it() -> None:
 @pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 8}), BatchSizeFinder()])
 def test_a_cosine_whose_end_a_callback_moves_is_refused(callback: Callback) -> None:
     model, options = Net(), {"lr": 0.1, "schedule": "cosine"}
-    model._trainer = SimpleNamespace(max_epochs=4, callbacks=[callback], estimated_stepping_batches=8)
+    model._trainer = SimpleNamespace(
+        max_epochs=4, callbacks=[callback], estimated_stepping_batches=8, fast_dev_run=False
+    )
     with pytest.raises(ValueError, match=f"{type(callback).__name__} moves it; .* or total_steps"):
         configure_optimizers(model, **options)
     assert configure_optimizers(model, **options, total_steps=8)
     model._trainer.max_epochs = -1  # as it is in a fit of so many steps
     assert configure_optimizers(model, **options)
+
+
+def test_a_fast_dev_run_may_be_shorter_than_the_warm_up() -> None:
+    class Warm(BoringModel):
+        def configure_optimizers(self) -> Any:
+            return configure_optimizers(self, lr=0.1, schedule="cosine", warmup_steps=10)
+
+    Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False).fit(Warm())
+    with pytest.raises(ValueError, match="beyond its 10 warm-up steps"):
+        Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False).fit(Warm())
 
 
 @pytest.mark.parametrize("module", [Net(), LightningModule()], ids=["a submodule", "outside a fit"])

@@ -54,6 +54,8 @@ from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 OURS = {
     "--seed_everything": "--seeds",
     "--rollout.report_episodes": "--episodes",
+    "--checkpoint.dirpath": "--output",
+    "--trainer.default_root_dir": "--output",
     "--model.mup": "--parametrizations",
     "--model.mup.base": "--widths (the narrowest is the base)",
     "--mup.from_sweep": "a sweep's results in dopr fit",
