@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dopr_lightning.data import Demonstrations, EnvironmentSpec, Source
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.experiments.versions import versions
+from dopr_lightning.versions import versions
 
 OBSERVE, HORIZON, ACT = 2, 16, 8
 KEYS = {"object": 10, "robot0_eef_pos": 3, "robot0_eef_quat": 4, "robot0_gripper_qpos": 2}

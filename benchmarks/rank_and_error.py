@@ -27,7 +27,6 @@ from torch import Tensor
 
 from dopr_lightning.data import Minari, PushT
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.experiments.versions import versions
 from dopr_lightning.policies.algorithms import Algorithm, FlowMatching, Regression
 from dopr_lightning.policies.networks import ActionNetwork, ConditionalUnet1d, ResidualMLP
 from dopr_lightning.policies.normalizer import Normalizer
@@ -36,6 +35,7 @@ from dopr_lightning.preconditioner.certificate import Floats, coefficients, rela
 from dopr_lightning.preconditioner.covariance import damping_values
 from dopr_lightning.preconditioner.layers import DenseLayer, Layer, layers_of, named_modules
 from dopr_lightning.preconditioner.subspace import nystrom, probe, random_basis
+from dopr_lightning.versions import versions
 
 EVERY = 10
 WARM_UP = 3

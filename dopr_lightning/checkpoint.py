@@ -20,9 +20,9 @@ from __future__ import annotations
 import logging
 import platform
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from importlib import import_module, metadata
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from dopr_lightning.errors import UserError, missing
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.proxy import differences
+from dopr_lightning.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ def read(path: str | Path) -> dict[str, Any]:
     record = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if record is None:
         raise UserError(
-            f"{path} does not say which configuration, data and environment it is of: it was not written by dopr fit, "
-            f"or before checkpoints had that record; what still works: --config FILES --ckpt_path {path}, and "
+            f"{path} does not say which configuration, data and environment it is of: it was not written by dopr fit; "
+            f"what still works: --config FILES --ckpt_path {path}, and "
             "PolicyModule.load_from_checkpoint"
         )
     if record["format"] != FORMAT:
@@ -149,8 +150,7 @@ def environment_of(record: Mapping[str, Any]) -> EnvironmentSpec | None:
     """The environment a checkpoint's policy is judged in; None where there was none yet."""
     if record["environment"] is None:
         return None
-    known = {field.name for field in fields(EnvironmentSpec)}
-    return EnvironmentSpec(**{name: value for name, value in record["environment"].items() if name in known})
+    return EnvironmentSpec(**record["environment"])
 
 
 def class_of(record: Mapping[str, Any], part: str) -> type[Any]:
@@ -181,8 +181,9 @@ def check_versions(record: Mapping[str, Any], accept: bool) -> None:
         UserError: A version is another, or the simulator is not installed.
     """
     names = record["environment"]["simulators"] if record["environment"] else ()
-    for name, here in versions(names).items():
-        recorded = record["versions"][name]
+    installed = versions(names)
+    for name in names:
+        here, recorded = installed.get(name), record["versions"].get(name)
         if here == recorded:
             continue
         if here is None:
@@ -204,8 +205,7 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
         UserError: They are others, other episodes of them are held out, or their numbers mean something else.
     """
     there, here = record["data"], data.provenance
-    # A source could leave the digest empty once.
-    if there["sha256"] and there["sha256"] != here["sha256"]:
+    if there["sha256"] != here["sha256"]:
         raise UserError(
             f"the checkpoint was trained on {there['source']} with sha256 {there['sha256'][:12]}, and this is "
             f"{here['source']} with {here['sha256'][:12]}; give the demonstrations that it was trained on"
@@ -216,7 +216,6 @@ def check_data(record: Mapping[str, Any], data: DemonstrationData) -> None:
             f"the checkpoint was trained on another split ({changed}), and may have seen what is held out here; give "
             "--data.episodes and --data.validation_episodes as they were"
         )
-    # Older checkpoints do not say.
     if _WHICH in there and _WHICH in here and there[_WHICH] != here[_WHICH]:
         raise UserError(
             f"the checkpoint was trained on other episodes of {there['source']} than those here, and may have seen "
@@ -251,18 +250,6 @@ def _refuse_other(what: str, theirs: Any, ours: Any) -> None:
             f"the checkpoint's policy {what} {_short(theirs)}, and here it would be {_short(ours)}; give the "
             "configuration that it was trained with"
         )
-
-
-def versions(names: Sequence[str]) -> dict[str, str | None]:
-    """Installed versions of distributions; ``None`` for one that is not."""
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in names}
 
 
 class SelfDescription(Callback):
@@ -310,7 +297,7 @@ class SelfDescription(Callback):
             UserError: The checkpoint is of other data, another environment, or another version of it.
         """
         record = checkpoint.get(KEY)
-        if record is None:  # an older checkpoint: its shapes have been compared
+        if record is None:  # not written by dopr fit: its shapes have been compared
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         check_versions(record, self.accept_versions)

@@ -16,7 +16,7 @@ usage: {command} VERB [options]     ({command} VERB --help explains each, with a
 Train a policy and judge it by rollouts:
   fit        train:     {command} fit --config walker2d.yaml --config dopr.yaml
   validate   held-out loss and rollouts of a checkpoint, on the seeds that choose checkpoints
-  test       the same on the seeds that are reported: dopr test --ckpt last.ckpt
+  test       the same on the seeds that are reported: {command} test --ckpt last.ckpt
 
 Find out whether an optimizer helps:
   compare    one task under several optimizers, equal budget and seeds: a table, results.json and a plot

@@ -260,7 +260,7 @@ def test_without_the_demonstrations_there_are_still_rollouts(
     assert "test/loss" not in out
 
 
-def test_an_older_checkpoint(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_a_record(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = torch.load(trained, weights_only=True)
     del held["dopr"]
     old = tmp_path / "old.ckpt"

@@ -62,8 +62,8 @@ def _measure(options: Any) -> None:
     from dopr_lightning.bench.workloads import workloads
     from dopr_lightning.experiments.runner import cores
     from dopr_lightning.experiments.trial import write_json
-    from dopr_lightning.experiments.versions import versions
     from dopr_lightning.preconditioner.threads import threads
+    from dopr_lightning.versions import versions
 
     names = options.models.split(",") if options.models else QUICK if options.quick else None
     chosen = workloads(names, _sizes(options.batch) if options.batch else None)

@@ -26,9 +26,9 @@ from dopr_lightning.experiments.command import (
 from dopr_lightning.experiments.report import arm_results, differences, plot, print_table
 from dopr_lightning.experiments.runner import cores, run_all
 from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
-from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import dopr_of
+from dopr_lightning.versions import versions
 
 OURS = {
     "--seed_everything": "--seeds",

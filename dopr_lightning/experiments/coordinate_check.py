@@ -30,8 +30,8 @@ from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
 from dopr_lightning.experiments.trial import write_json
-from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
+from dopr_lightning.versions import versions
 
 __all__ = ["CoordinateCheck", "coordinate_check", "main"]
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> int:
             seeds=task.seeds,
             dopr=subject.dopr,
             tolerance=options.tolerance,
-            bounds=EXCEPTIONS.get(arm.base),
+            least=EXCEPTIONS.get(arm.base),
         )
         checks[arm.name, kind] = found
         print_table(f"{arm.name}, {kind}", found)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from dopr_lightning.experiments.coordinates import LABELS, OUTPUT, TOLERANCE, CoordinateCheck, Quantity, Row
+from dopr_lightning.experiments.coordinates import LABELS, OUTPUT, CoordinateCheck, Quantity, Row
 from dopr_lightning.experiments.sweep.grid import Parametrization
 
 Checks = dict[tuple[str, Parametrization], CoordinateCheck]
@@ -49,7 +49,7 @@ def print_table(title: str, check: CoordinateCheck) -> None:
 def plot(checks: Checks, path: Path) -> None:
     """A row of panels per optimizer and parametrisation, a panel per quantity, a line per layer; red: wrong.
 
-    Values are relative to the narrowest width's: a right line is flat, between those of the tolerance.
+    Values are relative to the narrowest width's: a right line lies between the dotted ones.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def plot(checks: Checks, path: Path) -> None:
                     continue
                 colour = colours(index / max(1, len(rows) - 1)) if row.passed else "tab:red"
                 axes.plot(check.widths, [v / row.values[0] for v in row.values], color=colour, linewidth=1, alpha=0.7)
-            for slope in (-TOLERANCE, TOLERANCE):
+            for slope in {bound for row in rows for bound in (row.low, row.high) if math.isfinite(bound)}:
                 limit = [(width / check.widths[0]) ** slope for width in check.widths]
                 axes.plot(check.widths, limit, "k:", linewidth=1)
             axes.set_xscale("log", base=2)
@@ -78,8 +78,8 @@ def plot(checks: Checks, path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("width", fontsize=8)
     figure.suptitle(
-        "relative to the narrowest width; a line per layer, first to last from dark to light; red: wrong; dotted: "
-        f"exponents of {TOLERANCE:g}",
+        "relative to the narrowest width; a line per layer, first to last from dark to light; red: wrong; dotted: the "
+        "least and the greatest exponent that are right",
         fontsize=9,
     )
     figure.savefig(path, dpi=120)

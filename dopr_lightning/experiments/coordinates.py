@@ -61,11 +61,11 @@ Adam makes steps of ordinary size of it, as far as eps lets it. Gradients that a
 of the width, which is far from 1e6 at the narrowest.
 """
 
-EXCEPTIONS: dict[str, dict[Quantity, tuple[float, float]]] = {
-    "adamuon": {"update": (-0.4, TOLERANCE)},
-    "soap": {"spectral": (-0.3, TOLERANCE), "update": (-0.6, TOLERANCE), "change": (-0.4, TOLERANCE)},
+EXCEPTIONS: dict[str, dict[Quantity, float]] = {
+    "adamuon": {"update": -0.4},
+    "soap": {"spectral": -0.3, "update": -0.6, "change": -0.4},
 }
-"""Least and greatest exponents that are right for a base optimizer, where they are not those of all.
+"""Least exponents that are right for a base optimizer, where they are not those of all.
 
 AdaMuon with ``scale="spectral"``: the response to inputs may fall with the width. Its update is one direction on which
 almost all signs agree, and all others lifted to the same size, but for the division entry by entry that follows. The
@@ -202,7 +202,7 @@ def coordinate_check(
     seeds: Sequence[int] = (0, 1, 2),
     dopr: Mapping[str, Any] | None = None,
     tolerance: float = TOLERANCE,
-    bounds: Mapping[Quantity, tuple[float, float]] | None = None,
+    least: Mapping[Quantity, float] | None = None,
 ) -> CoordinateCheck:
     """Train a few steps at every width, and find how sizes in the model depend on the width: under muP, not at all.
 
@@ -231,10 +231,10 @@ def coordinate_check(
             step. None: the optimizer alone.
         tolerance: Of the exponents, 0.15: an error of parametrisation makes one of at least 1/2, finite widths and
             random initial values make up to 0.1.
-        bounds: Least and greatest exponent of quantities for which something else is right, see :data:`EXCEPTIONS`.
+        least: Exponents of quantities that may fall further than ``tolerance`` allows, see :data:`EXCEPTIONS`.
 
     Raises:
-        ValueError: Fewer than three widths, no seed or step, or bounds of no quantity; layers that differ between
+        ValueError: Fewer than three widths, no seed or step, or exponents of no quantity; layers that differ between
             widths; nothing that trains.
 
     Example:
@@ -249,8 +249,8 @@ def coordinate_check(
         raise ValueError(f"an exponent needs at least three different positive widths, got {widths}")
     if steps < 1 or not seeds:
         raise ValueError(f"a coordinate check needs at least one step and one seed, got {steps} and {list(seeds)}")
-    if unknown := sorted(set(bounds or {}) - set(get_args(Quantity))):
-        raise ValueError(f"bounds of {', '.join(unknown)}; quantities are {', '.join(get_args(Quantity))}")
+    if unknown := sorted(set(least or {}) - set(get_args(Quantity))):
+        raise ValueError(f"least names {', '.join(unknown)}; quantities are {', '.join(get_args(Quantity))}")
     found = {(width, seed): _train(build, loss, width, seed, steps, dopr) for width in widths for seed in seeds}
     first, *others = found.values()
     if any(other.values.keys() != first.values.keys() for other in others):
@@ -265,12 +265,10 @@ def coordinate_check(
         if quantity == "entries" and layer in first.unknown and grown[layer] > 1:
             continue
         fixed_outputs = quantity == "activation" and not grown[_outputs(layer)]
-        low, high = (bounds or {}).get(quantity, (-tolerance, tolerance))
-        if quantity == "initial" or fixed_outputs:
-            low = -math.inf
+        low = -math.inf if quantity == "initial" or fixed_outputs else (least or {}).get(quantity, -tolerance)
         values = [[found[width, seed].values[key] for seed in seeds] for width in widths]
         gradients = [[found[width, seed].gradients for seed in seeds] for width in widths]
-        rows.append(_unless_unmoved(_row(layer, quantity, widths, values, low, high), gradients, steps))
+        rows.append(_unless_unmoved(_row(layer, quantity, widths, values, low, tolerance), gradients, steps))
     if not any(row.quantity in ("spectral", "entries") and any(row.values) for row in rows):
         raise ValueError("training moved no parameter; is the learning rate 0, or everything frozen?")
     rows.sort(key=lambda row: get_args(Quantity).index(row.quantity))  # stable: layers stay in the model's order

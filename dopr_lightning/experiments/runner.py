@@ -17,8 +17,8 @@ from typing import Any
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.trial import DivergedError, Record, Report, Trial, load_record, run_trial, versions_of
-from dopr_lightning.experiments.versions import versions
 from dopr_lightning.proxy import differences
+from dopr_lightning.versions import versions
 
 Engine = Callable[[Sequence[Trial], Display], dict[str, Record | str]]
 """Runs trials and tells the display; returns for each trial's name its record or, in a line, why it failed."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import differences
+from dopr_lightning.versions import versions
 
 SETTINGS = "settings.json"
 DIVERGED = "diverged.json"

@@ -204,7 +204,7 @@ def configure_optimizers(
     end: float = math.inf if total_steps is None else total_steps
     if schedule == "cosine" and total_steps is None:
         end = _estimate(module, trainer)
-        if trainer and trainer.fast_dev_run:
+        if trainer and trainer.fast_dev_run:  # type: ignore[attr-defined]
             end += warmup_steps  # its few steps, which show that everything runs, may all be of the warm-up
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, end)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from dopr_lightning.data.experts.expert import LAYERS, Expert, play
 from dopr_lightning.errors import UserError, import_extra
+from dopr_lightning.versions import versions
 
 MODULE = "dopr_lightning.data.experts.recipe"  # __name__ is __main__ when it runs
 HIDDEN = [64, 64]
@@ -171,7 +171,7 @@ def describe(env_id: str, steps: int, stop_at: float, seed: int) -> dict[str, st
         "env_id": env_id,
         "hidden": ",".join(map(str, HIDDEN)),
         "recipe": f"{MODULE} --env {env_id} --steps {steps} --stop-at {stop_at:g} --seed {seed}",
-        "versions": json.dumps({package: importlib.metadata.version(package) for package in packages}),
+        "versions": json.dumps(versions(packages)),
     }
 
 

@@ -47,9 +47,9 @@ from dopr_lightning.experiments.sweep.report import (
     trial_results,
 )
 from dopr_lightning.experiments.trial import DATA, Trial, check_settings, note_settings, write_json
-from dopr_lightning.experiments.versions import versions
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
+from dopr_lightning.versions import versions
 
 OURS = {
     "--seed_everything": "--seeds",
