@@ -800,7 +800,6 @@ def test_some_may_fall_further() -> None:
     bounds = {row.quantity: (row.low, row.high) for row in found.rows if row.layer == "0"}
     assert bounds["update"] == (-9.0, 0.15)
     assert bounds["spectral"] == bounds["change"] == (-0.15, 0.15)
-    assert all(row.passed for row in found.rows if row.quantity == "update")
 
 
 def command(output: Path, *more: str) -> list[str]:
