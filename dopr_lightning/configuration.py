@@ -122,12 +122,31 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no settings; a configuration begins with data:, model: or trainer:")
+    if again := next(_repeated(yaml.compose(path.read_text(), yaml.SafeLoader)), None):
+        raise UserError(
+            f"{path}: {again.value} is there twice, again in line {again.start_mark.line + 1}; join the two"
+        )
     for place, keys in _mappings(content):
         if "class_path" in keys and (other := next((key for key in keys if key not in CLASS), None)):
             raise UserError(
                 f"{path}: {place} has {other!r} beside class_path, where only init_args and dict_kwargs may be"
                 f"{did_you_mean(str(other), CLASS)}"
             )
+
+
+def _repeated(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    """Keys that their mapping has had before: YAML forbids them, and PyYAML forgets what the earlier one held."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    yield key
+                seen.add(key.value)
+            yield from _repeated(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated(item)
 
 
 def _mappings(content: Any, place: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:

@@ -85,6 +85,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["compare", "--config", "nothere.yaml", "--output", "out"], ["'nothere.yaml'", "dopr --help"]),
     ([*FIT, "--config", "broken.yaml"], ["broken.yaml: not YAML", "line 2"]),
     ([*COMPARE, "--config", "words.yaml"], ["words.yaml: holds no settings"]),
+    ([*FIT, "--config", "twice.yaml"], ["twice.yaml: max_steps is there twice, again in line 4; join the two"]),
     (["demos", "pusht", "--path", "folder"], ["folder: a folder, not a file"]),
     (["demos", "replay", "folder"], ["folder: a folder, not a file"]),
     (["demos", "lift", "--scripted", "1", "--output", "folder"], ["folder is a folder; name a file in it"]),
@@ -157,6 +158,7 @@ def test_a_mistake_is_one_line(
     (here / "broken.yaml").write_text("model: [\n")
     (here / "class.yaml").write_text("data:\n  source:\n    class_path: toy_task.ToyTask\n    init_arg: {}\n")
     (here / "words.yaml").write_text("width 3\n")
+    (here / "twice.yaml").write_text("trainer:\n  max_steps: 3\n  devices: 1\n  max_steps: 5\n")
     (here / "folder").mkdir()
     torch.save(torch.zeros(1000), here / "whole.ckpt")
     (here / "cut.ckpt").write_bytes((here / "whole.ckpt").read_bytes()[:2000])
