@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
@@ -116,14 +115,12 @@ def wilson_interval(successes: int, episodes: int, level: float = 0.95) -> tuple
     Raises:
         UserError: There are no episodes.
     """
+    from scipy.stats import binomtest
+
     if episodes == 0:
         raise UserError("no confidence interval for 0 episodes: need at least one")
-    rate = successes / episodes
-    odds = NormalDist().inv_cdf((1 + level) / 2) ** 2 / episodes  # z^2 / n
-    centre = (rate + odds / 2) / (1 + odds)
-    half = math.sqrt(odds * (rate * (1 - rate) + odds / 4)) / (1 + odds)
-    # At the extremes the ends are exactly 0 and 1, which rounding may miss.
-    return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)
+    interval = binomtest(successes, episodes).proportion_ci(level, method="wilson")
+    return (float(interval.low), float(interval.high))
 
 
 def _equal(data: np.ndarray) -> bool:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 from dopr_lightning.errors import UserError
@@ -77,12 +77,14 @@ def test_one_episode_and_equal_episodes() -> None:
 
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 @pytest.mark.parametrize("episodes", [1, 2, 20, 50, 1000])
-def test_wilson_against_scipy(episodes: int, level: float) -> None:
+def test_wilsons_ends_are_rates_z_standard_errors_away(episodes: int, level: float) -> None:
+    z = NormalDist().inv_cdf((1 + level) / 2)
     for successes in {0, 1, episodes // 3, episodes - 1, episodes}:
-        theirs = binomtest(successes, episodes).proportion_ci(level, method="wilson")
-        ours = wilson_interval(successes, episodes, level)
-        np.testing.assert_allclose(ours, (theirs.low, theirs.high), rtol=1e-12, atol=1e-15)
-        assert 0 <= ours[0] <= successes / episodes <= ours[1] <= 1
+        rate, ends = successes / episodes, wilson_interval(successes, episodes, level)
+        assert 0 <= ends[0] <= rate <= ends[1] <= 1
+        for end in ends:
+            away = (rate - end) ** 2 * episodes
+            assert away == pytest.approx(z**2 * end * (1 - end), rel=1e-9, abs=1e-12)
 
 
 def test_without_states_that_differ_it_is_students_over_runs() -> None:
