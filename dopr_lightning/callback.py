@@ -9,6 +9,7 @@ from logging import getLogger
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
@@ -106,6 +107,7 @@ class DoPr(pl.Callback):
         check_options(**self.options, log_every=log_every)
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
+        self._masked_nothing = False  # and said so
         self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition
         # What a checkpoint held, until training starts; what a fit ended with, for a checkpoint saved after it. None
         # in between, when the preconditioners have it.
@@ -121,6 +123,8 @@ class DoPr(pl.Callback):
     def mask(self, mask: Tensor) -> Iterator[None]:
         """Leave rows out of the statistics, padding tokens say, for forwards inside.
 
+        It does something in a fit of a Trainer that has this very callback.
+
         Args:
             mask: See :meth:`~dopr_lightning.preconditioner.preconditioner.ActivationPreconditioner.mask`.
 
@@ -129,6 +133,13 @@ class DoPr(pl.Callback):
             ...     with self.dopr.mask(batch["tokens"] != PADDING):
             ...         return self.loss(batch)
         """
+        # Without gradients it is somebody predicting, who counts no rows anyway.
+        if not self.preconditioners and not self._masked_nothing and torch.is_grad_enabled():
+            self._masked_nothing = True
+            log.warning(
+                "this DoPr's mask leaves nothing out: no Trainer fits with it. The one to take is that in "
+                "Trainer(callbacks=[...]), not another or a copy"
+            )
         with ExitStack() as stack:
             for preconditioner in self.preconditioners:
                 if preconditioner is not None:

@@ -564,6 +564,19 @@ def test_a_mask_need_only_fit_a_layer_of_one_optimizer(
     assert all(f"{positions} fits the input of no covered layer" in message for message in told)
 
 
+def test_a_mask_of_a_callback_that_no_trainer_has_is_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One DoPr for the module and another for the Trainer, say, or a copy from a checkpoint's hyperparameters."""
+    own, trainers = DoPr(), DoPr()
+    with torch.no_grad(), own.mask(torch.ones(9, 4) > 0):  # whoever predicts need not have a Trainer
+        pass
+    assert not caplog.messages
+    fit(tmp_path, Pooled(own, torch.arange(4).expand(9, 4) < 2), trainers, [draw(step, 9, 4, 6) for step in range(3)])
+    (told,) = [message for message in caplog.messages if "mask" in message]
+    assert "Trainer(callbacks=[...])" in told
+
+
 def test_a_refresh_that_overlaps_is_finished_before_the_model_leaves_its_device(tmp_path: Path) -> None:
     """Lightning moves it off the GPU before the callback's teardown; to nowhere, here."""
 
