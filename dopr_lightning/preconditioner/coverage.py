@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning.preconditioner.layers import (
+    BIAS,
     ConvCovariance,
     Layer,
     layer_types,
@@ -21,6 +22,7 @@ from dopr_lightning.preconditioner.layers import (
 )
 
 FROZEN = "the weight is frozen (requires_grad=False)"
+OTHERS = "its weight is not among the optimizer's parameters"
 
 
 class NothingToPreconditionError(ValueError):
@@ -95,6 +97,7 @@ def find_coverage(
         if chosen is not None and any(layer.homogeneous and id(layer.bias) not in chosen for layer in layers):
             layers = layers_of(name, module, conv=conv, bias=False, max_dim=max_dim)
         used = []
+        reason = refused
         for layer in layers:
             reason = refused
             if not layer.weight.requires_grad:
@@ -102,13 +105,16 @@ def find_coverage(
                     frozen.append(layer)
                 reason = refused or FROZEN
             elif chosen is not None and id(layer.weight) not in chosen:
-                reason = "its weight is not among the optimizer's parameters"
+                reason = OTHERS
             if reason is None:
                 used.append(layer)
                 found.setdefault(layer.key, []).append(layer)
             else:
                 reasons |= dict.fromkeys(layer.parameter_names, reason)
-        reasons = not_covered(name, module, used) | reasons
+        outside = not_covered(name, module, used)
+        if reason is not None and not used:  # biases are left out with their weights, and not for being biases
+            outside = {parameter: reason if why == BIAS else why for parameter, why in outside.items()}
+        reasons = outside | reasons
     covered = []
     for twins in found.values():
         if len({layer.signature for layer in twins}) > 1:

@@ -9,6 +9,7 @@ A new layer type is one class, made known by :func:`register_layer`.
 from dopr_lightning.preconditioner.layers.base import ConvCovariance, DenseLayer, DiagonalLayer, Layer, MatrixLayer
 from dopr_lightning.preconditioner.layers.blocks import BlockDiagonal
 from dopr_lightning.preconditioner.layers.registry import (
+    BIAS,
     layer_types,
     layers_of,
     named_modules,
@@ -18,6 +19,7 @@ from dopr_lightning.preconditioner.layers.registry import (
 )
 
 __all__ = [
+    "BIAS",
     "BlockDiagonal",
     "ConvCovariance",
     "DenseLayer",

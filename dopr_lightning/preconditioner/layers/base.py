@@ -262,6 +262,12 @@ class MatrixLayer(DenseLayer):
 
     def rows(self, x: Tensor) -> Tensor:
         rows = self.vectors(x)
+        features = self.dim - self.homogeneous
+        if rows.dim() != 3 or (rows.shape[0], rows.shape[2]) != (self.blocks, features):
+            raise ValueError(
+                f"{self.name}: {type(self).__name__}.vectors made rows of shape {tuple(rows.shape)} where "
+                f"(blocks, rows, features) are ({self.blocks}, any, {features}); mend vectors, or blocks and dim"
+            )
         if not self.homogeneous:
             return rows
         # At least float32: bfloat16 would round the coordinate of a convolution, 3 ** -0.5 say.

@@ -31,7 +31,7 @@ _LAYER_TYPES: dict[type[nn.Module], tuple[type[Layer], ...]] = {
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module"}
 """Modules that ``torch.compile``, activation checkpointing and Lightning Fabric put around others."""
 
-BIAS = "the base optimizer takes it: bias=False, or a bias that no homogeneous coordinate fits"
+BIAS = "the base optimizer takes it: bias=False, or it is no column of its layer's matrix"
 OTHER = "the base optimizer takes it: it multiplies none of the layer's rows"
 
 LayerType = TypeVar("LayerType", bound=type[Layer])
@@ -137,7 +137,9 @@ def not_covered(name: str, module: nn.Module, layers: Sequence[Layer]) -> dict[s
             public = join(name, local_name)
             if public in covered:
                 continue
-            if not layer_types(module):
+            if not layer_types(module) and next(module.children(), None) is not None:
+                reasons[public] = f"it is a parameter of {type(module).__name__} itself, not of a layer in it"
+            elif not layer_types(module):
                 reasons[public] = f"{type(module).__name__} is not a layer type with an activation covariance"
             elif local_name in refused:
                 reasons[public] = refused[local_name]

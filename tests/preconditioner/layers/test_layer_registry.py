@@ -117,6 +117,12 @@ def test_says_why_not(module: nn.Module, parameter: str, reason: str) -> None:
     assert all(parameter not in layer.parameter_names for layer in layers)
 
 
+def test_a_parameter_of_a_module_with_layers_is_not_called_a_layer() -> None:
+    module = nn.Sequential(nn.Linear(3, 4))
+    module.position = nn.Parameter(torch.zeros(4))
+    assert cover(module)[1]["position"] == "it is a parameter of Sequential itself, not of a layer in it"
+
+
 def test_a_weight_in_another_layout_is_refused() -> None:
     module = nn.Linear(3, 4)
     module.weight = nn.Parameter(torch.randn(12))
@@ -183,6 +189,17 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
     monkeypatch.setattr(registry, "_LAYER_TYPES", dict(registry._LAYER_TYPES))
     return register_layer
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (1, 5, 6)], ids=str)
+def test_rows_of_another_shape_than_a_layer_type_says_are_refused(shape: tuple[int, ...]) -> None:
+    class Mistaken(TransposedLayer):
+        def vectors(self, x: Tensor) -> Tensor:
+            return x.reshape(shape)
+
+    layer = Mistaken("fc", TransposedLinear(5, 4), conv="channel", bias=True)
+    with pytest.raises(ValueError, match=r"fc\.weight: Mistaken\.vectors made rows of .*\(1, any, 5\); mend vectors"):
+        layer.rows(torch.randn(6, 5))
 
 
 @pytest.mark.parametrize("max_dim", [None, 3])
