@@ -63,7 +63,7 @@ class MupSpec:
                 condition_dim=32``.
 
         Raises:
-            TypeError: The factory returns no module.
+            TypeError: The factory is a module, or returns none.
             ValueError: A keyword is no positive whole number, nor several. The factory asks for values or leaves shapes
                 open; nothing scales; or something scales in a way that muP has no rule for: a dimension that is part
                 fixed, part scaling; three scaling dimensions, or two beside a fixed one; an embedding tied to a
@@ -73,6 +73,11 @@ class MupSpec:
         if not base:
             raise ValueError(
                 "name the keywords that scale with the width, as in MupSpec.from_factory(factory, width=64)"
+            )
+        if isinstance(factory, nn.Module):
+            raise TypeError(
+                f"a MupSpec's factory builds models, of several widths, and this {type(factory).__name__} is one; pass "
+                "its class, or functools.partial of it"
             )
         base = {key: _times(key, value, 1) for key, value in base.items()}
         narrow = _on_meta(factory, base)
@@ -272,7 +277,7 @@ class MupSpec:
         if outside:
             raise ValueError(
                 f"the MupSpec does not know {_some(outside)} of {type(model).__name__}; make it from a factory of the "
-                "whole model"
+                "whole model, whose other arguments (its depth, say) are this one's"
             )
         for full, (name, parameter) in inside.items():
             self._check(full, tuple(parameter.shape), self.shapes[name])

@@ -100,6 +100,11 @@ def resolve(base: Choice) -> Base:
     """
     if isinstance(base, str) and base in BASES:
         return BASES[base]
+    if isinstance(base, Optimizer):
+        raise ValueError(
+            f"base must be the class {type(base).__name__}, not an optimizer made of it: one is made here, with groups "
+            "of its own"
+        )
     algorithm, options = (base.func, base.keywords) if isinstance(base, partial) else (base, {})
     if not (isinstance(algorithm, type) and issubclass(algorithm, Optimizer)):
         raise ValueError(f"unknown base optimizer {base!r}; choose from {', '.join(BASES)}, or an Optimizer class")

@@ -810,6 +810,11 @@ def test_a_factory_returns_the_model() -> None:
         MupSpec.from_factory(lambda width: None, width=8)
 
 
+def test_a_model_in_place_of_its_factory() -> None:
+    with pytest.raises(TypeError, match="builds models, of several widths, and this Linear is one; pass its class"):
+        MupSpec.from_factory(nn.Linear(3, 4), width=8)
+
+
 def test_numpys_numbers_are_numbers() -> None:
     spec = MupSpec.from_factory(lambda width: nn.Linear(3, width), width=np.int64(8))
     assert spec == MupSpec.from_factory(lambda width: nn.Linear(3, width), width=8)
@@ -866,7 +871,7 @@ def extended(width: int) -> nn.Module:
             lambda: nn.ModuleDict({"policy": everything(8, depth=0)}),
             r"of another model: ModuleDict has no policy\.hidden0\.weight, policy\.hidden0\.bias; make",
         ),
-        (lambda: everything(8, depth=2), r"does not know hidden1\.weight, hidden1\.bias of ModuleDict; make it from a"),
+        (lambda: everything(8, depth=2), r"does not know hidden1\.weight, hidden1\.bias of ModuleDict.*its depth"),
         (lambda: nn.ModuleDict({"policy": extended(8)}), r"does not know policy\.extra\.weight, policy\.extra\.bias"),
         (lambda: nn.ModuleDict({"policy": everything(8), "v": nn.Linear(2, 2)}), r"does not know v\.weight, v\.bias"),
         (

@@ -471,6 +471,7 @@ def test_a_cosine_without_a_trainer_must_be_told_its_end(module: nn.Module) -> N
         ({"base": partial(torch.optim.AdamW, []), "lr": 1.0}, "give the partial AdamW its options by name"),
         ({"base": partial(torch.optim.AdamW, beta=0.9), "lr": 1.0}, "AdamW does not accept these options: .*'beta'"),
         ({"base": lambda params, **options: None, "lr": 1.0}, "unknown base optimizer <function"),
+        ({"base": torch.optim.Adam([torch.zeros(1)]), "lr": 1.0}, "base must be the class Adam, not an optimizer"),
         ({"lr": 1.0, "beta": 0.9}, "AdamW does not accept these options: .*'beta'"),
     ],
 )
