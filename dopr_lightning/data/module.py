@@ -152,7 +152,7 @@ class DemonstrationData(L.LightningDataModule):
         # Also on one process: this sampler orders by (seed, epoch), and Lightning tells it the epoch and leaves it as
         # it is under DDP. RandomSampler would draw from the global generator.
         sampler = _Resumable(
-            lambda: self._done(len(dataset) // world // self.batch_size) * self.batch_size,
+            lambda: self._done() * self.batch_size,
             dataset,
             num_replicas=world,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -166,15 +166,15 @@ class DemonstrationData(L.LightningDataModule):
         """Of the training episodes (0), or of those held out (1)."""
         return WindowDataset(self._split[side], self.observe, self.horizon, self.act)
 
-    def _done(self, batches: int) -> int:
+    def _done(self) -> int:
         """How many of an epoch's batches a resumed run has trained on; Lightning knows, and begins the epoch anew."""
         if not self.trainer:
             return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        done = progress.current.processed  # type: ignore[attr-defined]
-        # A whole epoch, which may be less than all batches (limit_train_batches), is no part of the next.
-        whole = progress.is_last_batch and done == progress.current.ready
-        return done if done < batches and not whole and self.trainer.fit_loop.restarting else 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        # A whole epoch, which may be less than all batches (limit_train_batches), is no part of the next. That its last
+        # batch was read does not make it whole: a preempted run leaves between that and training on it.
+        whole = done >= self.trainer.num_training_batches
+        return 0 if whole or not self.trainer.fit_loop.restarting else done
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every held-out window in order. Under DDP Lightning shards it, and may repeat a window to even the shards."""

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DistributedSampler
 
 from dopr_lightning.data import Demonstrations, EnvironmentSpec, Source
@@ -93,6 +93,22 @@ def test_the_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     resumed = fit(tmp_path / "second", epochs=3, resume=tmp_path / "whole" / "epoch=0.ckpt").trained
     assert resumed == [step for step in whole if step[0] >= 1]
     assert fit(tmp_path / "other", epochs=1, seed=1).trained != [step for step in whole if step[0] == 0]
+
+
+class BeforeTraining(Callback):
+    """Saves when a batch has been read and not been trained on, as a preempted run does."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.global_step}.ckpt")
+
+
+def test_a_run_that_left_before_an_epochs_last_batch_goes_on_with_that(tmp_path: Path) -> None:
+    data = DemonstrationData(Numbered(), batch_size=16)
+    whole, resumed = Recorder(), Recorder()
+    common: dict[str, Any] = {"max_epochs": 2, "default_root_dir": tmp_path, "enable_checkpointing": False, **QUIET}
+    L.Trainer(callbacks=BeforeTraining(), **common).fit(whole, datamodule=data)
+    L.Trainer(**common).fit(resumed, datamodule=data, ckpt_path=tmp_path / "5.ckpt", weights_only=True)
+    assert resumed.trained == whole.trained[5:]
 
 
 def test_loading_does_not_touch_the_global_generator() -> None:
