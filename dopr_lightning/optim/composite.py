@@ -117,8 +117,9 @@ class CompositeOptimizer(Optimizer):
         for needed, group in zip(options, state_dict["param_groups"], strict=True):
             if lacking := sorted(needed - group.keys()):
                 raise ValueError(
-                    f"the checkpoint's optimizer is of another base, or of a library's other version: its groups have "
-                    f"no {', '.join(lacking)}; resume with what the run began with, or start anew from its weights"
+                    f"the checkpoint's optimizer is of another base, or of another version of it: its groups have no "
+                    f"{', '.join(lacking)}; resume with the base that the run was started with, or start anew from "
+                    "its weights"
                 )
         super().load_state_dict(state_dict)
         self._share()
