@@ -117,12 +117,13 @@ def _config_names(args: Sequence[str]) -> Iterator[str]:
 def _check(path: Path) -> None:
     """Say which file is at fault, where jsonargparse would speak of a string or of another key."""
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no settings; a configuration begins with data:, model: or trainer:")
-    if again := next(_repeated(yaml.compose(path.read_text(), yaml.SafeLoader)), None):
+    if again := next(_repeated(yaml.compose(text, yaml.SafeLoader)), None):
         raise UserError(
             f"{path}: {again.value} is there twice, again in line {again.start_mark.line + 1}; join the two"
         )

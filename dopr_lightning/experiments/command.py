@@ -18,6 +18,27 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 
+def options_parser(command: str, verb: str, *, description: str, example: str) -> Parser:
+    """A parser of the command's own options, with those that all such commands have.
+
+    Args:
+        command: What is typed before the verb.
+        verb: The command's name.
+        description: What it does.
+        example: Its options, as one would type them.
+    """
+    parser = Parser(
+        prog=f"{command} {verb}",
+        allow_abbrev=False,
+        description=description,
+        epilog=f"example: {command} {verb} {example}",
+    )
+    parser.add_argument(
+        "--config", action="append", required=True, help=f"as in {command} fit; may be given several times"
+    )
+    return parser
+
+
 def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and those of ``dopr fit`` that follow.
 

@@ -15,6 +15,7 @@ from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     check_steps,
     numbers,
+    options_parser,
     parse,
     quiet_building,
     refuse_dopr,
@@ -94,10 +95,6 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         name = f"{arm.name} seed {seed}" + (f" lr {lr:g} (tuning)" if folder.startswith("tuning") else "")
         return Trial(name, output / folder, chosen, resolved(chosen), seed, first_seed, episodes, project=project)
 
-    def damping(arm: Arm) -> float | None:  # an arm may have its own
-        dopr = dopr_of(resolved((*base, *arm.arguments(best[arm], options.damping))))
-        return None if dopr is None else dopr["damping"]
-
     tuning_episodes = options.tuning_episodes or options.episodes
     grid = [(arm, rate, seed) for arm in arms for rate in rates for seed in tuning_seeds]
     trials = [
@@ -117,6 +114,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     ]
     found = dict(zip(runs, run_all(trials, options.workers), strict=True))
     outcomes = {arm: [found[arm, seed] for seed in seeds] for arm in arms}
+    dopr = {arm: dopr_of(trial.config) for (arm, _), trial in zip(runs, trials, strict=True)}
 
     results = {
         "task": task["id"],
@@ -134,7 +132,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "data": task["data"],
         "arms": [
             arm_results(arm, seeds, outcomes[arm], task["metric"])
-            | {"lr": best[arm] or task["lr"], "damping": damping(arm)}
+            | {"lr": best[arm] or task["lr"], "damping": (dopr[arm] or {}).get("damping")}
             | {"tuning": tuning[arm]}
             for arm in arms
         ],
@@ -202,17 +200,13 @@ def _at_end(tuning: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _parser(command: str) -> Parser:
-    parser = Parser(
-        prog=f"{command} compare",
-        allow_abbrev=False,
+    parser = options_parser(
+        command,
+        "compare",
         description="Train one task under several optimizers, with equal budget and seeds, and judge each by rollouts "
         f"of its EMA weights on the same fixed seeds. Any option of '{command} fit' may follow (--trainer.max_steps "
         "500). Finished runs are reused and interrupted ones resumed.",
-        epilog=f"example: {command} compare --config walker2d.yaml --optimizers adamw,dopr-adamw "
-        "--output runs/walker2d",
-    )
-    parser.add_argument(
-        "--config", action="append", required=True, help=f"as in {command} fit; may be given several times"
+        example="--config walker2d.yaml --optimizers adamw,dopr-adamw --output runs/walker2d",
     )
     parser.add_argument(
         "--optimizers",

@@ -20,6 +20,7 @@ from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     network_scales,
     numbers,
+    options_parser,
     parse,
     quiet_building,
     refuse_dopr,
@@ -245,18 +246,14 @@ def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
 
 
 def _parser(command: str) -> Parser:
-    parser = Parser(
-        prog=f"{command} coord-check",
-        allow_abbrev=False,
+    parser = options_parser(
+        command,
+        "coord-check",
         description="Train a configuration's network for a few steps at several widths on one small batch, and measure "
         "how its activations and updates depend on the width. Under muP they must not: a learning rate, initial values "
         "or an architecture that do not follow its rules show as an exponent, and the exit status is 1. Any option of "
         "'dopr fit' may follow (--model.optimizer.lr 1e-3).",
-        epilog=f"example: {command} coord-check --config humanoid.yaml --optimizers dopr-adamw,dopr-muon "
-        "--output runs/check",
-    )
-    parser.add_argument(
-        "--config", action="append", required=True, help=f"as in {command} fit; may be given several times"
+        example="--config humanoid.yaml --optimizers dopr-adamw,dopr-muon --output runs/check",
     )
     parser.add_argument(
         "--optimizers",

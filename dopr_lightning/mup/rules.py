@@ -81,6 +81,16 @@ def learning_rate(matrix: MatrixGrowth, growth: Growth, options: Mapping[str, An
     return math.sqrt(matrix.fan_out_growth / matrix.fan_in_growth) / growth(matrix, options)
 
 
+def check_weight_decay_rule(rule: str) -> None:
+    """Refuse what is none.
+
+    Raises:
+        ValueError: Unknown rule.
+    """
+    if rule not in get_args(WeightDecayRule):
+        raise ValueError(f"unknown weight decay rule {rule!r}; choose from {', '.join(get_args(WeightDecayRule))}")
+
+
 def weight_decay(lr_multiplier: float, rule: WeightDecayRule) -> float:
     """Multiplier of the weight decay, whose effect in a step is learning rate times weight decay.
 
@@ -90,8 +100,7 @@ def weight_decay(lr_multiplier: float, rule: WeightDecayRule) -> float:
     Raises:
         ValueError: Unknown rule.
     """
-    if rule not in get_args(WeightDecayRule):
-        raise ValueError(f"unknown weight decay rule {rule!r}; choose from {', '.join(get_args(WeightDecayRule))}")
+    check_weight_decay_rule(rule)
     return {"independent": 1 / lr_multiplier, "coupled": 1.0, "none": 0.0}[rule]
 
 

@@ -65,7 +65,7 @@ def plan(
     role_of = parameter_roles(model, roles, known=mup.roles(model) if mup else None)
     if not role_of:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    rules.weight_decay(1.0, weight_decay_rule)  # refuses an unknown rule, also where it has nothing to say
+    rules.check_weight_decay_rule(weight_decay_rule)  # also where it has nothing to say
     by_role = dict(lr_by_role or {})
     _check_roles(by_role, role_of.values())
     growth = mup.growth(model) if mup else {}

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dopr_lightning.preconditioner.layers import (
-    BIAS,
     ConvCovariance,
     Layer,
     layer_types,
@@ -111,10 +110,7 @@ def find_coverage(
                 found.setdefault(layer.key, []).append(layer)
             else:
                 reasons |= dict.fromkeys(layer.parameter_names, reason)
-        outside = not_covered(name, module, used)
-        if reason is not None and not used:  # biases are left out with their weights, and not for being biases
-            outside = {parameter: reason if why == BIAS else why for parameter, why in outside.items()}
-        reasons = outside | reasons
+        reasons = not_covered(name, module, used, None if used else reason) | reasons
     covered = []
     for twins in found.values():
         if len({layer.signature for layer in twins}) > 1:

@@ -12,7 +12,7 @@ from dopr_lightning.experiments.command import check_steps, parse, quiet_buildin
 from dopr_lightning.experiments.runner import KILLED, attempt_all, broke
 from dopr_lightning.experiments.sweep.grid import ROLES, Cell, Point, scaled
 from dopr_lightning.experiments.sweep.kept import keep_results
-from dopr_lightning.experiments.sweep.plan import Plan, make_plan, options_parser
+from dopr_lightning.experiments.sweep.plan import Plan, make_plan, sweep_parser
 from dopr_lightning.experiments.sweep.report import (
     Outcomes,
     apart,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         UserError: A mistake in the arguments, found before anything is trained; or runs that were stopped, or none that
             trained.
     """
-    options, overrides = parse(options_parser(project.command), arguments)
+    options, overrides = parse(sweep_parser(project.command), arguments)
     plan = make_plan(options, overrides, project)
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):

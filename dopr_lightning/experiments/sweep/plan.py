@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import network_scales, numbers, refuse_ours, seed_numbers
+from dopr_lightning.experiments.command import network_scales, numbers, options_parser, refuse_ours, seed_numbers
 from dopr_lightning.experiments.runner import cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
@@ -190,20 +190,19 @@ def _values(options: Any, centre: Point) -> dict[str, list[float]]:
     return values
 
 
-def options_parser(command: str) -> Parser:
+def sweep_parser(command: str) -> Parser:
     """Of ``dopr sweep``."""
-    parser = Parser(
-        prog=f"{command} sweep",
-        allow_abbrev=False,
+    parser = options_parser(
+        command,
+        "sweep",
         description="Train one task at several widths and values of its hyperparameters, and report how far the best "
         "values move with the width, under muP and under the standard parametrisation. Any option of 'dopr fit' may "
         "follow (--trainer.max_steps 500). Finished runs are reused and interrupted ones resumed.",
-        epilog=f"example: {command} sweep --config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
+        example="--config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
         f"--lr-octaves 2 --output runs/sweep; then: {command} fit --config humanoid.yaml --config dopr.yaml "
         "--model.network.width 2048 --mup.from_sweep runs/sweep",
     )
     add = parser.add_argument
-    add("--config", action="append", required=True, help=f"as in {command} fit; may be given several times")
     add("--optimizer", help="as in dopr compare, dopr-muon say; default: the configuration's")
     add(
         "--widths",

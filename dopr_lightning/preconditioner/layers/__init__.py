@@ -9,7 +9,6 @@ A new layer type is one class, made known by :func:`register_layer`.
 from dopr_lightning.preconditioner.layers.base import ConvCovariance, DenseLayer, DiagonalLayer, Layer, MatrixLayer
 from dopr_lightning.preconditioner.layers.blocks import BlockDiagonal
 from dopr_lightning.preconditioner.layers.registry import (
-    BIAS,
     layer_types,
     layers_of,
     named_modules,
@@ -19,7 +18,6 @@ from dopr_lightning.preconditioner.layers.registry import (
 )
 
 __all__ = [
-    "BIAS",
     "BlockDiagonal",
     "ConvCovariance",
     "DenseLayer",

@@ -120,13 +120,14 @@ def layers_of(
     ]
 
 
-def not_covered(name: str, module: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
+def not_covered(name: str, module: nn.Module, layers: Sequence[Layer], left_out: str | None = None) -> dict[str, str]:
     """Why parameters of a module are not covered by ``layers``, by their public names.
 
     Args:
         name: The module's public name.
         module: The module, from :func:`named_modules`.
         layers: Its layers that are in use.
+        left_out: Why there are none, if the module's were left out: biases are left out with their weights.
     """
     covered = {parameter for layer in layers for parameter in layer.parameter_names}
     refused = _attempt(name, module, conv="channel", bias=False)[1]
@@ -137,14 +138,17 @@ def not_covered(name: str, module: nn.Module, layers: Sequence[Layer]) -> dict[s
             public = join(name, local_name)
             if public in covered:
                 continue
-            if not layer_types(module) and next(module.children(), None) is not None:
-                reasons[public] = f"it is a parameter of {type(module).__name__} itself, not of a layer in it"
-            elif not layer_types(module):
-                reasons[public] = f"{type(module).__name__} is not a layer type with an activation covariance"
+            if not layer_types(module):
+                kind, inner = type(module).__name__, any(True for _ in module.children())
+                reasons[public] = (
+                    f"it is a parameter of {kind} itself, not of a layer in it"
+                    if inner
+                    else f"{kind} is not a layer type with an activation covariance"
+                )
             elif local_name in refused:
                 reasons[public] = refused[local_name]
             else:
-                reasons[public] = BIAS if parameter.endswith("bias") else OTHER
+                reasons[public] = (left_out or BIAS) if parameter.endswith("bias") else OTHER
     return reasons
 
 
