@@ -22,6 +22,7 @@ from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, c
 from dopr_lightning.preconditioner.layers import ConvCovariance, Layer, named_modules
 from dopr_lightning.preconditioner.options import check_options
 from dopr_lightning.preconditioner.solvers import Solver
+from dopr_lightning.preconditioner.summary import Summary, joined
 
 log = getLogger(__name__)
 
@@ -107,6 +108,7 @@ class DoPr(pl.Callback):
         check_options(**self.options, log_every=log_every)
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
+        self._last: list[ActivationPreconditioner | None] = []  # those of a fit that has ended, for its summary
         self._masked_nothing = False  # and said so
         self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition
         # What a checkpoint held, until training starts; what a fit ended with, for a checkpoint saved after it. None
@@ -146,10 +148,27 @@ class DoPr(pl.Callback):
                     stack.enter_context(preconditioner.mask(mask))
             yield
 
+    def summary(self) -> Summary:
+        """One row per parameter: covered, with the size and spectrum of its covariance, or why not. Prints as a table.
+
+        Of the fit that runs, or of the last one. Costs an eigenvalue decomposition per exactly solved layer. With
+        ``overlap`` it finishes a refresh, so that all ranks must call it where one does in the middle of a fit.
+
+        Raises:
+            RuntimeError: No fit with this very callback has begun.
+        """
+        made = [one for one in self.preconditioners or self._last if one is not None]
+        if not made:
+            raise RuntimeError(
+                "this DoPr has nothing to say yet: no Trainer that has it in callbacks=[...] has begun a fit. Before "
+                "one, print(ActivationPreconditioner(model).summary())"
+            )
+        return joined([preconditioner.summary() for preconditioner in made])
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; the checkpoint of this one, if there is one, is loaded after this."""
         if stage == "fit":
-            self._state = {}
+            self._state, self._last = {}, []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it.
@@ -285,7 +304,7 @@ class DoPr(pl.Callback):
         """Copies have the options alone: a module that is given the callback may keep it among its hyperparameters."""
         lent = ("log", "log_dict")  # the module's own methods, which Lightning puts here
         own = {name: value for name, value in self.__dict__.items() if name not in lent}
-        return {**own, "preconditioners": [], "_frozen": (), "_state": {}}
+        return {**own, "preconditioners": [], "_last": [], "_frozen": (), "_state": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this while a fit starts: the state is put to use in ``on_train_start``.
@@ -320,6 +339,7 @@ class DoPr(pl.Callback):
 
     def _stop(self) -> None:
         if self.preconditioners:
+            self._last = self.preconditioners
             try:
                 self._state = self.state_dict()
             finally:

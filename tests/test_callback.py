@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -575,6 +576,26 @@ def test_a_mask_of_a_callback_that_no_trainer_has_is_pointed_out(
     fit(tmp_path, Pooled(own, torch.arange(4).expand(9, 4) < 2), trainers, [draw(step, 9, 4, 6) for step in range(3)])
     (told,) = [message for message in caplog.messages if "mask" in message]
     assert "Trainer(callbacks=[...])" in told
+
+
+def test_a_summary_of_all_optimizers_is_there_during_a_fit_and_after_it(tmp_path: Path) -> None:
+    dopr, model, during = DoPr(damping=GAMMA), Game(), []
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            during.append(dopr.summary())
+
+    with pytest.raises(RuntimeError, match=r"no Trainer that has it in callbacks=\[...\] has begun a fit"):
+        dopr.summary()
+    fit(tmp_path, model, dopr, [draw(step, 9, 6) for step in range(3)], callbacks=[Look()])
+    assert not dopr.preconditioners
+    assert [dopr.summary()] == during
+    assert [row.parameter for row in dopr.summary()] == [name for name, _ in model.named_parameters()]
+    covered = {row.parameter: row.rows for row in dopr.summary() if row.covered}
+    assert covered.keys() == {name for name, p in model.named_parameters() if p.ndim == 2}
+    assert all(covered.values())
+    with pytest.raises(RuntimeError, match="nothing to say"):
+        copy.deepcopy(dopr).summary()
 
 
 def test_a_refresh_that_overlaps_is_finished_before_the_model_leaves_its_device(tmp_path: Path) -> None:

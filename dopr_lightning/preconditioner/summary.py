@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,17 @@ class Summary(list[SummaryRow]):
         }
         body = [[_show(getattr(row, attribute)) for attribute in head] for row in self]
         return _table([list(head.values()), *body])
+
+
+def joined(summaries: Sequence[Summary]) -> Summary:
+    """One summary of a model whose layers several preconditioners share: each parameter by the one that covers it."""
+    chosen: dict[str, list[SummaryRow]] = {}
+    for summary in summaries:
+        for parameter, rows in groupby(summary, lambda row: row.parameter.partition("[")[0]):
+            found = list(rows)
+            if parameter not in chosen or any(row.covered for row in found):
+                chosen[parameter] = found
+    return Summary(chain.from_iterable(chosen.values()))
 
 
 class Alignment(NamedTuple):
