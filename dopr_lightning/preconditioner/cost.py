@@ -7,7 +7,7 @@ Per covariance, with n rows per refresh, gradient G of m x d, k tracked and r us
 ============================  ====================  ==========================  =======================
 apply (FLOPs a step)          2 m d^2               4 m d r                     4 m d n
 statistics (FLOPs a refresh)  n d^2 (1 + 1/p)       4 n d k                     0, the rows are kept
-solve (FLOPs a refresh)       d^3, or d^3 / 3       8 d k^2, in float64         3 n^2 d + n^3 / 3
+solve (FLOPs a refresh)       d^3, or d^3 / 3       8 d k^2                     3 n^2 d + n^3 / 3
 held between steps (numbers)  d^2 (3/2 + 1/(2p))    4 d k                       n d
 summed over ranks (numbers)   d^2 (1/2 + 1/(2p))    d k + 1                     -
 gathered from ranks           d^2                   0                           -
@@ -158,7 +158,10 @@ def statistics_flops(rows: float, dim: int, tracked: int | None) -> float:
 
 
 def solve_flops(dim: int, tracked: int | None) -> float:
-    """One Cholesky inverse (factor d^3 / 3, inverse 2 d^3 / 3), or the four products of one Nystrom step."""
+    """One Cholesky inverse (factor d^3 / 3, inverse 2 d^3 / 3), or the products of one Nystrom step.
+
+    These are three, and with an average over refreshes five, of 2 d k^2 each, two of them in float64; four are counted.
+    """
     return 1.0 * dim**3 if tracked is None else 8.0 * dim * tracked**2
 
 
