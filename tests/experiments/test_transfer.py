@@ -189,6 +189,13 @@ def test_the_grids_regret_is_of_runs_alone() -> None:
     assert row.grid_regret == math.inf
 
 
+def test_the_grids_regret_is_that_of_the_best_value_that_is_told() -> None:
+    """Success rates are often level: the middle one of these values is the best, and costs nothing here."""
+    narrow, wide = np.array([0.0, -1.0, -1.0, -1.0, 0.0]), np.array([0.0, -0.5, -1.0, -0.5, 0.0])
+    row = analyse(VALUES[:5], {32: seeds(narrow), 64: seeds(wide)}, COMPUTE).widths[1]
+    assert (row.drift, row.regret, row.grid_regret) == (0.0, 0.0, 0.0)
+
+
 def test_regret_beyond_all_that_width_gains_is_bounded_by_the_narrowest() -> None:
     losses = {32: seeds(parabola(-2.0, 2.1)), 64: seeds(parabola(0.0, 2.05)), 128: seeds(parabola(1.0, 2.0))}
     wide = analyse(VALUES, losses, COMPUTE).widths[-1]

@@ -82,7 +82,7 @@ def fit_curve(values: Sequence[float], losses: Array) -> Curve | None:
     x = np.log2(np.asarray(values, dtype=np.float64))
     y = np.where(np.isfinite(losses).all(axis=1), losses.sum(axis=1) / losses.shape[1], np.inf)
     level = np.flatnonzero(y == y.min())
-    i = int(level[(len(level) - 1) // 2])
+    i = _lowest(y)
     if not math.isfinite(y[i]) or len(level) == np.isfinite(y).sum() > 1:
         return None
     plateau = len(level) > 2  # a vertex may well lie in the middle between two
@@ -105,6 +105,12 @@ def fit_curve(values: Sequence[float], losses: Array) -> Curve | None:
             window = (coefficients, float(x[i]), float(x[near].min()), float(x[near].max()))
             return Curve(x, y, best, least, False, window)
     return grid
+
+
+def _lowest(y: Array) -> int:
+    """Where the grid's best value is: the middle one of several that are level."""
+    level = np.flatnonzero(y == y.min())
+    return int(level[(len(level) - 1) // 2])
 
 
 @dataclass(frozen=True)
@@ -239,7 +245,7 @@ def _regret(narrow: Curve | None, wide: Curve | None) -> float | None:
 
 
 def _grid_regret(narrow: Curve | None, wide: Curve | None) -> float | None:
-    return None if narrow is None or wide is None else _excess(float(wide.y[np.argmin(narrow.y)]), float(wide.y.min()))
+    return None if narrow is None or wide is None else _excess(float(wide.y[_lowest(narrow.y)]), float(wide.y.min()))
 
 
 def _excess(loss: float, least: float) -> float | None:
