@@ -18,7 +18,7 @@ from dopr_lightning import checkpoint
 from dopr_lightning.errors import UserError
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.evaluate import Policy, decide, first_window
-from dopr_lightning.rollout.seat import Observation
+from dopr_lightning.rollout.slot import Observation
 
 # Predictions are timed until there are so many, or for so long.
 WARM_UP, TIMED, PATIENCE_S = 3, 50, 5.0

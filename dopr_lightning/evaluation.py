@@ -24,7 +24,7 @@ from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.deploy import image_sizes, rebuild, speed
 from dopr_lightning.errors import Parser, UserError
 from dopr_lightning.rollout.callback import RolloutEvaluation
-from dopr_lightning.rollout.workers import seats
+from dopr_lightning.rollout.workers import env_pool
 from dopr_lightning.training import quiet
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     checkpoint.check_versions(record, options.accept_versions)
     data = RecordedData(record, _demonstrations(record, options))
     if data.environment is not None:
-        with seats(data.environment, 1, 1) as environments:
-            environments.describe()
+        with env_pool(data.environment, 1, 1) as pool:
+            pool.describe()
     policy = rebuild(path, held)
     if data.demonstrations is None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
 from dopr_lightning.preconditioner.sharding import local
 from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, check_success, evaluate
-from dopr_lightning.rollout.seat import SimulationError
+from dopr_lightning.rollout.slot import SimulationError
 from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
 from dopr_lightning.rollout.video import Film, animation, best_and_worst, film, require_encoder, write_mp4
 from dopr_lightning.saving import LastCheckpoint

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
-from dopr_lightning.rollout.seat import Description, Observation, SimulationError, Stretch
-from dopr_lightning.rollout.workers import Lost, seats
+from dopr_lightning.rollout.slot import Description, Observation, Segment, SimulationError
+from dopr_lightning.rollout.workers import Lost, env_pool
 
 if TYPE_CHECKING:
     from dopr_lightning.policies.networks.base import VisualObservation
@@ -134,9 +134,9 @@ def evaluate(
     free = list(range(count))
     restarts, failures = Counter[int](), Counter[int]()
 
-    def note(happened: Mapping[int, Stretch | Lost]) -> None:
-        for episode in [e for e in running if e.seat in happened]:
-            what = happened[episode.seat]
+    def note(happened: Mapping[int, Segment | Lost]) -> None:
+        for episode in [e for e in running if e.slot in happened]:
+            what = happened[episode.slot]
             if isinstance(what, Lost):
                 restarts[episode.seed] += 1
                 failures[episode.seed] += what.own
@@ -151,19 +151,19 @@ def evaluate(
             else:
                 continue
             running.remove(episode)
-            free.append(episode.seat)
+            free.append(episode.slot)
 
-    with seats(spec, count, policy.observe, workers=workers, timeout_s=timeout_s) as environments:
-        _check_fit(policy, spec, environments.describe())
+    with env_pool(spec, count, policy.observe, workers=workers, timeout_s=timeout_s) as pool:
+        _check_fit(policy, spec, pool.describe())
         while waiting or running:
             begun = []
             while waiting and free:
                 begun.append(_Running(free.pop(), waiting.popleft(), policy.observe))
             running += begun
-            note(environments.start({episode.seat: episode.seed for episode in begun}))
+            note(pool.start({episode.slot: episode.seed for episode in begun}))
             if running:  # all may be lost
                 _decide(policy, running)
-                note(environments.execute({episode.seat: episode.chunk for episode in running}))
+                note(pool.execute({episode.slot: episode.chunk for episode in running}))
     return [finished[seed] for seed in seeds]
 
 
@@ -204,8 +204,8 @@ def check_fit(
     Raises:
         UserError: It cannot be made, or has other sizes or cameras.
     """
-    with seats(spec, 1, policy.observe, workers=min(1, workers), timeout_s=timeout_s) as environments:
-        found = environments.describe()
+    with env_pool(spec, 1, policy.observe, workers=min(1, workers), timeout_s=timeout_s) as pool:
+        found = pool.describe()
     _check_fit(policy, spec, found)
     for camera, size in image_sizes.items():
         if camera in found.image_sizes and found.image_sizes[camera] != size:
@@ -218,8 +218,8 @@ def check_fit(
 class _Running:
     """One episode under way."""
 
-    def __init__(self, seat: int, seed: int, observe: int) -> None:
-        self.seat = seat
+    def __init__(self, slot: int, seed: int, observe: int) -> None:
+        self.slot = slot
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         self.window: deque[Observation] = deque(maxlen=observe)
@@ -229,17 +229,17 @@ class _Running:
         self._rewards: list[float] = []
         self._success: bool | None = None
 
-    def extend(self, stretch: Stretch) -> bool:
+    def extend(self, segment: Segment) -> bool:
         """Note what happened; returns whether the episode is over."""
         if not self.window:
-            self.window.extend(first_window(stretch.observations[0], self._observe))
+            self.window.extend(first_window(segment.observations[0], self._observe))
             return False
-        self.window.extend(stretch.observations)
-        self._actions.append(self.chunk[: len(stretch.rewards)])
-        self._rewards += stretch.rewards
-        if stretch.success is not None:
-            self._success = bool(self._success) or stretch.success
-        return stretch.done
+        self.window.extend(segment.observations)
+        self._actions.append(self.chunk[: len(segment.rewards)])
+        self._rewards += segment.rewards
+        if segment.success is not None:
+            self._success = bool(self._success) or segment.success
+        return segment.done
 
     def result(self, metric: str, restarts: int) -> Episode:
         """The finished episode."""

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError, import_extra
 from dopr_lightning.rollout.evaluate import Episode
-from dopr_lightning.rollout.seat import Stretch
-from dopr_lightning.rollout.workers import Lost, seats
+from dopr_lightning.rollout.slot import Segment
+from dopr_lightning.rollout.workers import Lost, env_pool
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,14 @@ def film(spec: EnvironmentSpec, episode: Episode, *, workers: int = 0, timeout_s
     Raises:
         UserError: The environment cannot render, or fails.
     """
-    with seats(spec, 1, 1, workers=workers, timeout_s=timeout_s, film=True) as environments:
-        rate = environments.describe().frame_rate
-        happened = [_went(environments.start({0: episode.seed})[0])]
+    with env_pool(spec, 1, 1, workers=workers, timeout_s=timeout_s, film=True) as pool:
+        rate = pool.describe().frame_rate
+        happened = [_went(pool.start({0: episode.seed})[0])]
         for first in range(0, episode.length, _CHUNK):
-            happened.append(_went(environments.execute({0: episode.actions[first : first + _CHUNK]})[0]))
+            happened.append(_went(pool.execute({0: episode.actions[first : first + _CHUNK]})[0]))
             if happened[-1].done:
                 break
-    rewards = [reward for stretch in happened for reward in stretch.rewards]
+    rewards = [reward for segment in happened for reward in segment.rewards]
     # PushT's reward, the area of an intersection of polygons, may round otherwise the next time.
     if len(rewards) != episode.length or not math.isclose(sum(rewards), episode.return_, rel_tol=1e-6, abs_tol=1e-6):
         log.warning(
@@ -74,10 +74,10 @@ def film(spec: EnvironmentSpec, episode: Episode, *, workers: int = 0, timeout_s
             "return %g in %d steps when filmed; the film shows the latter",
             *(spec.id, episode.seed, episode.return_, episode.length, sum(rewards), len(rewards)),
         )
-    return Film([frame for stretch in happened for frame in stretch.frames], rate)
+    return Film([frame for segment in happened for frame in segment.frames], rate)
 
 
-def _went(answer: Stretch | Lost) -> Stretch:
+def _went(answer: Segment | Lost) -> Segment:
     if isinstance(answer, Lost):
         raise UserError(answer.reason)
     return answer

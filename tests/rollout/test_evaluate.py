@@ -15,7 +15,7 @@ from toy_environment import SPEC, Toy, forget, length
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.errors import UserError
 from dopr_lightning.rollout.evaluate import Episode, check_success, evaluate
-from dopr_lightning.rollout.seat import Seat, SimulationError
+from dopr_lightning.rollout.slot import EnvSlot, SimulationError
 
 SEEDS = [11, 3, 4, 8, 5, 21, 2, 9, 14]
 
@@ -231,18 +231,18 @@ def test_every_evaluation_starts_from_the_same_states() -> None:
 
 
 def test_a_simulator_starts_from_the_same_state_again() -> None:
-    seat = Seat(EnvironmentSpec("Hopper-v5", 1000, "return"), observe=1)
+    slot = EnvSlot(EnvironmentSpec("Hopper-v5", 1000, "return"), observe=1)
     chunk = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
 
     def episode(seed: int) -> np.ndarray:
-        return np.concatenate([part.observations[0].state for part in (seat.start(seed), seat.execute(chunk))])
+        return np.concatenate([part.observations[0].state for part in (slot.start(seed), slot.execute(chunk))])
 
     first, other = episode(5), episode(6)
     assert not np.array_equal(first[:11], other[:11])
     np.testing.assert_array_equal(episode(5), first)
-    seat.close()
+    slot.close()
     np.testing.assert_array_equal(episode(5), first)  # in a new environment
-    seat.close()
+    slot.close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

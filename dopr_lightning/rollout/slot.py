@@ -68,7 +68,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """A part of an episode: its reset, or a chunk of actions.
 
     Args:
@@ -86,7 +86,7 @@ class Stretch:
     frames: tuple[Array, ...] = ()
 
 
-class Seat:
+class EnvSlot:
     """An environment, made when first needed, and the episode under way in it.
 
     Args:
@@ -114,7 +114,7 @@ class Seat:
         sizes = {camera: env.observation_space["images"][camera].shape[:2] for camera in cameras}
         return Description(state.shape, env.action_space.shape, self._rate() / self._stride(), sizes)
 
-    def start(self, seed: int) -> Stretch:
+    def start(self, seed: int) -> Segment:
         """Begin an episode.
 
         Raises:
@@ -124,9 +124,9 @@ class Seat:
         env = self._made()
         self._seed, self._steps = seed, 0
         observation, _ = self._guard(partial(env.reset, seed=seed))
-        return Stretch((self._checked(observation),), frames=tuple(self._frames()))
+        return Segment((self._checked(observation),), frames=tuple(self._frames()))
 
-    def execute(self, chunk: Array) -> Stretch:
+    def execute(self, chunk: Array) -> Segment:
         """Take actions (act, A) in turn, until the episode ends.
 
         Raises:
@@ -155,7 +155,7 @@ class Seat:
             if done:
                 break
             seen.append(self._checked(observation))
-        return Stretch(tuple(seen), tuple(rewards), success, done, tuple(frames))
+        return Segment(tuple(seen), tuple(rewards), success, done, tuple(frames))
 
     def close(self) -> None:
         """Free the environment; the next episode gets a new one.
