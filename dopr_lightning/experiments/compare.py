@@ -24,9 +24,18 @@ from dopr_lightning.experiments.command import (
     seed_numbers,
     task_of,
 )
-from dopr_lightning.experiments.report import arm_results, differences, plot, print_table
+from dopr_lightning.experiments.report import arm_results, paired_differences, plot, print_table
 from dopr_lightning.experiments.runner import cores, run_all
-from dopr_lightning.experiments.trial import DATA, Record, Trial, check_settings, note_settings, write_json
+from dopr_lightning.experiments.trial import (
+    DATA,
+    Failure,
+    Outcome,
+    Record,
+    Trial,
+    check_settings,
+    note_settings,
+    write_json,
+)
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import dopr_of
 from dopr_lightning.versions import versions
@@ -136,7 +145,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             | {"tuning": tuning[arm]}
             for arm in arms
         ],
-        "differences": differences(arms, outcomes),
+        "differences": paired_differences(arms, outcomes),
     }
     write_json(results, output / "results.json")
     plot(results, output / "compare.png")
@@ -165,10 +174,10 @@ def _tuning_folder(rate: float, seed: int) -> str:
     return f"lr-{rate:g}" + (f"-seed-{seed}" if seed != TUNING_SEED else "")
 
 
-def _tuned(rate: float, outcomes: Sequence[Record | str]) -> dict[str, Any]:
+def _tuned(rate: float, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What the tuning runs of one rate say, one per seed; a rate that failed once has failed."""
-    if failed := [outcome for outcome in outcomes if isinstance(outcome, str)]:
-        return {"lr": rate, "failed": failed[0]}
+    if failed := [outcome for outcome in outcomes if isinstance(outcome, Failure)]:
+        return {"lr": rate, "failed": failed[0].message}
     records = [outcome for outcome in outcomes if isinstance(outcome, Record)]
     per_seed = [record.mean for record in records]
     return {

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.experiments.trial import Outcome, Record, Trial
 from dopr_lightning.words import duration
 
 
@@ -78,11 +78,11 @@ class Display:
 
     Args:
         trials: All of them.
-        before: Those that are not to run, with their records or why they have none.
+        before: What came of those that are not to run.
         parallel: How many run at once.
     """
 
-    def __init__(self, trials: Sequence[Trial], before: dict[str, Record | str], parallel: int) -> None:
+    def __init__(self, trials: Sequence[Trial], before: dict[str, Outcome], parallel: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._terminal = sys.stdout.isatty()
@@ -119,7 +119,7 @@ class Display:
         self._progress.update(self._bars[name], completed=step, total=steps)
         self._progress.update(self._all, description=", ".join(["runs", *self._time_left()]))
 
-    def finished(self, name: str, outcome: Record | str) -> None:
+    def finished(self, name: str, outcome: Outcome) -> None:
         """Replace a trial's bar by a line."""
         self._done += 1
         self.left.finished(name, isinstance(outcome, Record))
@@ -131,7 +131,7 @@ class Display:
             said += [f"rollouts {outcome.mean:.4g}"] if outcome.episodes else []
             said += [f"{outcome.train_seconds:.0f} s"]
         else:
-            said = [outcome]
+            said = [outcome.message]
         line = f"[{self._done}/{self._total}] {name}: {', '.join([*said, *self._time_left()])}"
         print_line = self._progress.console.print if self._terminal else print
         print_line(line.replace("[", "\\[" if self._terminal else "["))

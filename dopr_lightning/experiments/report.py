@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dopr_lightning.experiments.arms import Arm
-from dopr_lightning.experiments.trial import Record
+from dopr_lightning.experiments.trial import Failure, Outcome, Record
 from dopr_lightning.rollout.statistics import bootstrap_interval, crossed_interval, wilson_interval
 from dopr_lightning.words import METRIC_LABELS
 
 
-def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Record | str], metric: str) -> dict[str, Any]:
+def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Outcome], metric: str) -> dict[str, Any]:
     """One arm's entry of results.json: what each seed's run came to, the mean over all episodes, and its interval.
 
     The interval is over runs and initial states (:func:`~.statistics.crossed_interval`); of a single run, the
@@ -38,7 +38,7 @@ def arm_results(arm: Arm, seeds: Sequence[int], outcomes: Sequence[Record | str]
         "ci95": [_number(low), _number(high)],
         "train_seconds": [record and record.train_seconds for record in records],
         "diverged": {
-            seed: outcome for seed, outcome in zip(seeds, outcomes, strict=True) if not isinstance(outcome, Record)
+            seed: outcome.message for seed, outcome in zip(seeds, outcomes, strict=True) if isinstance(outcome, Failure)
         },
     }
 
@@ -52,7 +52,7 @@ def _interval(runs: Sequence[Sequence[float]], metric: str) -> tuple[float, floa
     return max(0.0, low), min(1.0, high)
 
 
-def differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Record | str]]) -> list[dict[str, Any]]:
+def paired_differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Outcome]]) -> list[dict[str, Any]]:
     """What each arm brings, an entry of results.json for all but the first: beside its base where that is an arm too.
 
     Else beside the first arm. Runs pair up by their training seed, and their episodes by the initial state
@@ -60,7 +60,7 @@ def differences(arms: Sequence[Arm], outcomes: Mapping[Arm, Sequence[Record | st
 
     Args:
         arms: In the order they were given.
-        outcomes: Per arm a record for each seed, or how it diverged, in one order for all.
+        outcomes: Per arm that of each seed's run, in one order for all.
     """
     entries = []
     for arm in arms:

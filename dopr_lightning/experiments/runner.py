@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from multiprocessing.managers import SyncManager
 from queue import Empty
@@ -16,25 +16,29 @@ from typing import Any
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.display import Display
-from dopr_lightning.experiments.trial import DivergedError, Record, Report, Trial, load_record, run_trial, versions_of
+from dopr_lightning.experiments.trial import DivergedError, Failure, Outcome, Report, Trial, load_outcome, run_trial
 from dopr_lightning.proxy import differences
 from dopr_lightning.versions import versions
 
-Engine = Callable[[Sequence[Trial], Display], dict[str, Record | str]]
-"""Runs trials and tells the display; returns for each trial's name its record or, in a line, why it failed."""
+Engine = Callable[[Sequence[Trial], Display], dict[str, Outcome]]
+"""Runs trials and tells the display; returns for each trial's name what came of it."""
 
-KILLED = "a worker process was killed, perhaps for memory (fewer --workers need less)"
-"""What is said of a trial that failed through no fault of its own."""
+KILLED = Failure("a worker process was killed, perhaps for memory (fewer --workers need less)")
+"""Of a trial that failed through no fault of its own."""
 
 
-def run_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
-    """For each trial its record or, of one that diverged, how: that is a result too, the same every time.
+def run_all(trials: Sequence[Trial], workers: int) -> list[Outcome]:
+    """What came of each trial; diverging is a result too.
 
     Raises:
         UserError: Some trials failed otherwise, or a folder holds a record of other settings.
     """
     outcomes = attempt_all(trials, workers)
-    failed = [(trial.name, outcome) for trial, outcome in zip(trials, outcomes, strict=True) if broke(trial, outcome)]
+    failed = [
+        (trial.name, outcome.message)
+        for trial, outcome in zip(trials, outcomes, strict=True)
+        if isinstance(outcome, Failure) and not outcome.diverged
+    ]
     if failed:
         names, more = ", ".join(name for name, _ in failed[:3]), f" and {len(failed) - 3} more" if failed[3:] else ""
         raise UserError(
@@ -44,13 +48,8 @@ def run_all(trials: Sequence[Trial], workers: int) -> list[Record | str]:
     return outcomes
 
 
-def broke(trial: Trial, outcome: Record | str) -> bool:
-    """Whether a trial failed otherwise than by diverging, so that the same command would run it again."""
-    return isinstance(outcome, str) and load_record(trial) is None
-
-
-def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = None) -> list[Record | str]:
-    """For each trial its record or, in a line, why it failed; the log.txt in its folder says more.
+def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = None) -> list[Outcome]:
+    """What came of each trial; of those that failed the log.txt in their folders says more.
 
     Args:
         trials: Of different names and folders.
@@ -60,31 +59,30 @@ def attempt_all(trials: Sequence[Trial], workers: int, engine: Engine | None = N
     Raises:
         UserError: A folder holds a record of other settings.
     """
-    found = {trial.name: load_record(trial) for trial in trials}
+    found = {trial.name: load_outcome(trial) for trial in trials}
     outcomes = {name: outcome for name, outcome in found.items() if outcome is not None}
     missing = [trial for trial in trials if trial.name not in outcomes]
     if missing:
-        _warn_of_other_versions([trial for trial in trials if trial.name in outcomes])
+        _warn_of_other_versions(outcomes.values())
         with Display(trials, outcomes, workers) as display:
             outcomes |= (engine or _in_processes)(missing, display)
     return [outcomes[trial.name] for trial in trials]
 
 
-def _warn_of_other_versions(finished: Sequence[Trial]) -> None:
+def _warn_of_other_versions(finished: Iterable[Outcome]) -> None:
     """Trials under one version are comparable; those to come are run with what is installed now."""
     now = versions()
-    before = Counter(
-        differences(then, {name: now[name] for name in then if name in now})
-        for trial in finished
-        if (then := {name: version for name, version in versions_of(trial).items() if name in now})
-    )
-    del before[""]
-    for changed, count in before.items():
+    counts: Counter[str] = Counter()
+    for outcome in finished:
+        then = {name: version for name, version in outcome.versions.items() if name in now}
+        counts[differences(then, {name: now[name] for name in then})] += 1
+    del counts[""]
+    for changed, count in counts.items():
         print(f"warning: {count} of the finished runs were run with other versions ({changed}); results may differ")
 
 
-def attempt(trial: Trial, report: Report) -> Record | str:
-    """The record, or why there is none. Exceptions stay in the worker: not all of them can be sent."""
+def attempt(trial: Trial, report: Report) -> Outcome:
+    """Run a trial. Exceptions stay in the worker: not all of them can be sent."""
     try:
         return run_trial(trial, report)
     except Exception as error:
@@ -92,7 +90,8 @@ def attempt(trial: Trial, report: Report) -> Record | str:
         with (trial.folder / "log.txt").open("a") as log:
             traceback.print_exc(file=log)
         said = " ".join(str(error).split())
-        return said if isinstance(error, DivergedError) else f"{type(error).__name__}: {said}"
+        diverged = isinstance(error, DivergedError)
+        return Failure(said if diverged else f"{type(error).__name__}: {said}", diverged)
 
 
 def cores() -> int:
@@ -100,8 +99,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_processes(trials: Sequence[Trial], display: Display) -> dict[str, Record | str]:
-    outcomes: dict[str, Record | str] = {}
+def _in_processes(trials: Sequence[Trial], display: Display) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
     context = multiprocessing.get_context("spawn")
     workers = display.left.parallel
     manager = SyncManager(ctx=context)
@@ -109,13 +108,13 @@ def _in_processes(trials: Sequence[Trial], display: Display) -> dict[str, Record
     with manager:
         queue: Any = manager.Queue()
         with ProcessPoolExecutor(min(workers, len(trials)), context, initializer=_prepare, initargs=(workers,)) as pool:
-            pending = {pool.submit(_attempt, trial, queue): trial.name for trial in trials}
+            pending = {pool.submit(_attempt, trial, queue): trial for trial in trials}
             while pending:
                 _drain(queue, display)
                 for future in [future for future in pending if future.done()]:
-                    name = pending.pop(future)
-                    outcomes[name] = _outcome(future)
-                    display.finished(name, outcomes[name])
+                    trial = pending.pop(future)
+                    outcomes[trial.name] = _outcome(future, trial)
+                    display.finished(trial.name, outcomes[trial.name])
     return outcomes
 
 
@@ -137,7 +136,7 @@ def _end_with_the_command() -> None:
     threading.Thread(target=follow, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
-def _attempt(trial: Trial, queue: Any) -> Record | str:
+def _attempt(trial: Trial, queue: Any) -> Outcome:
     queue.put((trial.name, 0, 1))
     return attempt(trial, lambda *progress: queue.put(progress))
 
@@ -152,8 +151,8 @@ def _drain(queue: Any, display: Display) -> None:
             return
 
 
-def _outcome(future: Future[Record | str]) -> Record | str:
+def _outcome(future: Future[Outcome], trial: Trial) -> Outcome:
     try:
         return future.result()
-    except BrokenExecutor:
-        return KILLED
+    except BrokenExecutor:  # perhaps of another trial's worker, while this one's result was on its way
+        return load_outcome(trial) or KILLED

@@ -82,7 +82,7 @@ class Record:
         episodes: The metric of each judged rollout of these weights, in the order of the seeds.
         train_seconds: Wall-clock seconds of training, without validation and rollouts.
         settings: Of the trial.
-        versions: Of the packages it was run with; older records do not say.
+        versions: Of the packages it was run with.
     """
 
     val_loss: float
@@ -97,8 +97,26 @@ class Record:
         return sum(self.episodes) / len(self.episodes) if self.episodes else math.nan
 
 
-def load_record(trial: Trial) -> Record | str | None:
-    """The record of a trial that has finished or, in a line, how it diverged; else None.
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial has no record.
+
+    Args:
+        message: In a line.
+        diverged: That is a result: the same run would only give the same. Anything else, the same command tries again.
+        versions: Of the packages it diverged with.
+    """
+
+    message: str
+    diverged: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+Outcome = Record | Failure
+
+
+def load_outcome(trial: Trial) -> Outcome | None:
+    """What came of a trial that has finished or diverged; else None.
 
     Raises:
         UserError: The folder holds a run, finished or not, with other settings.
@@ -107,19 +125,13 @@ def load_record(trial: Trial) -> Record | str | None:
     if not path.exists():
         diverged = trial.folder / DIVERGED
         if diverged.exists() and not _changed((found := json.loads(diverged.read_text()))["settings"], trial.settings):
-            return found["message"]
+            return Failure(found["message"], diverged=True, versions=found["versions"])
         check_settings(trial.folder, trial.settings)
         return None
     record = Record(**json.loads(path.read_text()))
     if changed := _changed(record.settings, trial.settings):
         raise _other_settings(trial.folder, changed)
     return record
-
-
-def versions_of(trial: Trial) -> dict[str, str]:
-    """What a finished trial was run with; empty where an older one does not say."""
-    record = trial.folder / "record.json"
-    return json.loads((record if record.exists() else trial.folder / DIVERGED).read_text()).get("versions", {})
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

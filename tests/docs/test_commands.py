@@ -24,7 +24,7 @@ from dopr_lightning.errors import Parser
 from dopr_lightning.experiments import runner
 from dopr_lightning.experiments.arms import parse_arms
 from dopr_lightning.experiments.display import Display
-from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.experiments.trial import Outcome, Trial
 from dopr_lightning.training import find_config, quiet, resolve
 
 # What a user downloads, and where the tests have it.
@@ -118,7 +118,7 @@ def quick_start() -> str:
     return recipe[1]
 
 
-def in_this_process(trials: Sequence[Trial], display: Display) -> dict[str, Record | str]:
+def in_this_process(trials: Sequence[Trial], display: Display) -> dict[str, Outcome]:
     """As the runner's worker processes do, which take most of their time to start."""
     return {trial.name: runner.attempt(trial, lambda *progress: None) for trial in trials}
 

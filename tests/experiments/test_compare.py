@@ -17,7 +17,7 @@ from dopr_lightning.cli import main
 from dopr_lightning.experiments import compare, runner
 from dopr_lightning.experiments.compare import TUNING_SEED
 from dopr_lightning.experiments.runner import KILLED
-from dopr_lightning.experiments.trial import Record, Trial
+from dopr_lightning.experiments.trial import Failure, Outcome, Record, Trial
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
 from dopr_lightning.rollout.statistics import crossed_interval
 
@@ -334,9 +334,11 @@ def test_of_level_rates_the_one_of_lowest_loss_is_taken(
 
 
 def test_a_rate_that_diverges_in_tuning_is_no_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_up(wanted: Sequence[Trial], workers: int) -> list[Record | str]:
+    def made_up(wanted: Sequence[Trial], workers: int) -> list[Outcome]:
         return [
-            "diverged" if t.config["model"]["optimizer"]["lr"] == 1.0 else Record(1.0, [1.0, 2.0], 1.0, t.settings)
+            Failure("diverged", diverged=True)
+            if t.config["model"]["optimizer"]["lr"] == 1.0
+            else Record(1.0, [1.0, 2.0], 1.0, t.settings)
             for t in wanted
         ]
 

@@ -10,14 +10,14 @@ import pytest
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.report import arm_results, differences, plot, print_table
-from dopr_lightning.experiments.trial import Record
+from dopr_lightning.experiments.report import arm_results, paired_differences, plot, print_table
+from dopr_lightning.experiments.trial import Failure, Outcome, Record
 from dopr_lightning.rollout.statistics import bootstrap_interval, crossed_interval, wilson_interval
 
 METRICS = get_args(get_type_hints(EnvironmentSpec)["metric"])
 
 
-DIVERGED = "diverged: the training loss is not finite, by step 3 of 7"
+DIVERGED = Failure("diverged: the training loss is not finite, by step 3 of 7", diverged=True)
 
 
 def record(episodes: list[float]) -> Record:
@@ -33,7 +33,7 @@ def test_every_metric_has_a_table_and_a_plot(metric: str, tmp_path: Path, capsys
         "metric": metric,
         "budget": {"steps": 7, "episodes_per_seed": 3},
         "arms": [arm_results(arm, [0, 1], records[arm], metric) | {"lr": 1e-3} for arm in arms],
-        "differences": differences(arms, records),
+        "differences": paired_differences(arms, records),
     }
     print_table(results)
     said = capsys.readouterr().out
@@ -72,7 +72,7 @@ def test_what_an_arm_brings_is_told_seed_by_seed() -> None:
         arm: [record([100 * seed + place, 100 * seed + place + 2 * (seed == 1)]) for seed in range(3)]
         for place, arm in enumerate(arms)
     }
-    entries = differences(arms, records)
+    entries = paired_differences(arms, records)
     assert [(entry["name"], entry["against"], entry["mean"]) for entry in entries] == [
         ("adamw", "muon", 1),
         ("dopr-muon+ema=0.9", "muon", 2),
@@ -81,7 +81,7 @@ def test_what_an_arm_brings_is_told_seed_by_seed() -> None:
     ]
     assert all(entry["per_seed"] == [entry["mean"]] * 3 and entry["ci95"] == [None, None] for entry in entries)
     records[arms[2]][0] = record([1.0, 1.0])
-    entry = differences(arms, records)[1]
+    entry = paired_differences(arms, records)[1]
     assert entry["per_seed"] == [1, 2, 2]
     assert entry["ci95"] == list(crossed_interval([[1, 1], [2, 2], [2, 2]]))
 
@@ -94,7 +94,7 @@ def test_one_arm_has_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture
         "metric": "return",
         "budget": {"steps": 7, "episodes_per_seed": 2},
         "arms": [arm_results(arm, [0], runs, "return") | {"lr": 1e-3}],
-        "differences": differences([arm], {arm: runs}),
+        "differences": paired_differences([arm], {arm: runs}),
     }
     print_table(results)
     assert "Seed by seed" not in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_one_arm_has_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_an_arm_with_a_run_that_diverged_has_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The others', the luckier ones', would not be the recipe's."""
     adamw, sgd, muon = arms = parse_arms("adamw,sgd,muon")
-    outcomes: dict[Arm, list[Record | str]] = {
+    outcomes: dict[Arm, list[Outcome]] = {
         adamw: [record([1.0, 2.0]), record([2.0, 4.0])],
         sgd: [record([9.0, 9.0]), DIVERGED],
         muon: [record([2.0, 3.0]), record([2.0, 5.0])],
@@ -115,7 +115,7 @@ def test_an_arm_with_a_run_that_diverged_has_no_mean(tmp_path: Path, capsys: pyt
         "metric": "return",
         "budget": {"steps": 7, "episodes_per_seed": 2},
         "arms": [arm_results(arm, [4, 5], outcomes[arm], "return") | {"lr": 1e-3} for arm in arms],
-        "differences": differences(arms, outcomes),
+        "differences": paired_differences(arms, outcomes),
     }
     assert json.loads(json.dumps(results, allow_nan=False))["arms"][1] == {
         "name": "sgd",
@@ -125,7 +125,7 @@ def test_an_arm_with_a_run_that_diverged_has_no_mean(tmp_path: Path, capsys: pyt
         "mean": None,
         "ci95": [None, None],
         "train_seconds": [2.0, None],
-        "diverged": {"5": DIVERGED},
+        "diverged": {"5": DIVERGED.message},
         "lr": 1e-3,
     }
     by_sgd, by_muon = results["differences"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +16,8 @@ from toy_task import CONFIG, FIRST_SEED
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments import runner
 from dopr_lightning.experiments.display import TimeLeft, duration
-from dopr_lightning.experiments.runner import run_all
-from dopr_lightning.experiments.trial import Record, Trial, load_record
+from dopr_lightning.experiments.runner import KILLED, run_all
+from dopr_lightning.experiments.trial import Failure, Outcome, Record, Trial, load_outcome
 
 
 def trial(folder: Path, name: str, *overrides: str) -> Trial:
@@ -34,7 +35,7 @@ def test_failures_are_named_and_lose_nothing(
     later = trial(tmp_path, "later")
     with pytest.raises(UserError, match=r"^killed, later failed: a worker process was killed.*; see log.txt"):
         run_all([good, diverges, killed, later], 1)
-    record = load_record(good)
+    record = load_outcome(good)
     assert record is not None
     out = capsys.readouterr().out
     assert "[1/4] good: val loss" in out
@@ -46,8 +47,8 @@ def test_failures_are_named_and_lose_nothing(
     monkeypatch.setattr(runner, "ProcessPoolExecutor", None)
     found, how = run_all([good, diverges], 1)
     assert found == record
-    assert isinstance(how, str)
-    assert how.startswith("diverged: the training loss is not finite")
+    assert isinstance(how, Failure)
+    assert how.message.startswith("diverged: the training loss is not finite")
     monkeypatch.undo()
 
     # Again, without those two: what is there is reused, what is missing is run.
@@ -99,6 +100,17 @@ def test_no_worker_starts_where_nothing_is_missing(tmp_path: Path, monkeypatch: 
     (one.folder / "record.json").write_text(json.dumps(asdict(record)))
     monkeypatch.delattr(runner, "ProcessPoolExecutor")
     assert run_all([one], 2) == [record]
+
+
+def test_a_trial_that_was_over_when_another_was_killed_keeps_its_record(tmp_path: Path) -> None:
+    one = trial(tmp_path, "one")
+    one.folder.mkdir()
+    broken: Future[Outcome] = Future()
+    broken.set_exception(BrokenExecutor())
+    assert runner._outcome(broken, one) == KILLED
+    record = Record(1.5, [1.0, 2.0], 3.0, one.settings)
+    (one.folder / "record.json").write_text(json.dumps(asdict(record)))
+    assert runner._outcome(broken, one) == record
 
 
 def test_two_widths_that_are_over_tell_how_the_time_grows() -> None:

@@ -32,7 +32,7 @@ from dopr_lightning.experiments import runner
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.runner import KILLED, attempt, attempt_all
 from dopr_lightning.experiments.sweep import main as sweep
-from dopr_lightning.experiments.trial import Record, Trial, load_record
+from dopr_lightning.experiments.trial import Failure, Outcome, Record, Trial, load_outcome
 from dopr_lightning.training import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -42,7 +42,7 @@ GRID = ("--learning-rates", ",".join(map(str, RATES)), "--widths", "8,16", "--tr
 DAMPED = ("--trainer.callbacks+=dopr_lightning.DoPr", "--trainer.callbacks.damping=0.01")
 
 
-def in_this_process(trials: Sequence[Trial], display: Display) -> dict[str, Record | str]:
+def in_this_process(trials: Sequence[Trial], display: Display) -> dict[str, Outcome]:
     """An engine without worker processes, which take seconds to start."""
     outcomes = {}
     for trial in trials:
@@ -258,7 +258,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     few = (*GRID, "--parametrizations", "mup", "--optimizer", "adamw")
     steps: list[tuple[str, int]] = []
 
-    def killed(trial: Trial, report: Callable[[str, int, int], None]) -> Record | str:
+    def killed(trial: Trial, report: Callable[[str, int, int], None]) -> Outcome:
         def kill(name: str, step: int, total: int) -> None:
             steps.append((name, step))
             if len(steps) == 2 * 8 + 6:
@@ -315,8 +315,8 @@ def test_an_error_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Everything else is kept and shown; nothing is recommended until it is mended."""
     few = (*GRID, "--parametrizations", "mup", "--optimizer", "adamw")
 
-    def faulty(trial: Trial, report: Any) -> Record | str:
-        return "OSError: no space" if "width 16 lr 0.01" in trial.name else attempt(trial, report)
+    def faulty(trial: Trial, report: Any) -> Outcome:
+        return Failure("OSError: no space") if "width 16 lr 0.01" in trial.name else attempt(trial, report)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "attempt", faulty)
@@ -331,7 +331,7 @@ def test_an_error_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     # What was recommended before an error is so no longer.
     assert (tmp_path / "recommended.yaml").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "attempt", lambda trial, report: "OSError: no space")
+        patch.setattr(runner, "attempt", lambda trial, report: Failure("OSError: no space"))
         with pytest.raises(UserError, match="2 of 8 runs failed"):
             run(tmp_path, *few, "--learning-rates", "0.005,0.01,0.02,0.04")
     assert not (tmp_path / "recommended.yaml").exists()
@@ -344,10 +344,10 @@ def test_an_error_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "results.json").read_bytes() == before
 
 
-def made_up(losses: Callable[[dict[str, Any]], float], seen: list[Trial]) -> Callable[..., list[Record | str]]:
-    def attempt_all(trials: Sequence[Trial], workers: int, engine: Any) -> list[Record | str]:
+def made_up(losses: Callable[[dict[str, Any]], float], seen: list[Trial]) -> Callable[..., list[Outcome]]:
+    def attempt_all(trials: Sequence[Trial], workers: int, engine: Any) -> list[Outcome]:
         seen.extend(trials)
-        outcomes: list[Record | str] = []
+        outcomes: list[Outcome] = []
         for trial in trials:
             loss = losses(trial.config)
             # The closed loop asks for four times the rate that the loss does.
@@ -800,11 +800,12 @@ def test_ray_runs_what_is_missing_and_leaves_what_the_other_engine_would(
     outcomes = attempt_all(trials, 1, ray_engine(None, 0.5, 0.0))
     assert outcomes[0] == before
     assert stamps(tmp_path).items() >= stamp.items()
-    assert str(outcomes[1]).startswith("diverged: ")
+    assert isinstance(outcomes[1], Failure)
+    assert outcomes[1].message.startswith("diverged: ")
     assert isinstance(before, Record)
     assert isinstance(outcomes[2], Record)
     assert outcomes[2].val_loss == before.val_loss
-    assert load_record(trials[2]) == outcomes[2]
+    assert load_outcome(trials[2]) == outcomes[2]
     assert outcomes[3] == KILLED
     out = capsys.readouterr().out
     for line in ("1 of 4 runs were finished before", "] good: val loss", "] diverges: diverged", "] killed: a worker"):

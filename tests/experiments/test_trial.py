@@ -14,7 +14,7 @@ from toy_environment import Toy
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.trial import DivergedError, Record, Trial, load_record, run_trial
+from dopr_lightning.experiments.trial import DivergedError, Failure, Record, Trial, load_outcome, run_trial
 from dopr_lightning.rollout.callback import SELECTION_OFFSET, RolloutEvaluation
 from dopr_lightning.training import resolve
 
@@ -47,7 +47,7 @@ def assert_same(one: Record, other: Record) -> None:
 
 def test_the_record(tmp_path: Path, whole: Record, capsys: pytest.CaptureFixture[str]) -> None:
     one = trial(tmp_path)
-    assert load_record(one) is None
+    assert load_outcome(one) is None
     Toy.resets.clear()
     capsys.readouterr()
     record, steps = run(one)
@@ -57,7 +57,7 @@ def test_the_record(tmp_path: Path, whole: Record, capsys: pytest.CaptureFixture
     assert [seed for seed in Toy.resets if seed < SELECTION_OFFSET] == SEEDS
     assert record.mean == sum(record.episodes) / len(SEEDS)
     assert record.train_seconds > 0
-    assert load_record(one) == record
+    assert load_outcome(one) == record
     assert any(path.name.startswith("events.out.tfevents") for path in tmp_path.iterdir())
     reported = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [line["value"] for line in reported if line["stage"] == "test"] == record.episodes
@@ -68,10 +68,10 @@ def test_options_that_a_later_version_has_and_nobody_set_change_nothing(tmp_path
     (tmp_path / "record.json").write_text(json.dumps(asdict(whole)))
     optimizer = one.config["model"]["optimizer"]
     later = one.config | {"model": one.config["model"] | {"optimizer": optimizer | {"new": {}}}}
-    assert load_record(replace(one, config=later)) == whole
+    assert load_outcome(replace(one, config=later)) == whole
     later["model"]["optimizer"]["new"] = {"set": 1}
     with pytest.raises(UserError, match=r"other settings \(model\.optimizer\.new\.set: unset -> 1\)"):
-        load_record(replace(one, config=later))
+        load_outcome(replace(one, config=later))
 
 
 def test_the_averaged_weights_are_judged(tmp_path: Path, whole: Record) -> None:
@@ -96,7 +96,7 @@ def test_killed_in_training_it_goes_on_from_its_checkpoint(tmp_path: Path, whole
 
     with pytest.raises(KilledError):
         run_trial(one, kill)
-    assert load_record(one) is None
+    assert load_outcome(one) is None
     record, steps = run(one)
     assert steps == list(range(2 * STEPS + 1, LAST + 1))
     assert_same(record, whole)
@@ -137,11 +137,11 @@ def test_a_folder_of_other_settings_is_left_alone(tmp_path: Path, whole: Record)
     for one in (finished, killed):
         wider = trial(one.folder, "--model.network.width=24")
         with pytest.raises(UserError, match=r"model\.network\.init_args\.width: 16 -> 24\); choose another --output"):
-            load_record(wider)
+            load_outcome(wider)
         with pytest.raises(UserError, match=r"seed: 0 -> 1"):
-            load_record(replace(one, seed=1))
+            load_outcome(replace(one, seed=1))
         with pytest.raises(UserError, match=r"episodes: 3 -> 4"):
-            load_record(replace(one, episodes=4))
+            load_outcome(replace(one, episodes=4))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -149,7 +149,7 @@ def test_what_failed_before_its_first_checkpoint_may_be_mended(tmp_path: Path) -
     with pytest.raises(ValueError, match="lr must be positive"):
         run(trial(tmp_path, "--model.optimizer.lr=0"))
     mended = trial(tmp_path)
-    assert load_record(mended) is None
+    assert load_outcome(mended) is None
     assert run(mended)[1][-1] == LAST
 
 
@@ -161,7 +161,7 @@ def test_without_rollouts_the_loss_is_the_same(tmp_path: Path, whole: Record) ->
     assert record.episodes == []
     assert math.isnan(record.mean)
     assert record.val_loss == whole.val_loss
-    assert load_record(one) == record
+    assert load_outcome(one) == record
 
 
 def test_checkpoints_may_go_when_there_is_a_record(tmp_path: Path) -> None:
@@ -178,11 +178,14 @@ def test_divergence_is_kept_like_a_record(tmp_path: Path) -> None:
         run_trial(one, lambda name, step, total: steps.append(step))
     assert steps[-1] < STEPS
     said = f"diverged: the training loss is not finite, by step {steps[-1]} of {LAST}"
-    assert str(raised.value) == load_record(one) == said
+    outcome = load_outcome(one)
+    assert isinstance(outcome, Failure)
+    assert str(raised.value) == outcome.message == said
+    assert outcome.diverged
     mended = trial(tmp_path, "--model.optimizer.base=sgd")
-    assert load_record(mended) is None
+    assert load_outcome(mended) is None
     assert run(mended)[1][-1] == LAST
-    assert isinstance(load_record(mended), Record)
+    assert isinstance(load_outcome(mended), Record)
 
 
 def test_an_error_that_divergence_causes_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,4 +208,4 @@ def test_an_error_that_divergence_causes_is_divergence(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"^the simulator") as raised:
         run(one)
     assert not isinstance(raised.value, DivergedError)
-    assert load_record(one) is None
+    assert load_outcome(one) is None

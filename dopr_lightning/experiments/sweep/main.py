@@ -9,7 +9,7 @@ from typing import Any
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.command import check_steps, parse, quiet_building, require_rollouts, task_of
-from dopr_lightning.experiments.runner import KILLED, attempt_all, broke
+from dopr_lightning.experiments.runner import KILLED, attempt_all
 from dopr_lightning.experiments.sweep.grid import ROLES, Cell, Point, scaled
 from dopr_lightning.experiments.sweep.kept import keep_results
 from dopr_lightning.experiments.sweep.plan import Plan, make_plan, sweep_parser
@@ -25,7 +25,7 @@ from dopr_lightning.experiments.sweep.report import (
     transfer_results,
     trial_results,
 )
-from dopr_lightning.experiments.trial import DATA, Trial, check_settings, note_settings, write_json
+from dopr_lightning.experiments.trial import DATA, Failure, Trial, check_settings, note_settings, write_json
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 from dopr_lightning.versions import versions
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     outcomes = dict(zip(plan.cells, attempt_all(trials, options.workers, engine), strict=True))
     if stopped := sum(outcome == KILLED for outcome in outcomes.values()):
         raise UserError(
-            f"{stopped} of {len(trials)} runs were stopped: {KILLED}; the same command goes on with them, what is "
-            "finished is kept"
+            f"{stopped} of {len(trials)} runs were stopped: {KILLED.message}; the same command goes on with them, what "
+            "is finished is kept"
         )
     # Diverging is a result, an error is none: what it hit counts as infinitely bad, and nothing is recommended.
-    wrong = [cell for trial, cell in zip(trials, outcomes, strict=True) if broke(trial, outcomes[cell])]
+    wrong = [cell for cell, outcome in outcomes.items() if isinstance(outcome, Failure) and not outcome.diverged]
     by = "val_loss" if options.recommend_by == "loss" else task["metric"]
     results = _results(plan, task, options.episodes, outcomes)
     best = None if wrong else best_point(results["transfer"], plan.centre, by)
@@ -217,10 +217,10 @@ def _say_failures(outcomes: Outcomes, wrong: Sequence[Cell]) -> None:
     Raises:
         UserError: There are some that did, or there is no run that has a result.
     """
-    failed = {cell: outcome for cell, outcome in outcomes.items() if isinstance(outcome, str)}
+    failed = {cell: outcome.message for cell, outcome in outcomes.items() if isinstance(outcome, Failure)}
     if wrong:
         raise UserError(
-            f"{len(wrong)} of {len(outcomes)} runs failed, {wrong[0].name}: {outcomes[wrong[0]]}; see log.txt in their "
+            f"{len(wrong)} of {len(outcomes)} runs failed, {wrong[0].name}: {failed[wrong[0]]}; see log.txt in their "
             "folders, mend it and run the same command again: until then they count as infinitely bad"
         )
     if len(failed) == len(outcomes):

@@ -14,7 +14,7 @@ from typing import Any
 from dopr_lightning.errors import UserError, import_extra
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.runner import KILLED, Engine, attempt, cores
-from dopr_lightning.experiments.trial import Record, Trial, load_record
+from dopr_lightning.experiments.trial import Outcome, Trial, load_outcome
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
@@ -54,7 +54,7 @@ def ray_engine(address: str | None, cpus: float, gpus: float) -> Engine:
 
 def _run(
     address: str | None, cpus: float, gpus: float, trials: Sequence[Trial], display: Display
-) -> dict[str, Record | str]:
+) -> dict[str, Outcome]:
     import ray
     from ray import tune
 
@@ -97,7 +97,7 @@ def _callback(trials: Sequence[Trial], display: Display) -> Any:
     class Show(tune.Callback):
         def __init__(self, trials: Sequence[Trial], display: Display) -> None:
             self.trials, self.display = trials, display
-            self.outcomes: dict[str, Record | str] = {}
+            self.outcomes: dict[str, Outcome] = {}
 
         def __getstate__(self) -> dict[str, Any]:
             return {}  # Tune saves its callbacks, and a display cannot be
@@ -120,7 +120,7 @@ def _callback(trials: Sequence[Trial], display: Display) -> Any:
             self._end(self._ours(trial))
 
         def _end(self, trial: Trial) -> None:
-            self.display.finished(trial.name, self.outcomes.setdefault(trial.name, load_record(trial) or KILLED))
+            self.display.finished(trial.name, self.outcomes.setdefault(trial.name, load_outcome(trial) or KILLED))
 
         def _ours(self, trial: Any) -> Trial:
             return self.trials[trial.config["index"]]

@@ -13,7 +13,7 @@ import numpy as np
 
 from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
 from dopr_lightning.experiments.sweep.transfer import COARSEST, Array, analyse
-from dopr_lightning.experiments.trial import Record
+from dopr_lightning.experiments.trial import Failure, Outcome, Record
 from dopr_lightning.words import METRIC_LABELS
 
 LABELS = {
@@ -29,7 +29,7 @@ FAR = 0.5
 """Octaves from the centre from which on values found one by one may not suit each other: learning rate and weight decay
 act by their product."""
 
-Outcomes = Mapping[Cell, Record | str]
+Outcomes = Mapping[Cell, Outcome]
 
 
 def trial_results(outcomes: Outcomes) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def trial_results(outcomes: Outcomes) -> list[dict[str, Any]]:
                 "val_loss": done.val_loss if done else None,
                 "rollout": done.mean if done and done.episodes else None,
                 "train_seconds": done.train_seconds if done else None,
-                "failed": None if done else outcome,
+                "failed": outcome.message if isinstance(outcome, Failure) else None,
             }
         )
     return entries
