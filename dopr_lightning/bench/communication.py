@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from dopr_lightning.bench.measure import WARM_UP, Arm
+from dopr_lightning.bench.measure import WARM_UP, Variant
 from dopr_lightning.bench.plan import Planned, observed
 from dopr_lightning.bench.workloads import Workload, workloads
 from dopr_lightning.preconditioner import ActivationPreconditioner
@@ -51,16 +51,16 @@ def _worker(
 
 
 def _train(workload: Workload, solver: Solver, update_every: int) -> tuple[float, list[Planned]]:
-    arm = Arm(
+    variant = Variant(
         workload, torch.device("cpu"), None, partial(ActivationPreconditioner, solver=solver, update_every=update_every)
     )
-    arm.model = DistributedDataParallel(arm.model)
-    preconditioner = arm.preconditioner
+    variant.model = DistributedDataParallel(variant.model)
+    preconditioner = variant.preconditioner
     assert isinstance(preconditioner, ActivationPreconditioner)
     (batch,) = workload.batches(1, "cpu")
     for _ in range(update_every * -(-WARM_UP // update_every)):
-        arm.step(batch)
+        variant.step(batch)
     before, planned = preconditioner.bytes_sent, observed(preconditioner)
     for _ in range(update_every):
-        arm.step(batch)
+        variant.step(batch)
     return (preconditioner.bytes_sent - before) / update_every, planned

@@ -157,8 +157,14 @@ def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) ->
     undamped = torch.zeros(1, device=device)
     factor = size**3 / 3 / seconds(lambda: damped_cholesky(matrix.clone(), undamped))
     inverse = 2 * size**3 / 3 / seconds(lambda: torch.cholesky_inverse(cholesky))
-    short, long = (seconds(partial(_nystrom, d, device)) for d in (64, 2048))
-    nystrom_rate = 8 * (2048 - 64) * TRACKED**2 / max(long - short, 1e-9)
+
+    def renewal(height: int) -> float:
+        basis = random_basis(1, height, TRACKED, seed=0, device=device, dtype=torch.float32)
+        image = basis * torch.linspace(1, 0.1, TRACKED, device=device)
+        trace = torch.full((1,), float(TRACKED), device=device)
+        return seconds(lambda: nystrom(basis, image, trace))
+
+    nystrom_rate = 8 * (2048 - 64) * TRACKED**2 / max(renewal(2048) - renewal(64), 1e-9)
     x = normal(1 << 27 if overlap else 1 << 23)
     y = torch.empty_like(x)
     bandwidth = 2 * x.nbytes / seconds(lambda: y.copy_(x))
@@ -196,15 +202,3 @@ def _cores() -> Tensor:
     bases = random_basis(EIGENPROBLEMS, TRACKED, TRACKED, seed=0, dtype=torch.float64)
     core = (bases * values) @ bases.mT
     return torch.stack([core, core @ core])
-
-
-def _nystrom(dim: int, device: torch.device) -> Tensor:
-    basis = _BASES.get((dim, str(device)))
-    if basis is None:
-        basis = random_basis(1, dim, TRACKED, seed=0, device=device, dtype=torch.float32)
-        _BASES[dim, str(device)] = basis
-    decay = torch.linspace(1, 0.1, TRACKED, device=device)
-    return nystrom(basis, basis * decay, torch.full((1,), float(TRACKED), device=device))[1]
-
-
-_BASES: dict[tuple[int, str], Tensor] = {}

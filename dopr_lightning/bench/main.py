@@ -23,10 +23,10 @@ HOST_BOUND = 0.9
 """Share of a step's time from which on the host has no time to spare."""
 
 SHORT_TURN = 8
-"""Steps in a row of each arm where the host has no time to spare: it may have neighbours, for seconds on end."""
+"""Steps in a row of each variant where the host has no time to spare: it may have neighbours, for seconds on end."""
 
 LONGEST_TURN = 10
-"""Steps in a row of arms that do the same at every step: enough for the host to run ahead of a GPU."""
+"""Steps in a row of variants that do the same at every step: enough for the host to run ahead of a GPU."""
 
 QUICK = ("mlp-256", "mlp-512")
 """What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
@@ -121,7 +121,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
 
     from dopr_lightning.bench.cholesky import PlainCholesky
     from dopr_lightning.bench.machine import measure_rates
-    from dopr_lightning.bench.measure import Arm, Limits, Quartiles, paired_intervals, peak_bytes, phases
+    from dopr_lightning.bench.measure import Limits, Quartiles, Variant, paired_intervals, peak_bytes, phases
     from dopr_lightning.bench.plan import held_bytes, observed
     from dopr_lightning.bench.predict import predict
     from dopr_lightning.preconditioner import ActivationPreconditioner
@@ -129,13 +129,13 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     device = torch.device(options.device)
     autocast = torch.bfloat16 if options.autocast == "bf16" else None
     batches = workload.batches(16, device)
-    arm = partial(Arm, workload, device, autocast)
+    variant = partial(Variant, workload, device, autocast)
     limits = Limits(2, 3, 0.0) if options.quick else Limits(3, 100, SECONDS[device.type])
 
     every = options.update_every
     given = {"solver": options.solver, "update_every": every, "max_rows": options.max_rows, "overlap": options.overlap}
-    dopr = arm(lambda model: ActivationPreconditioner(model, **given))
-    base = arm(None)
+    dopr = variant(lambda model: ActivationPreconditioner(model, **given))
+    base = variant(None)
     host_share = base.host_share(batches)
     times = []
     turn = _turn(device, every, host_share)
@@ -157,9 +157,9 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     del base, dopr, preconditioner
 
     three = [
-        arm(None),
-        arm(PlainCholesky),
-        arm(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
+        variant(None),
+        variant(PlainCholesky),
+        variant(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
     ]
     exact_times = []
     turn = min(turn, LONGEST_TURN)  # every step is a refresh
@@ -207,7 +207,7 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
 
 
 def _turn(device: Any, every: int, host_share: float) -> int:
-    """Steps in a row of each arm, see :func:`~.measure.paired_intervals`."""
+    """Steps in a row of each variant, see :func:`~.measure.paired_intervals`."""
     if device.type == "cpu":
         return 1
     longest = SHORT_TURN if host_share > HOST_BOUND else every

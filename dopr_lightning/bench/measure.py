@@ -33,7 +33,7 @@ class Preconditioner(Protocol):
     def step(self) -> None: ...
 
 
-class Arm:
+class Variant:
     """One copy of a model with its optimizer, AdamW.
 
     Args:
@@ -120,21 +120,22 @@ class Limits:
 
 
 def paired_intervals(
-    arms: Sequence[Arm], batches: Sequence[Batch], length: int, limits: Limits, *, turn: int = 1
+    variants: Sequence[Variant], batches: Sequence[Batch], length: int, limits: Limits, *, turn: int = 1
 ) -> Iterator[list[float]]:
-    """Mean seconds per step of each arm, interval after interval.
+    """Mean seconds per step of each variant, interval after interval.
 
-    All arms make the same steps before any makes the next, in an order that rotates. Up to five intervals are made
+    All variants make the same steps before any makes the next, in an order that rotates. Up to five intervals are made
     beforehand and not timed, within the budget: they hold the solvers' warm-up, the first allocations, and most of the
     time in which the low-rank solver finds out how many directions the data needs.
 
     Args:
-        arms: To compare.
+        variants: To compare.
         batches: Used in turn.
         length: Steps of an interval: a multiple of the steps between refreshes, so that their cost is counted in full.
         limits: How many intervals.
-        turn: Steps that an arm makes in a row, a divisor of ``length``. 1 suits a CPU. On a GPU take a whole interval:
-            the host runs ahead of the device as it does in training, which a wait after each step would forbid.
+        turn: Steps that a variant makes in a row, a divisor of ``length``. 1 suits a CPU. On a GPU take a whole
+            interval: the host runs ahead of the device as it does in training, which a wait after each step would
+            forbid.
     """
     source = itertools.cycle(batches)
     start = time.perf_counter()
@@ -143,32 +144,32 @@ def paired_intervals(
             break
         for _ in range(length):
             batch = next(source)
-            for arm in arms:
-                arm.step(batch)
+            for variant in variants:
+                variant.step(batch)
     start = time.perf_counter()
     for interval in range(limits.most):
         if interval >= limits.least and time.perf_counter() - start > limits.budget:
             return
-        totals = [0.0] * len(arms)
+        totals = [0.0] * len(variants)
         for run in range(length // turn):
             some = [next(source) for _ in range(turn)]
-            for place in range(len(arms)):
-                index = (place + run + interval) % len(arms)
-                totals[index] += arms[index].seconds(some)
+            for place in range(len(variants)):
+                index = (place + run + interval) % len(variants)
+                totals[index] += variants[index].seconds(some)
         yield [total / length for total in totals]
 
 
-def phases(arm: Arm, batches: Sequence[Batch], *, length: int) -> dict[str, float]:
+def phases(variant: Variant, batches: Sequence[Batch], *, length: int) -> dict[str, float]:
     """Mean seconds per step that the preconditioner's phases take, from a profile of one interval."""
     activities = [ProfilerActivity.CPU]
-    if arm.device.type == "cuda":
+    if variant.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         for _, batch in zip(range(length), itertools.cycle(batches), strict=False):
-            arm.step(batch)
-        synchronise(arm.device)
+            variant.step(batch)
+        synchronise(variant.device)
     # A range shows up twice: on the host, which only queues the work of a GPU, and there.
-    on_gpu = arm.device.type == "cuda"
+    on_gpu = variant.device.type == "cuda"
     where = DeviceType.CUDA if on_gpu else DeviceType.CPU
     found = dict.fromkeys(PHASES, 0.0)
     for event in profiler.key_averages():
@@ -178,11 +179,11 @@ def phases(arm: Arm, batches: Sequence[Batch], *, length: int) -> dict[str, floa
     return found
 
 
-def peak_bytes(arm: Arm, batch: Batch, held: int) -> int:
+def peak_bytes(variant: Variant, batch: Batch, held: int) -> int:
     """Bytes of all tensors at the worst moment of one step.
 
     Args:
-        arm: Its next step should be a refresh.
+        variant: Its next step should be a refresh.
         batch: The step's.
         held: What the preconditioner holds beforehand.
 
@@ -191,16 +192,16 @@ def peak_bytes(arm: Arm, batch: Batch, held: int) -> int:
         allocator's calls during the step add up to at most; tensors that the step replaces are counted beside the new
         ones to its end, so a refresh is slightly overestimated.
     """
-    arm.optimizer.zero_grad()
-    if arm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(arm.device)
-        arm.step(batch)
-        synchronise(arm.device)
-        return torch.cuda.max_memory_allocated(arm.device)
-    tensors: list[Any] = [*arm.model.parameters(), *arm.model.buffers()]
-    tensors += [x for state in arm.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    variant.optimizer.zero_grad()
+    if variant.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(variant.device)
+        variant.step(batch)
+        synchronise(variant.device)
+        return torch.cuda.max_memory_allocated(variant.device)
+    tensors: list[Any] = [*variant.model.parameters(), *variant.model.buffers()]
+    tensors += [x for state in variant.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        arm.step(batch)
+        variant.step(batch)
     results = profiler.profiler
     assert results is not None
     assert results.kineto_results is not None

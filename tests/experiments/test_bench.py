@@ -18,7 +18,7 @@ from dopr_lightning.bench.cholesky import PlainCholesky
 from dopr_lightning.bench.elsewhere import H100, resolve
 from dopr_lightning.bench.machine import TRACKED, Rates
 from dopr_lightning.bench.main import main
-from dopr_lightning.bench.measure import Arm, Limits, Quartiles, paired_intervals, peak_bytes
+from dopr_lightning.bench.measure import Limits, Quartiles, Variant, paired_intervals, peak_bytes
 from dopr_lightning.bench.plan import count_rows, held_bytes, observed, plan
 from dopr_lightning.bench.predict import predict
 from dopr_lightning.bench.workloads import Workload, workloads
@@ -104,28 +104,31 @@ def test_predicted_memory_and_bytes_are_those_measured(run: tuple[Path, dict[str
 
 def test_the_exact_solver_holds_its_covariances_packed_and_one_copy_of_inverses() -> None:
     (workload,) = workloads(["mlp-512"], [600])
-    arm = Arm(workload, CPU, None, lambda model: ActivationPreconditioner(model, solver="exact"))
-    arm.step(workload.batches(1, CPU)[0])
-    layers = [module.in_features for module in arm.model.modules() if isinstance(module, nn.Linear)]
-    assert held_bytes(arm.preconditioner) <= 1.001 * sum(4 * (d * (d + max(128, d / 4)) / 2 + d * d) for d in layers)
+    variant = Variant(workload, CPU, None, lambda model: ActivationPreconditioner(model, solver="exact"))
+    variant.step(workload.batches(1, CPU)[0])
+    layers = [module.in_features for module in variant.model.modules() if isinstance(module, nn.Linear)]
+    assert held_bytes(variant.preconditioner) <= 1.001 * sum(
+        4 * (d * (d + max(128, d / 4)) / 2 + d * d) for d in layers
+    )
 
 
 def test_plain_cholesky_makes_the_same_update() -> None:
-    arms = [
-        Arm(small(), CPU, None, made) for made in (PlainCholesky, lambda m: ActivationPreconditioner(m, solver="exact"))
+    variants = [
+        Variant(small(), CPU, None, made)
+        for made in (PlainCholesky, lambda m: ActivationPreconditioner(m, solver="exact"))
     ]
     ((inputs, target),) = small().batches(1, CPU)
-    for arm in arms:
-        F.mse_loss(arm.model(*inputs), target).backward()
-        before = arm.model.conv.weight.grad.clone()
-        arm.preconditioner.step()
-        assert not torch.allclose(arm.model.conv.weight.grad, before)
-    for plain, ours in zip(*(arm.model.parameters() for arm in arms), strict=True):
+    for variant in variants:
+        F.mse_loss(variant.model(*inputs), target).backward()
+        before = variant.model.conv.weight.grad.clone()
+        variant.preconditioner.step()
+        assert not torch.allclose(variant.model.conv.weight.grad, before)
+    for plain, ours in zip(*(variant.model.parameters() for variant in variants), strict=True):
         torch.testing.assert_close(plain.grad, ours.grad, rtol=1e-4, atol=1e-5)
 
 
-class Clock(Arm):
-    """An arm whose step takes as many seconds as said, and which notes when it was made."""
+class Clock(Variant):
+    """A variant whose step takes as many seconds as said, and which notes when it was made."""
 
     def __init__(self, name: str, taken: list[float], log: list[str]) -> None:
         self.name, self.taken, self.log = name, iter(taken), log
@@ -140,8 +143,8 @@ class Clock(Arm):
 
 def test_intervals_are_means_over_steps_in_turn() -> None:
     log: list[str] = []
-    arms = [Clock("A", [1.0, 2, 3, 4], log), Clock("B", [10.0, 20, 30, 40], log)]
-    intervals = list(paired_intervals(arms, [None], 2, Limits(least=1, most=2, budget=0.0)))[:2]
+    variants = [Clock("A", [1.0, 2, 3, 4], log), Clock("B", [10.0, 20, 30, 40], log)]
+    intervals = list(paired_intervals(variants, [None], 2, Limits(least=1, most=2, budget=0.0)))[:2]
     assert intervals == [[1.5, 15.0]]  # the budget is spent at once, so there is but the least
     warm_up, timed = log[: -2 * 2], log[-2 * 2 :]
     assert warm_up == ["a", "b"] * 4  # two intervals: the fewest with four steps
@@ -150,8 +153,8 @@ def test_intervals_are_means_over_steps_in_turn() -> None:
 
 def test_an_arm_may_take_its_turn_for_a_whole_interval() -> None:
     log: list[str] = []
-    arms = [Clock("A", [1.0, 2, 3, 4], log), Clock("B", [10.0, 20, 30, 40], log)]
-    intervals = list(paired_intervals(arms, [None], 2, Limits(least=2, most=2, budget=0.0), turn=2))
+    variants = [Clock("A", [1.0, 2, 3, 4], log), Clock("B", [10.0, 20, 30, 40], log)]
+    intervals = list(paired_intervals(variants, [None], 2, Limits(least=2, most=2, budget=0.0), turn=2))
     assert intervals == [[1.5, 15.0], [3.5, 35.0]]
     assert log[-4:] == ["AA", "BB", "BB", "AA"]
 
@@ -173,11 +176,11 @@ def test_the_peak_counts_what_is_alive_at_once() -> None:
             return x * self.weight.sum()
 
     workload = Workload("wasteful", 1, Wasteful, lambda size, generator: ((torch.ones(1),), torch.ones(1)))
-    arm = Arm(workload, CPU, None, None)
+    variant = Variant(workload, CPU, None, None)
     batch = workload.batches(1, CPU)[0]
-    arm.step(batch)
+    variant.step(batch)
     # Parameter, two averages of AdamW and the buffer: the gradient was freed before the forward.
-    assert peak_bytes(arm, batch, held=100) == pytest.approx(4 * (3 * 2**18 + 2**20) + 100, rel=0.01)
+    assert peak_bytes(variant, batch, held=100) == pytest.approx(4 * (3 * 2**18 + 2**20) + 100, rel=0.01)
 
 
 @pytest.mark.parametrize("solver", ["exact", "lowrank", "auto"])
@@ -188,13 +191,15 @@ def test_the_plan_of_a_model_on_no_device_is_what_is_then_done(solver: Any) -> N
     rows = count_rows(model, lambda model: model(*inputs))
     assert rows == {"conv.weight": 40 * 9, "readout.weight": 40}
     planned = plan(model, rows, solver=solver)
-    arm = Arm(workload, CPU, None, lambda model: ActivationPreconditioner(model, solver=solver, update_every=10))
-    arm.step(workload.batches(1, CPU)[0])
+    variant = Variant(
+        workload, CPU, None, lambda model: ActivationPreconditioner(model, solver=solver, update_every=10)
+    )
+    variant.step(workload.batches(1, CPU)[0])
 
     def known(layers: Any) -> Any:  # the directions in use follow from the data
         return sorted((x.size.name, x.size, replace(x.method, rank=0)) for x in layers)
 
-    assert known(planned) == known(observed(arm.preconditioner))
+    assert known(planned) == known(observed(variant.preconditioner))
 
 
 def test_the_floor_is_the_flops_at_the_speed_of_square_products() -> None:
