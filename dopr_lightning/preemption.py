@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from dopr_lightning.internals import cluster_environment
+from dopr_lightning.internals import cluster_environment, next_preempted_checkpoint, preempted_checkpoint
 
 AGREE_EVERY = 8
 """Steps after which several processes ask each other whether one was asked: that waits for the device."""
@@ -60,6 +60,17 @@ class Preemption(Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked = signum
+
+
+def supersede_preempted_checkpoint(trainer: Trainer) -> None:
+    """After a fit that was preempted under SLURM: make its end what Lightning finds there.
+
+    Lightning looks for the checkpoint of a preemption whenever none is named, also for a test: it would judge the
+    weights that the run had then. And the same command, should it be run again, has nothing left to do.
+    """
+    if SLURMEnvironment.detect() and preempted_checkpoint(trainer) is not None:
+        trainer.save_checkpoint(next_preempted_checkpoint(trainer))
+        drop_older(trainer)
 
 
 def drop_older(trainer: Trainer) -> None:

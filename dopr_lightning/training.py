@@ -19,7 +19,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.distributed.device_mesh import DeviceMesh
 
 from dopr_lightning import checkpoint, proxy
@@ -27,10 +26,10 @@ from dopr_lightning.configuration import NOTHING_TO_JUDGE, find_config, packaged
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, folder
-from dopr_lightning.internals import next_preempted_checkpoint, preempted_checkpoint
+from dopr_lightning.internals import preempted_checkpoint
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
-from dopr_lightning.preemption import Preemption, drop_older
+from dopr_lightning.preemption import Preemption, supersede_preempted_checkpoint
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.saving import LastCheckpoint
@@ -38,21 +37,15 @@ from dopr_lightning.saving import LastCheckpoint
 __all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
 
 
-HELP = {
-    "fit": {
-        "description": "Train a policy; configurations stack, and any value can be set after them. "
-        "Example: {command} fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500"
-    },
-    "validate": {
-        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. With "
-        "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
-        "Example: {command} validate --ckpt last.ckpt"
-    },
-    "test": {
-        "description": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. With "
-        "--ckpt the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
-        "Example: {command} test --ckpt last.ckpt --rollout.report_episodes 100"
-    },
+DESCRIPTIONS = {
+    "fit": "Train a policy; configurations stack, and any value can be set after them. "
+    "Example: {command} fit --config walker2d.yaml --config dopr.yaml --trainer.max_steps 500",
+    "validate": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that choose one. With --ckpt "
+    "the checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
+    "Example: {command} validate --ckpt last.ckpt",
+    "test": "Held-out loss and rollouts of a checkpoint's EMA weights, on the seeds that are reported. With --ckpt the "
+    "checkpoint says all the rest; --rollout.*, --trainer.* and --data.* may follow. "
+    "Example: {command} test --ckpt last.ckpt --rollout.report_episodes 100",
 }
 
 
@@ -70,17 +63,14 @@ class CLI(LightningCLI):
         args: The command line's; None for ``sys.argv``.
         run: Whether there is a verb first, which is then run; without, everything is only built.
         project: Whose policy and data.
-        options: Of LightningCLI.
 
     Raises:
         UserError: A mistake in the arguments or a configuration file, in one line where jsonargparse prints pages.
     """
 
-    def __init__(
-        self, args: Sequence[str] | None = None, *, run: bool = True, project: Project = LIBRARY, **options: Any
-    ) -> None:
+    def __init__(self, args: Sequence[str] | None = None, *, run: bool = True, project: Project = LIBRARY) -> None:
         self.project = project
-        texts = {verb: {key: text.format(command=project.command) for key, text in HELP[verb].items()} for verb in HELP}
+        texts = {verb: {"description": text.format(command=project.command)} for verb, text in DESCRIPTIONS.items()}
         try:
             super().__init__(
                 project.policy or PolicyModule,
@@ -92,11 +82,10 @@ class CLI(LightningCLI):
                 save_config_callback=_SaveConfig if run else None,
                 # An abbreviation would be a misspelling that is guessed at.
                 parser_kwargs={"prog": project.command, "exit_on_error": False, "allow_abbrev": False} | texts,
-                **options,
             )
         except ArgumentError as error:
             words = sys.argv[1:] if args is None else args
-            verb = next((word for word in words[:1] if word in HELP), "fit")  # `resolve` has options only
+            verb = next((word for word in words[:1] if word in DESCRIPTIONS), "fit")  # `resolve` has options only
             parser = getattr(self, "_subcommand_parsers", {}).get(verb, self.parser)
             known = [action.dest for action in parser._actions]
             said = reason_with_place(error, words, known)
@@ -122,7 +111,7 @@ class CLI(LightningCLI):
             folder(place)
         if subcommand:
             self._choose_what_is_shown(config["trainer"])
-        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        path = config.get("ckpt_path")
         if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
             checkpoint.require_file(path, "--ckpt_path")
         elif path is None and subcommand in ("validate", "test"):
@@ -212,7 +201,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Judge the final EMA weights by rollouts, on the seeds that are reported."""
-        settle(self.trainer)
+        supersede_preempted_checkpoint(self.trainer)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
@@ -227,17 +216,6 @@ def resolve(arguments: Sequence[str], project: Project = LIBRARY) -> dict[str, A
     A project's own classes are named under ``"classes"``.
     """
     return _ParseOnly(arguments, run=False, project=project).plain_config()
-
-
-def settle(trainer: Trainer) -> None:
-    """After a fit that was preempted under SLURM: make its end what Lightning finds there.
-
-    Lightning looks for the checkpoint of a preemption whenever none is named, also for a test: it would judge the
-    weights that the run had then. And the same command, should it be run again, has nothing left to do.
-    """
-    if SLURMEnvironment.detect() and preempted_checkpoint(trainer) is not None:
-        trainer.save_checkpoint(next_preempted_checkpoint(trainer))
-        drop_older(trainer)
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -293,15 +271,9 @@ def leave_groups() -> None:
 
 
 def quiet() -> None:
-    """Silence what says nothing about the user's run."""
-
-    class NoTips(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            said = record.getMessage()
-            return "Tip:" not in said and not said.startswith(("TPU available: False", "GPU available: False"))
-
+    """Silence what says nothing about the user's run. Once or many times is the same: every trial calls it."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(NoTips())
+        logging.getLogger(name).addFilter(_no_tips)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
@@ -316,3 +288,8 @@ def quiet() -> None:
     # Its last.ckpt is refused, of a run that does not go on with it.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return "Tip:" not in said and not said.startswith(("TPU available: False", "GPU available: False"))

@@ -225,8 +225,9 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
     import lightning.pytorch as pl
     import torch
 
+    from dopr_lightning.preemption import supersede_preempted_checkpoint
     from dopr_lightning.rollout.callback import RolloutEvaluation
-    from dopr_lightning.training import CLI, quiet, settle
+    from dopr_lightning.training import CLI, quiet
 
     class Progress(pl.Callback):
         """Reports steps, watches the loss, and keeps the time spent on training alone, also over interruptions."""
@@ -294,7 +295,7 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         # Stopped between its last step and its record, there was nothing to train, and so nobody put the average in
         # place.
         finished = None if progress.trained else last
-        settle(trainer)
+        supersede_preempted_checkpoint(trainer)
         (metrics,) = trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=finished, verbose=False)
     except DivergedError:
         raise
