@@ -96,6 +96,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ([*FIT, "--trainer.default_root_dir", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
     ([*FIT, "--checkpoint.dirpath", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
     (["sweep", "--config", CONFIG, "--widths", "8,16", "--output", "broken.yaml"], ["a folder is needed"]),
+    (
+        ["sweep", "--config", CONFIG, "--config", "dopr.yaml", "--optimizer", "adamw", "--widths=8", "--output=out"],
+        ["the configuration brings DoPr; leave it out there, --optimizer says"],
+    ),
     (["coord-check", "--config", CONFIG, "--output", "broken.yaml/out"], ["broken.yaml/out", "a folder is needed"]),
     (["bench", "--quick", "--output", "broken.yaml"], ["a folder is needed"]),
     (["demos", "lift", "--scripted", "1", "--output", "broken.yaml/x.hdf5"], ["a folder is needed"]),

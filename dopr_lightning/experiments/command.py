@@ -107,17 +107,18 @@ def refuse_ours(overrides: Sequence[str], ours: Mapping[str, str], what: str) ->
             raise UserError(f"{flag} is what {what} sets itself; use {ours[flag]}")
 
 
-def refuse_dopr(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration with DoPr where arms differ in having it.
+def refuse_dopr(config: Mapping[str, Any], flag: str = "--optimizers") -> None:
+    """Refuse a configuration with DoPr where an option says who has it.
 
     Args:
         config: The whole configuration, as plain values.
+        flag: That option.
 
     Raises:
         UserError: It is there.
     """
     if dopr_of(config) is not None:
-        raise UserError("the configuration brings DoPr; leave it out there, --optimizers says which are to have it")
+        raise UserError(f"the configuration brings DoPr; leave it out there, {flag} says which are to have it")
 
 
 def quiet_building() -> None:

@@ -9,7 +9,14 @@ from typing import Any, get_args
 
 from dopr_lightning.errors import Parser, UserError, folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
-from dopr_lightning.experiments.command import network_scales, numbers, options_parser, refuse_ours, seed_numbers
+from dopr_lightning.experiments.command import (
+    network_scales,
+    numbers,
+    options_parser,
+    refuse_dopr,
+    refuse_ours,
+    seed_numbers,
+)
 from dopr_lightning.experiments.runner import cores
 from dopr_lightning.experiments.sweep.grid import (
     HYPERPARAMETERS,
@@ -124,17 +131,19 @@ def make_plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
 
     # The rollouts of a sweep judge its runs when they end; on the way they would only cost time.
     configs = [f"--config={find_config(name)}" for name in options.config]
-    base = (*configs, "--rollout.episodes=0", *overrides, *(arm.arguments(None, 0.01) if arm else []))
+    base = (*configs, "--rollout.episodes=0", *overrides)
     # Without muP: what it is based on is not known yet.
     config = resolve([*base, "--model.mup=null"], project)
+    if arm:
+        refuse_dopr(config, "--optimizer")
+        base = (*base, *arm.arguments(None, 0.01))
+        config = resolve([*base, "--model.mup=null"], project)
     if config["checkpoint"].get("monitor", "").startswith("rollout/"):  # no checkpoint is kept, none need be chosen
         base = (*base, "--checkpoint.monitor=null", "--checkpoint.save_top_k=1")
         config = resolve([*base, "--model.mup=null"], project)
     arguments = config["model"]["network"].get("init_args", {})
     scales = network_scales(config["model"]["network"]["class_path"])
     dopr = dopr_of(config)
-    if arm and arm.dopr and sum(c["class_path"].endswith(".DoPr") for c in config["trainer"]["callbacks"]) > 1:
-        raise UserError("both --optimizer and the configuration bring DoPr; leave one out")
     optimizer = config["model"]["optimizer"]
     centre = Point(
         float(optimizer["lr"]),
