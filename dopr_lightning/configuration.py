@@ -68,7 +68,7 @@ def reason(error: Exception) -> str:
         r'^Parser key "[^"]+":',
         r"Type \S.* callable class:",
         r"\. Got value: Namespace\(.*",
-        rf"{NO_PATH}",
+        NO_PATH,
     ):
         text = re.sub(noise, "", text).strip()
     if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import runpy
 import shlex
@@ -12,7 +11,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from dopr_lightning.errors import Parser, UserError, import_extra
+from dopr_lightning.errors import Parser, UserError, did_you_mean, import_extra
 from dopr_lightning.template import DIRECTORY
 
 Answers = Mapping[str, Any]
@@ -63,9 +62,8 @@ def _given(pairs: Sequence[str], questions: Mapping[str, Any]) -> dict[str, Any]
         if key == "project_name":
             raise UserError("project_name is NAME, the first argument")
         if key not in questions:
-            close = difflib.get_close_matches(key, questions, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(questions)}"
-            raise UserError(f"nobody asks for {key!r}; {hint}")
+            hint = did_you_mean(key, questions) or f"; choose from {', '.join(questions)}"
+            raise UserError(f"nobody asks for {key!r}{hint}")
         if key in given:
             raise UserError(f"{key} is answered twice")
         given[key] = _answer(key, value, questions[key])

@@ -141,8 +141,9 @@ class DemonstrationData(L.LightningDataModule):
         Raises:
             UserError: There are fewer windows than a batch holds, or an episode, held out or not, is too short for one.
         """
-        dataset = self._windows(0)
-        self._windows(1)  # what is wrong with the held-out episodes is said now, and not at the first validation
+        train, validation = self._split
+        dataset = self._windows(train)
+        self._windows(validation)  # what is wrong with these is said now, and not at the first validation
         world = self.trainer.world_size if self.trainer else 1
         if len(dataset) // world < self.batch_size:
             raise UserError(
@@ -162,9 +163,8 @@ class DemonstrationData(L.LightningDataModule):
         )
         return self._loader(dataset, _Late, sampler=sampler, drop_last=True)
 
-    def _windows(self, side: int) -> WindowDataset:
-        """Of the training episodes (0), or of those held out (1)."""
-        return WindowDataset(self._split[side], self.observe, self.horizon, self.act)
+    def _windows(self, demonstrations: Demonstrations) -> WindowDataset:
+        return WindowDataset(demonstrations, self.observe, self.horizon, self.act)
 
     def _done(self) -> int:
         """How many of an epoch's batches a resumed run has trained on; Lightning knows, and begins the epoch anew."""
@@ -178,7 +178,7 @@ class DemonstrationData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every held-out window in order. Under DDP Lightning shards it, and may repeat a window to even the shards."""
-        return self._loader(self._windows(1))
+        return self._loader(self._windows(self._split[1]))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The held-out windows again: what is new in a test are the rollouts, with seeds of their own."""

@@ -189,8 +189,7 @@ class _Subject:
         from dopr_lightning.optim import make_optimizer
 
         policy = self._policy(width)
-        for what in ("observation", "action"):
-            getattr(policy, f"{what}_normalizer").fit(self._statistics[what], what)
+        policy.fit_normalizers(self._statistics)
         policy.to(self._device)
         return policy, make_optimizer(policy, **policy.optimizer_arguments)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
-from dopr_lightning.experiments.coordinates import LABELS, OUTPUT, CoordinateCheck, Quantity, Row
+from dopr_lightning.experiments.coordinates import LABELS, OUTPUT, CoordinateCheck, Quantity
 from dopr_lightning.experiments.sweep.grid import Parametrization
 
 Checks = dict[tuple[str, Parametrization], CoordinateCheck]
@@ -31,7 +32,7 @@ def print_table(title: str, check: CoordinateCheck) -> None:
     for quantity in get_args(Quantity):
         rows = [row for row in check.rows if row.quantity == quantity]
         known = [row for row in rows if not math.isnan(row.slope)]
-        ends = (min(known, key=_slope), max(known, key=_slope)) if known else ()
+        ends = (min(known, key=attrgetter("slope")), max(known, key=attrgetter("slope"))) if known else ()
         cells = [f"{row.slope:+.2f} {escape(row.layer.removeprefix(prefix))}" for row in ends] or ["-", "-"]
         table.add_row(LABELS[quantity], *cells, f"{sum(not row.passed for row in rows)} of {len(rows)}")
     console = Console()
@@ -83,10 +84,6 @@ def plot(checks: Checks, path: Path) -> None:
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
-
-
-def _slope(row: Row) -> float:
-    return row.slope
 
 
 def _shared_prefix(names: Sequence[str]) -> str:

@@ -189,9 +189,12 @@ class PolicyModule(L.LightningModule):
                 raise UserError(f"the policy has {what}_dim={mine}, the data {its}; use the data it was made for")
         self._check_cameras(getattr(data, "cameras", ()))
         if stage == "fit" and not self.observation_normalizer.fitted:
-            statistics = data.statistics()
-            self.observation_normalizer.fit(statistics["observation"], "observation")
-            self.action_normalizer.fit(statistics["action"], "action")
+            self.fit_normalizers(data.statistics())
+
+    def fit_normalizers(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fit both, to what :meth:`~dopr_lightning.data.module.DemonstrationData.statistics` returns."""
+        self.observation_normalizer.fit(statistics["observation"], "observation")
+        self.action_normalizer.fit(statistics["action"], "action")
 
     def _check_cameras(self, there: Sequence[str]) -> None:
         name = type(self.network).__name__

@@ -128,7 +128,7 @@ class RolloutEvaluation(Callback):
                 "the callback"
             )
         if stage == "fit":
-            self._check_monitors(trainer, none="the data name no environment" if data.environment is None else "")
+            self._check_monitors(trainer, data.environment)
         if data.environment is None and trainer.is_global_zero and not self._said_none:
             self._said_none = True
             log.warning(
@@ -154,21 +154,17 @@ class RolloutEvaluation(Callback):
                 timeout_s=self.timeout_s,
             )
 
-    def _check_monitors(self, trainer: L.Trainer, none: str) -> None:
-        """Refuse checkpoints by rollouts in epochs that have none: Lightning would stop at the first of these.
-
-        Args:
-            trainer: With its checkpoint callbacks.
-            none: Why there are no rollouts at all; empty where there are.
-        """
-        none = none or ("" if self.episodes else "rollout.episodes is 0")
+    def _check_monitors(self, trainer: L.Trainer, environment: EnvironmentSpec | None) -> None:
+        """Refuse checkpoints by rollouts in epochs that have none: Lightning would stop at the first of these."""
+        nowhere = "the data name no environment" if environment is None else ""
+        why_none = nowhere or ("" if self.episodes else "rollout.episodes is 0")
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not (callback.monitor or "").startswith("rollout/"):
                 continue
-            if none:
+            if why_none:
                 raise UserError(
-                    f"checkpoints are to be chosen by {callback.monitor!r}, and there are no rollouts: {none}; mend "
-                    "that, or set checkpoint.monitor to val/loss and checkpoint.mode to min"
+                    f"checkpoints are to be chosen by {callback.monitor!r}, and there are no rollouts: {why_none}; "
+                    "mend that, or set checkpoint.monitor to val/loss and checkpoint.mode to min"
                 )
             # 0 where steps or time decide.
             if saved := callback.every_n_epochs:

@@ -151,7 +151,8 @@ def scaled(network: Mapping[str, Any], scales: Sequence[str], width: int) -> dic
 
     def scale(key: str, value: int) -> int:
         if value * width % reference:
-            step = reference // _common(reference, [v for k in scales for v in sizes(network[k])])
+            # Of these multiples every size is whole.
+            step = reference // math.gcd(reference, *(v for k in scales for v in sizes(network[k])))
             raise UserError(
                 f"--widths {width}: {key} would be {value} x {width} / {reference}, not a whole number; use multiples "
                 f"of {step}"
@@ -177,8 +178,3 @@ def network_arguments(keywords: Mapping[str, Any]) -> list[str]:
 def mup_arguments(parametrization: Parametrization, base: Mapping[str, Any]) -> list[str]:
     """Of ``dopr fit``: muP from the narrowest network on, or none."""
     return [f"--model.mup.base={json.dumps(base)}"] if parametrization == "mup" else ["--model.mup=null"]
-
-
-def _common(reference: int, sizes: Sequence[int]) -> int:
-    """The greatest common divisor of all: widths that are multiples of reference / it keep every size whole."""
-    return math.gcd(reference, *sizes)
