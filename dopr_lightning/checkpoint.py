@@ -31,12 +31,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from dopr_lightning.configuration import differences
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, missing
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
-from dopr_lightning.proxy import differences
 from dopr_lightning.versions import versions
 
 log = logging.getLogger(__name__)

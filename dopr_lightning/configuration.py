@@ -1,11 +1,11 @@
-"""Which file is meant by a configuration's name, and which words say what is wrong with what it holds?"""
+"""Which file is meant by a configuration's name, what is wrong with what it holds, how does it differ from another?"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -168,3 +168,25 @@ def _sets(content: Any, option: str) -> bool:
             return False
         content = content[key]
     return True
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
+    """What changed, in a few words, ``"data.batch_size: 256 -> 128"``; empty if nothing did.
+
+    An option that only one of them has, and leaves off (null or false), is no difference: it is newer than the other.
+    """
+    before, after = (
+        dict(_flat({key: value for key, value in values.items() if key not in ignore})) for values in (old, new)
+    )
+    both = before | after
+    left_off = {key for key in before.keys() ^ after.keys() if both[key] is None or both[key] is False}
+    changed = [key for key in both if before.get(key) != after.get(key) and key not in left_off]
+    shown = [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in changed[:3]]
+    return ", ".join(shown + [f"{len(changed) - 3} more"] * (len(changed) > 3))
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict | list):
+        return [(prefix.removesuffix("."), value)]
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return [leaf for key, inner in pairs for leaf in _flat(inner, f"{prefix}{key}.")]

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dopr_lightning.configuration import differences
 from dopr_lightning.errors import UserError
 
 FLAG = "--mup.from_sweep"
@@ -192,26 +193,6 @@ def _loaded(text: str, folder: Path) -> tuple[Any, Path]:
 def _plain_name(key: str) -> str:
     """Without what says only where in a list of classes: ``trainer.callbacks+.0.init_args.damping``."""
     return ".".join(part for part in key.replace("+", "").split(".") if part != "init_args" and not part.isdigit())
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> str:
-    """What changed, in a few words, ``"data.batch_size: 256 -> 128"``; empty if nothing did.
-
-    An option that only one of them has, and leaves off (null or false), is no difference: it is newer than the other.
-    """
-    before, after = (dict(_flat(_without(values, *ignore))) for values in (old, new))
-    both = before | after
-    left_off = {key for key in before.keys() ^ after.keys() if both[key] is None or both[key] is False}
-    changed = [key for key in both if before.get(key) != after.get(key) and key not in left_off]
-    shown = [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in changed[:3]]
-    return ", ".join(shown + [f"{len(changed) - 3} more"] * (len(changed) > 3))
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, dict | list):
-        return [(prefix.removesuffix("."), value)]
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-    return [leaf for key, inner in pairs for leaf in _flat(inner, f"{prefix}{key}.")]
 
 
 def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:

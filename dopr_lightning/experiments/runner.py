@@ -14,10 +14,10 @@ from multiprocessing.managers import SyncManager
 from queue import Empty
 from typing import Any
 
+from dopr_lightning.configuration import differences
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.trial import DivergedError, Failure, Outcome, Report, Trial, load_outcome, run_trial
-from dopr_lightning.proxy import differences
 from dopr_lightning.versions import versions
 
 Engine = Callable[[Sequence[Trial], Display], dict[str, Outcome]]

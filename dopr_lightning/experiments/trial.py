@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from dopr_lightning.configuration import differences
 from dopr_lightning.errors import UserError
 from dopr_lightning.project import LIBRARY, Project
-from dopr_lightning.proxy import differences
 from dopr_lightning.versions import versions
 
 SETTINGS = "settings.json"

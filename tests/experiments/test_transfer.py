@@ -10,12 +10,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from dopr_lightning.configuration import differences
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.sweep.grid import ROLES, Point, candidates, points, scaled
 from dopr_lightning.experiments.sweep.report import apart, best_point, judged_otherwise
 from dopr_lightning.experiments.sweep.transfer import analyse, fit_curve
 from dopr_lightning.optim.roles import Role
-from dopr_lightning.proxy import differences
 
 VALUES = [2 ** (k / 2) for k in range(-6, 7)]  # 1/8 to 8, sqrt(2) apart
 COMPUTE = {32: 1.0, 64: 4.0, 128: 16.0}
