@@ -45,7 +45,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def folder(text: str) -> Path:
+def output_folder(text: str) -> Path:
     """Where results will be written: an argument's type, which refuses what they could not be written to.
 
     Raises:
@@ -60,8 +60,8 @@ def folder(text: str) -> Path:
     return path
 
 
-def new_file(text: str) -> Path:
-    """A file to be written, which may be there: as `folder`.
+def output_file(text: str) -> Path:
+    """A file to be written, which may be there: as `output_folder`.
 
     Raises:
         UserError: It is a folder, or its own folder will not do.
@@ -69,7 +69,7 @@ def new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
-    folder(str(path.parent))
+    output_folder(str(path.parent))
     return path
 
 

@@ -25,7 +25,7 @@ from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configuration import NOTHING_TO_JUDGE, find_config, packaged_configs, reason, reason_with_place
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError, folder
+from dopr_lightning.errors import UserError, output_folder
 from dopr_lightning.internals import preempted_checkpoint
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
@@ -108,7 +108,7 @@ class CLI(LightningCLI):
         # A run's checkpoints are first written at its first validation; who judges one only reads where they lie.
         written = ["trainer.default_root_dir", *(["checkpoint.dirpath"] if subcommand in (None, "fit") else [])]
         for place in filter(None, map(config.get, written)):
-            folder(place)
+            output_folder(place)
         if subcommand:
             self._choose_what_is_shown(config["trainer"])
         path = config.get("ckpt_path")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopr_lightning.errors import Parser, UserError, folder
+from dopr_lightning.errors import Parser, UserError, output_folder
 
 if TYPE_CHECKING:
     from dopr_lightning.preconditioner.solvers import Solver
@@ -288,7 +288,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--ranks", type=int, default=1, help="count bytes between so many processes too; default: %(default)s"
     )
-    parser.add_argument("--output", type=folder, default=Path("runs/bench"), help="default: %(default)s")
+    parser.add_argument("--output", type=output_folder, default=Path("runs/bench"), help="default: %(default)s")
     prediction = parser.add_argument_group("prediction")
     prediction.add_argument(
         "--model", help="llama-3.1-8b, a name as in --models, or package.module:function that makes one"

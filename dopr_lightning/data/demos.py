@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dopr_lightning.errors import Parser, UserError, new_file
+from dopr_lightning.errors import Parser, UserError, output_file
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     lift.add_argument("--scripted", type=int, required=True, metavar="N", help="how many to make; a second each")
     lift.add_argument("--seed", type=int, default=0, help="of the first attempt (default: %(default)s)")
     lift.add_argument("--images", action="store_true", help="also what two cameras see, 84 x 84; needs OpenGL")
-    lift.add_argument("--output", type=new_file, help="where to (default: where the source Robomimic looks)")
+    lift.add_argument("--output", type=output_file, help="where to (default: where the source Robomimic looks)")
     lift.set_defaults(run=_lift)
 
     robomimic = tasks.add_parser("robomimic", help="robomimic: people's demonstrations of five robosuite tasks")

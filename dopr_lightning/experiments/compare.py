@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dopr_lightning.errors import Parser, UserError, folder
+from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     check_steps,
@@ -226,7 +226,7 @@ def _parser(command: str) -> Parser:
     parser.add_argument("--seeds", default="0,1,2", help="a run for each; default: %(default)s")
     parser.add_argument("--episodes", type=int, default=20, help="rollouts per run; default: %(default)s")
     parser.add_argument(
-        "--output", type=folder, required=True, help="folder for the runs, results.json and compare.png"
+        "--output", type=output_folder, required=True, help="folder for the runs, results.json and compare.png"
     )
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
     parser.add_argument(

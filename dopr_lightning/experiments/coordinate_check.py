@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dopr_lightning.errors import Parser, UserError, folder
+from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     network_scales,
@@ -277,5 +277,7 @@ def _parser(command: str) -> Parser:
     parser.add_argument("--standard", action="store_true", help="show the standard parametrisation beside muP")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of the exponents; default: %(default)s")
     parser.add_argument("--damping", type=float, default=0.01, help="of the dopr arms; default: %(default)s")
-    parser.add_argument("--output", type=folder, required=True, help="folder for results.json and coord_check.png")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, help="folder for results.json and coord_check.png"
+    )
     return parser

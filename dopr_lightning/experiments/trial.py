@@ -181,7 +181,7 @@ def run_trial(trial: Trial, report: Report) -> Record:
     """
     note_settings(trial.folder, trial.settings)
     try:
-        with (trial.folder / "log.txt").open("a") as log, _said_to(log):
+        with (trial.folder / "log.txt").open("a") as log, _output_to(log):
             record = _train_and_judge(trial, report)
     except DivergedError as error:
         said = {"message": str(error), "settings": trial.settings, "versions": versions()}
@@ -206,7 +206,7 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _said_to(log: TextIO) -> Iterator[None]:
+def _output_to(log: TextIO) -> Iterator[None]:
     """Send what is printed to ``log``, and what Lightning logs: its handlers keep the stream they were made with."""
     import lightning.pytorch  # noqa: F401  # makes them
 

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
             trained.
     """
     options, overrides = parse(sweep_parser(project.command), arguments)
+    quiet_building()
     plan = make_plan(options, overrides, project)
     wide = max(plan.keywords) if options.recommend_width is None else options.recommend_width
     if wide < min(plan.keywords):
@@ -108,7 +109,6 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     """Build every width, so that mistakes show before hours of training, and say what the task is."""
     from dopr_lightning.training import CLI
 
-    quiet_building()
     parameters = {}
     for width, keywords in plan.keywords.items():
         for parametrization in plan.parametrizations:

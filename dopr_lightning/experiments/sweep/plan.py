@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from dopr_lightning.errors import Parser, UserError, folder
+from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
     network_scales,
@@ -101,9 +101,8 @@ class Plan:
 
 def make_plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     """Everything that can be wrong without building anything."""
-    from dopr_lightning.training import find_config, quiet, resolve
+    from dopr_lightning.training import find_config, resolve
 
-    quiet()
     widths = sorted(numbers("--widths", options.widths, int))
     seeds = seed_numbers(options.seeds)
     if not all(width > 0 for width in widths):
@@ -247,7 +246,10 @@ def sweep_parser(command: str) -> Parser:
     )
     add("--parametrizations", default="mup,standard", help="mup, standard or both; default: %(default)s")
     add(
-        "--output", type=folder, required=True, help="folder for the runs, results.json, transfer.png, recommended.yaml"
+        "--output",
+        type=output_folder,
+        required=True,
+        help="folder for the runs, results.json, transfer.png, recommended.yaml",
     )
     add("--recommend-width", type=int, help="of the run to recommend; default: the widest")
     add(
