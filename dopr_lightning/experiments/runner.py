@@ -17,7 +17,7 @@ from typing import Any
 from dopr_lightning.configuration import differences
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.display import Display
-from dopr_lightning.experiments.trial import DivergedError, Failure, Outcome, Report, Trial, load_outcome, run_trial
+from dopr_lightning.experiments.trial import DivergedError, Failure, Outcome, Report, Trial, load_outcome
 from dopr_lightning.versions import versions
 
 Engine = Callable[[Sequence[Trial], Display], dict[str, Outcome]]
@@ -84,6 +84,8 @@ def _warn_of_other_versions(finished: Iterable[Outcome]) -> None:
 def attempt(trial: Trial, report: Report) -> Outcome:
     """Run a trial. Exceptions stay in the worker: not all of them can be sent."""
     try:
+        from dopr_lightning.experiments.run import run_trial  # with Lightning, which takes seconds
+
         return run_trial(trial, report)
     except Exception as error:
         trial.folder.mkdir(parents=True, exist_ok=True)
