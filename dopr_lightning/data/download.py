@@ -59,7 +59,7 @@ def download(
     partial = target.with_name(f"{target.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.partial")
     with _alone(partial, target) as fetched_elsewhere:
         if fetched_elsewhere:
-            return _digest(target)
+            return file_sha256(target)
         try:
             announced = _fetch(url, partial, progress)
         # URLError, a timeout, a connection reset, a full disk; an answer that breaks off, or is not HTTP's.
@@ -70,7 +70,7 @@ def download(
             raise UserError(
                 f"the download of {url} failed ({reason}){kept}; run it again to go on, or {otherwise}"
             ) from error
-        found = _digest(partial)
+        found = file_sha256(partial)
         expected = sha256 or announced
         if expected is not None and found != expected:
             partial.unlink()
@@ -109,7 +109,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The digest of a file, by which checkpoints know what they were trained on."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

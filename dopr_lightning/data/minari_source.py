@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from dopr_lightning.data.convention import Convention, bounds
 from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.download import file_sha256
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.source import Source
 from dopr_lightning.errors import UserError, import_extra
@@ -97,10 +97,8 @@ class Minari(Source):
             count = min(count, self.episodes)
         observations, actions = [], []
         try:
-            sha256 = ""
-            if data_file.is_file():  # other formats have many files: the arrays are digested
-                with data_file.open("rb") as file:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            # Other formats have many files: the arrays are digested.
+            sha256 = file_sha256(data_file) if data_file.is_file() else ""
             numbers = dataset.episode_indices[:count]
             for episode in dataset.iterate_episodes(numbers):
                 actions.append(np.asarray(episode.actions, dtype=np.float32))

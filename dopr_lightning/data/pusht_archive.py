@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.download import file_sha256
 from dopr_lightning.errors import UserError, import_extra, missing
 
 Array = npt.NDArray[Any]
@@ -38,8 +38,7 @@ def read_archive(path: Path, images: Callable[[tuple[int, ...]], Array] | None =
         raise UserError(f"{path}: {missing(path)}; {way_out}")
     zarr = import_extra("zarr", "pusht")
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_sha256(path)
         with zarr.ZipStore(str(path), mode="r") as store:
             root = zarr.open_group(store, mode="r")
             states = _checked(root, "data/state", "steps", 5)[:]

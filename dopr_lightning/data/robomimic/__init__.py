@@ -10,7 +10,6 @@ the two against each other.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from dopr_lightning.data.convention import Convention
 from dopr_lightning.data.demonstrations import Demonstrations
+from dopr_lightning.data.download import file_sha256
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.home import data_home
 from dopr_lightning.data.robomimic.absolute import stored_as_poses
@@ -141,8 +141,7 @@ class Robomimic(Source):
         observations, actions = [], []
         with self._open() as file:
             file.controllers(self.absolute)  # refuses what it does not understand
-            with file.path.open("rb") as raw:
-                sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+            sha256 = file_sha256(file.path)
             for demo in file.demos:
                 seen = [self._flat(file, demo, f"obs/{key}") for key in self.keys]
                 done = self._flat(file, demo, "actions")
