@@ -91,20 +91,20 @@ def seed_numbers(text: str) -> list[int]:
     return seeds
 
 
-def refuse_ours(overrides: Sequence[str], ours: Mapping[str, str], what: str) -> None:
+def refuse_reserved(overrides: Sequence[str], reserved: Mapping[str, str], what: str) -> None:
     """Refuse options of ``dopr fit`` that the command sets itself.
 
     Args:
         overrides: The options given.
-        ours: Those that are not the user's, and how the command is told.
+        reserved: Those that are not the user's, and how the command is told.
         what: The command, ``"a sweep"``.
 
     Raises:
         UserError: Names the option and what to use.
     """
     for flag in (override.partition("=")[0] for override in overrides):
-        if flag in ours:
-            raise UserError(f"{flag} is what {what} sets itself; use {ours[flag]}")
+        if flag in reserved:
+            raise UserError(f"{flag} is what {what} sets itself; use {reserved[flag]}")
 
 
 def refuse_dopr(config: Mapping[str, Any], flag: str = "--optimizers") -> None:

@@ -19,7 +19,7 @@ from dopr_lightning.experiments.command import (
     parse,
     quiet_building,
     refuse_dopr,
-    refuse_ours,
+    refuse_reserved,
     require_rollouts,
     seed_numbers,
     task_of,
@@ -40,7 +40,7 @@ from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import dopr_of
 from dopr_lightning.versions import versions
 
-OURS = {
+RESERVED = {
     "--seed_everything": "--seeds",
     "--model.optimizer.base": "--optimizers",
     "--rollout.report_episodes": "--episodes",
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         raise UserError(f"--seeds {reported[0]}: a run of that seed tunes the learning rate; report others")
     if not rates and (options.tuning_seeds > 1 or options.tuning_episodes):
         raise UserError("--tuning-seeds, --tuning-episodes: nothing is tuned; give --learning-rates too")
-    refuse_ours(overrides, OURS, "a comparison")
+    refuse_reserved(overrides, RESERVED, "a comparison")
 
     from dopr_lightning.training import find_config, resolve
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         DATA: task["data"]["sha256"],
     }
     check_settings(output, settings)
-    _keep_results(output / "results.json", arms, seeds)
+    _refuse_lost_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
 
     resolved = functools.cache(
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     )
 
 
-def _keep_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+def _refuse_lost_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Refuse to replace results by fewer."""
     if not path.exists():
         return

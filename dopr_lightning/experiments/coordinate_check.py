@@ -24,7 +24,7 @@ from dopr_lightning.experiments.command import (
     parse,
     quiet_building,
     refuse_dopr,
-    refuse_ours,
+    refuse_reserved,
     seed_numbers,
 )
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
@@ -36,7 +36,7 @@ from dopr_lightning.versions import versions
 
 __all__ = ["CoordinateCheck", "coordinate_check", "main"]
 
-OURS = {
+RESERVED = {
     "--seed_everything": "--seeds",
     "--model.optimizer.base": "--optimizers",
     "--model.mup.base": "--widths (the narrowest is the base)",
@@ -220,7 +220,7 @@ def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
     for name in ("damping", "tolerance"):
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
-    refuse_ours(overrides, OURS, "a coordinate check")
+    refuse_reserved(overrides, RESERVED, "a coordinate check")
 
     base = (
         *(f"--config={find_config(name)}" for name in options.config),

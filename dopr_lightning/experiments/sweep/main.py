@@ -11,7 +11,7 @@ from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.command import check_steps, parse, quiet_building, require_rollouts, task_of
 from dopr_lightning.experiments.runner import KILLED, attempt_all
 from dopr_lightning.experiments.sweep.grid import ROLES, Cell, Point, scaled
-from dopr_lightning.experiments.sweep.kept import keep_results
+from dopr_lightning.experiments.sweep.lost import refuse_lost_results
 from dopr_lightning.experiments.sweep.plan import Plan, make_plan, sweep_parser
 from dopr_lightning.experiments.sweep.report import (
     Outcomes,
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         DATA: task["data"]["sha256"],
     }
     check_settings(output, settings)
-    keep_results(output / RESULTS, plan)
+    refuse_lost_results(output / RESULTS, plan)
     note_settings(output, settings)
 
     trials = _trials(plan, task, options.episodes, output)

@@ -14,7 +14,7 @@ from dopr_lightning.experiments.command import (
     numbers,
     options_parser,
     refuse_dopr,
-    refuse_ours,
+    refuse_reserved,
     seed_numbers,
 )
 from dopr_lightning.experiments.runner import cores
@@ -32,7 +32,7 @@ from dopr_lightning.experiments.sweep.grid import (
 from dopr_lightning.project import Project
 from dopr_lightning.proxy import dopr_of
 
-OURS = {
+RESERVED = {
     "--seed_everything": "--seeds",
     "--rollout.report_episodes": "--episodes",
     "--checkpoint.dirpath": "--output",
@@ -124,7 +124,7 @@ def make_plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
         if name not in get_args(Parametrization) or parametrizations.count(name) > 1:
             raise UserError(f"--parametrizations {options.parametrizations}: mup, standard, or mup,standard")
     arm = _arm(options.optimizer)
-    refuse_ours(overrides, OURS, "a sweep")
+    refuse_reserved(overrides, RESERVED, "a sweep")
     if arm and any(override.partition("=")[0] == "--model.optimizer.base" for override in overrides):
         raise UserError("--model.optimizer.base and --optimizer are the same thing; give one")
 

@@ -13,7 +13,7 @@ from dopr_lightning.experiments.sweep.grid import ROLES, Point, points
 from dopr_lightning.experiments.sweep.plan import Plan
 
 
-def keep_results(path: Path, plan: Plan) -> None:
+def refuse_lost_results(path: Path, plan: Plan) -> None:
     """Refuse to replace results by fewer.
 
     Args:
