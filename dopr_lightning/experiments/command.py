@@ -53,17 +53,6 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
     return options, overrides
 
 
-def check_steps(cli: Any) -> None:
-    """Refuse a run too short for its schedule, which otherwise every run would find out for itself.
-
-    Raises:
-        ValueError: As `check_schedule` says.
-    """
-    optimizer, steps = cli.model.optimizer_config, cli.trainer.max_steps
-    if steps > 0:  # else the epochs decide
-        check_schedule(optimizer.schedule, optimizer.warmup_steps, steps)
-
-
 def numbers(flag: str, text: str, kind: type[T]) -> list[T]:
     """The numbers in the text of a comma-separated option.
 
@@ -146,28 +135,34 @@ def network_scales(class_path: str) -> Sequence[str]:
     return scales
 
 
-def require_rollouts(cli: Any, what: str) -> None:
-    """Refuse to judge where nothing can be rolled out.
+def check_task(cli: Any, rollouts: str | None) -> dict[str, Any]:
+    """Find out what every run would otherwise find out for itself, and say what the task is.
 
     Args:
         cli: With the policy and the data.
-        what: The command, ``"a comparison"``.
+        rollouts: The command that judges by rollouts, ``"a comparison"``; None without any.
+
+    Returns:
+        For results.json: what is trained on and judged by.
 
     Raises:
-        UserError: The source names no environment, it is not installed, or the data do not fit it.
+        UserError: The source names no environment, it is not installed, or the data do not fit it or the policy.
+        ValueError: The run is too short for its schedule.
     """
     from dopr_lightning.rollout.evaluate import check_fit
 
     environment: EnvironmentSpec | None = cli.datamodule.environment
-    if environment is None:
-        source = type(cli.datamodule.source).__name__
-        raise UserError(f"{what} judges by rollouts, and {source} names no environment; give it one to roll out in")
-    check_fit(cli.model, environment, getattr(cli.datamodule, "image_sizes", {}))
-
-
-def task_of(cli: Any) -> dict[str, Any]:
-    """What a built configuration trains on and is judged by, for results.json."""
-    environment: EnvironmentSpec | None = cli.datamodule.environment
+    if rollouts:
+        if environment is None:
+            source = type(cli.datamodule.source).__name__
+            raise UserError(
+                f"{rollouts} judges by rollouts, and {source} names no environment; give it one to roll out in"
+            )
+        check_fit(cli.model, environment, getattr(cli.datamodule, "image_sizes", {}))
+    cli.datamodule.train_dataloader()
+    optimizer, steps = cli.model.optimizer_config, cli.trainer.max_steps
+    if steps > 0:  # else the epochs decide
+        check_schedule(optimizer.schedule, optimizer.warmup_steps, steps)
     provenance = cli.datamodule.provenance
     first_seed = cli.config.rollout.first_seed
     if first_seed is None:
@@ -176,7 +171,7 @@ def task_of(cli: Any) -> dict[str, Any]:
         "id": environment.title if environment else provenance["source"],
         "metric": environment.metric if environment else None,
         "first_seed": first_seed,
-        "steps": cli.trainer.max_steps,
+        "steps": steps,
         "batch_size": cli.datamodule.batch_size,
         "train_episodes": provenance["train_episodes"],
         "data": provenance,

@@ -13,16 +13,14 @@ from typing import Any
 from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
-    check_steps,
+    check_task,
     numbers,
     options_parser,
     parse,
     quiet_building,
     refuse_dopr,
     refuse_reserved,
-    require_rollouts,
     seed_numbers,
-    task_of,
 )
 from dopr_lightning.experiments.report import arm_results, paired_differences, plot, print_table
 from dopr_lightning.experiments.runner import cores, run_all
@@ -266,10 +264,7 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
         for callback in cli.trainer.callbacks:
             if isinstance(callback, DoPr):  # whether its patterns match anything, only the policy can tell
                 ActivationPreconditioner(cli.model, **callback.options).remove()
-    require_rollouts(cli, "a comparison")
-    cli.datamodule.train_dataloader()
-    check_steps(cli)
-    task = task_of(cli)
+    task = check_task(cli, "a comparison")
     return task | {
         "selection_seed": task["first_seed"] + SELECTION_OFFSET,
         "parameters": sum(p.numel() for p in cli.model.parameters()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.command import check_steps, parse, quiet_building, require_rollouts, task_of
+from dopr_lightning.experiments.command import check_task, parse, quiet_building
 from dopr_lightning.experiments.runner import KILLED, attempt_all
 from dopr_lightning.experiments.sweep.grid import ROLES, Cell, Point, scaled
 from dopr_lightning.experiments.sweep.lost import refuse_lost_results
@@ -121,11 +121,7 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
             except UserError as error:
                 raise UserError(f"--widths {width}: {error}") from error
         parameters[width] = sum(p.numel() for p in cli.model.parameters())
-    if rollouts:
-        require_rollouts(cli, "a sweep with --episodes")
-    cli.datamodule.train_dataloader()
-    check_steps(cli)
-    return task_of(cli) | {"parameters": parameters}
+    return check_task(cli, "a sweep with --episodes" if rollouts else None) | {"parameters": parameters}
 
 
 def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
