@@ -39,6 +39,14 @@ A configuration file is looked for here first, then among those that come with t
 """
 
 
+WAYS_ON = {
+    "fit": "; go on from its last checkpoint by --ckpt_path",
+    "compare": "; the same command resumes where a checkpoint was saved",
+    "sweep": "; the same command resumes where a checkpoint was saved",
+}
+"""After an interruption; the other verbs begin anew."""
+
+
 def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
     """Run a verb; a user's mistake becomes one line on stderr and exit status 2.
 
@@ -68,10 +76,7 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
         # The trainer makes one of the other.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        how = "go on from its last checkpoint by --ckpt_path"
-        if verb != "fit":
-            how = "the same command resumes where a checkpoint was saved"
-        print(f"{project.command}: interrupted; {how}", file=sys.stderr)
+        print(f"{project.command}: interrupted{WAYS_ON.get(verb, '')}", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):

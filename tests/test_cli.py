@@ -301,15 +301,16 @@ def test_the_traceback_is_there_for_who_wants_it(monkeypatch: pytest.MonkeyPatch
         main([*COMPARE, "--optimizers", "adm"])
 
 
-def test_an_interruption_says_that_nothing_is_lost(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("verb", "resumes"), [("compare", True), ("sweep", True), ("bench", False), ("test", False)])
+def test_an_interruption_says_where_nothing_is_lost(
+    verb: str, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(verb: str, arguments: list[str], project: Project) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(VERBS, "compare", interrupted)
-    assert main(["compare"]) == 130
-    assert "resumes" in capsys.readouterr().err
+    monkeypatch.setitem(VERBS, verb, interrupted)
+    assert main([verb]) == 130
+    assert ("resumes" in capsys.readouterr().err) == resumes
 
 
 def test_a_training_that_is_interrupted_says_how_to_go_on(
