@@ -184,7 +184,7 @@ def _results(plan: Plan, task: Mapping[str, Any], episodes: int, outcomes: Outco
         "data": task["data"],
         "scales": list(plan.scales),
         "identity": identity(plan.config, plan.scales),
-        "transfer": transfer_results(outcomes, plan.centre, plan.values, plan.product, parameters, metric),
+        "transfer": transfer_results(outcomes, plan, parameters, metric),
         "recommended": None,
         "trials": trial_results(outcomes),
     }

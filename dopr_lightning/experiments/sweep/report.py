@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
+from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates, points
+from dopr_lightning.experiments.sweep.plan import Plan
 from dopr_lightning.experiments.sweep.transfer import COARSEST, Array, analyse
 from dopr_lightning.experiments.trial import Failure, Outcome, Record
 from dopr_lightning.words import METRIC_LABELS
@@ -53,72 +54,64 @@ def trial_results(outcomes: Outcomes) -> list[dict[str, Any]]:
 
 
 def transfer_results(
-    outcomes: Outcomes,
-    centre: Point,
-    values: Mapping[str, Sequence[float]],
-    product: bool,
-    compute: Mapping[int, float],
-    metric: str | None,
+    outcomes: Outcomes, plan: Plan, compute: Mapping[int, float], metric: str | None
 ) -> list[dict[str, Any]]:
     """One entry per parametrisation, hyperparameter and metric: the curves, and :func:`transfer.analyse` of them.
 
     Args:
         outcomes: Of all runs.
-        centre: Where hyperparameters are while others are swept.
-        values: Of each hyperparameter, increasing.
-        product: Whether all combinations were run.
+        plan: What was swept.
         compute: Of training, by width.
         metric: Of the rollouts; None without any.
     """
-    parametrizations = list(dict.fromkeys(cell.parametrization for cell in outcomes))
-    seeds = sorted({cell.seed for cell in outcomes})
-    every = list(dict.fromkeys(cell.point for cell in outcomes))
     entries = []
-    for parametrization in parametrizations:
-        for name in values:
-            for measure in ("val_loss", *([metric] if metric else [])):
-                losses = {}
-                for width in compute:
-                    rows = []
-                    for value in values[name]:
-                        points = candidates(name, value, centre, every, product)
-                        arrays = [_numbers(outcomes, parametrization, width, point, seeds, measure) for point in points]
-                        rows.append(min(arrays, key=lambda array: float(np.mean(array))))
-                    losses[width] = np.array(rows)
-                transfer = analyse(values[name], losses, compute)
-                sign = 1 if measure == "val_loss" else -1
-                widths = []
-                for row in transfer.widths:
-                    numbers = [[sign * x if math.isfinite(x) else None for x in line] for line in losses[row.width]]
-                    entry = asdict(row) | {"numbers": numbers}
-                    entry["loss"] = None if row.loss is None else sign * row.loss
-                    widths.append({key: _finite(value) for key, value in entry.items()})
-                entries.append(
-                    {
-                        "parametrization": parametrization,
-                        "hyperparameter": name,
-                        "metric": measure,
-                        "values": list(values[name]),
-                        "widths": widths,
-                        "max_drift": transfer.max_drift,
-                        "max_drift_ci95": transfer.max_drift_ci95,
-                    }
-                )
+    measures = ("val_loss", *([metric] if metric else []))
+    for parametrization, name, measure in itertools.product(plan.parametrizations, plan.values, measures):
+        losses = {width: _losses(outcomes, plan, parametrization, width, name, measure) for width in compute}
+        transfer = analyse(plan.values[name], losses, compute)
+        sign = 1 if measure == "val_loss" else -1
+        widths = []
+        for row in transfer.widths:
+            numbers = [[sign * x if math.isfinite(x) else None for x in line] for line in losses[row.width]]
+            entry = asdict(row) | {"numbers": numbers}
+            entry["loss"] = None if row.loss is None else sign * row.loss
+            widths.append({key: _finite(value) for key, value in entry.items()})
+        entries.append(
+            {
+                "parametrization": parametrization,
+                "hyperparameter": name,
+                "metric": measure,
+                "values": list(plan.values[name]),
+                "widths": widths,
+                "max_drift": transfer.max_drift,
+                "max_drift_ci95": transfer.max_drift_ci95,
+            }
+        )
     return entries
 
 
-def _numbers(
-    outcomes: Outcomes, parametrization: Parametrization, width: int, point: Point, seeds: Sequence[int], measure: str
+def _losses(
+    outcomes: Outcomes, plan: Plan, parametrization: Parametrization, width: int, name: str, measure: str
 ) -> Array:
-    """Of one point, for each seed: the lower the better, infinite where a run failed."""
-    found = []
-    for seed in seeds:
-        outcome = outcomes[Cell(width, parametrization, point, seed)]
-        if not isinstance(outcome, Record):
-            found.append(math.inf)
-        else:
-            found.append(outcome.val_loss if measure == "val_loss" else -outcome.mean)
-    return np.array(found)
+    """Per value of a hyperparameter and seed, (values, seeds): the lower the better, infinite where a run failed."""
+
+    def of(point: Point) -> Array:
+        found = []
+        for seed in sorted(plan.seeds):
+            outcome = outcomes[Cell(width, parametrization, point, seed)]
+            if isinstance(outcome, Failure):
+                found.append(math.inf)
+            else:
+                found.append(outcome.val_loss if measure == "val_loss" else -outcome.mean)
+        return np.array(found)
+
+    every = points(plan.centre, plan.values, plan.product)
+    return np.array(
+        [
+            min(map(of, candidates(name, value, plan.centre, every, plan.product)), key=lambda row: float(np.mean(row)))
+            for value in plan.values[name]
+        ]
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -230,7 +223,7 @@ def _note(row: Mapping[str, Any], values: Sequence[float]) -> str:
     if row["at_edge"] and len(values) > 1:
         lowest = abs(row["best"] - values[0]) < abs(row["best"] - values[-1])
         notes.append("the grid's lowest: go on below" if lowest else "the grid's highest: go on above")
-    if any(math.log2(high / low) > COARSEST for low, high in pairwise(values)) and not row["fitted"]:
+    if any(math.log2(high / low) > COARSEST for low, high in itertools.pairwise(values)) and not row["fitted"]:
         notes.append("not fitted: values more than a factor of 4 apart")
     return "; ".join(note for note in notes if note)
 
