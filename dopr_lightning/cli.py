@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from dopr_lightning.errors import UserError, did_you_mean
 from dopr_lightning.project import LIBRARY, Project
@@ -122,50 +124,18 @@ def _judge(verb: str, arguments: list[str], project: Project) -> None:
         _train(verb, arguments, project)
 
 
-def _compare(verb: str, arguments: list[str], project: Project) -> None:
-    from dopr_lightning.experiments.compare import main
-
-    main(arguments, project)
-
-
-def _sweep(verb: str, arguments: list[str], project: Project) -> None:
-    from dopr_lightning.experiments.sweep.main import main
-
-    main(arguments, project)
-
-
-def _coordinate_check(verb: str, arguments: list[str], project: Project) -> int:
-    from dopr_lightning.experiments.coordinate_check import main
-
-    return main(arguments, project)
-
-
-def _bench(verb: str, arguments: list[str], project: Project) -> None:
-    from dopr_lightning.bench.main import main
-
-    main(arguments)
-
-
-def _demos(verb: str, arguments: list[str], project: Project) -> None:
-    from dopr_lightning.data.demos import main
-
-    main(arguments)
-
-
-def _new(verb: str, arguments: list[str], project: Project) -> None:
-    from dopr_lightning.new import main
-
-    main(arguments)
+def _run_main(module: str, verb: str, arguments: list[str], project: Project) -> int | None:
+    return importlib.import_module(module).main(arguments, project)
 
 
 VERBS: dict[str, Callable[[str, list[str], Project], int | None]] = {
     "fit": _train,
     "validate": _judge,
     "test": _judge,
-    "compare": _compare,
-    "sweep": _sweep,
-    "coord-check": _coordinate_check,
-    "bench": _bench,
-    "demos": _demos,
-    "new": _new,
+    "compare": partial(_run_main, "dopr_lightning.experiments.compare"),
+    "sweep": partial(_run_main, "dopr_lightning.experiments.sweep.main"),
+    "coord-check": partial(_run_main, "dopr_lightning.experiments.coordinate_check"),
+    "bench": partial(_run_main, "dopr_lightning.bench.main"),
+    "demos": partial(_run_main, "dopr_lightning.data.demos"),
+    "new": partial(_run_main, "dopr_lightning.new"),
 }

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -162,32 +161,8 @@ class DeployedPolicy:
         return image
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How fast a policy acts.
-
-    Args:
-        prediction_s: Median time of a prediction, of one chunk for one episode.
-        act: Actions that it makes.
-        predictions: How many were timed.
-        device: Where.
-    """
-
-    prediction_s: float
-    act: int
-    predictions: int
-    device: str
-
-    def __str__(self) -> str:
-        return (
-            f"{1000 * self.prediction_s:.3g} ms per prediction of {self.act} actions, "
-            f"{self.act / self.prediction_s:.4g} actions per second on {self.device} (median of {self.predictions} "
-            f"after {WARM_UP} to warm up)"
-        )
-
-
-def speed(policy: Deployable, image_sizes: Mapping[str, tuple[int, int]]) -> Speed:
-    """Time predictions, from observation to actions on the CPU.
+def speed(policy: Deployable, image_sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Time predictions, from observation to actions on the CPU, and say how fast they are.
 
     Args:
         policy: In eval mode.
@@ -204,10 +179,13 @@ def speed(policy: Deployable, image_sizes: Mapping[str, tuple[int, int]]) -> Spe
         times.append(time.perf_counter() - since)
         if len(times) > WARM_UP and times[-1] + since - begun > PATIENCE_S:
             break
-    timed = times[WARM_UP:]
+    median = statistics.median(times[WARM_UP:])
     device = policy.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Speed(statistics.median(timed), policy.act, len(timed), name)
+    return (
+        f"{1000 * median:.3g} ms per prediction of {policy.act} actions, {policy.act / median:.4g} actions per second "
+        f"on {name} (median of {len(times) - WARM_UP} after {WARM_UP} to warm up)"
+    )
 
 
 def load_policy(path: str | Path, device: str | torch.device = "cpu") -> DeployedPolicy:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dopr_lightning.errors import Parser, UserError, did_you_mean, import_extra
+from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.template import DIRECTORY
 
 Answers = Mapping[str, Any]
@@ -20,13 +21,13 @@ NAMES = ("project_name", "project_slug", "package", "author")
 """Questions that are answered in words of your own."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Make the project, and say what was chosen and how to go on.
 
     Raises:
         UserError: An answer is none, or does not go with another; the folder exists; cookiecutter is not installed.
     """
-    options = _parser().parse_intermixed_args(arguments)
+    options = _parser(project.command).parse_intermixed_args(arguments)
     questions = _questions()
     given = _given(options.answers, questions) | {"project_name": options.name}
     if template := next((key for key in NAMES if "{" in given.get(key, "")), None):  # cookiecutter would fill it in
@@ -137,7 +138,7 @@ def _library() -> str:
     return f" LIBRARY={shlex.quote(url.removeprefix('file://'))}" if url else ""
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     questions = _questions()
     choices = [
         f"{key}: {', '.join(asked) if isinstance(asked, list) else 'yes, no'}"
@@ -145,11 +146,11 @@ def _parser() -> Parser:
         if key not in NAMES
     ]
     parser = Parser(
-        prog="dopr new",
+        prog=f"{command} new",
         allow_abbrev=False,
         description="Make a project of your own around this library: one LightningModule, one DataModule, "
         "configurations, tests, and a README that says how to bring your own data.",
-        epilog="example: dopr new my-robot task=pusht network=unet mup=no",
+        epilog=f"example: {command} new my-robot task=pusht network=unet mup=no",
     )
     parser.add_argument("name", metavar="NAME", help="of the project, and of its folder")
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopr_lightning.errors import Parser, UserError, output_folder
+from dopr_lightning.project import LIBRARY, Project
 
 if TYPE_CHECKING:
     from dopr_lightning.preconditioner.solvers import Solver
@@ -32,13 +33,13 @@ QUICK = ("mlp-256", "mlp-512")
 """What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Measure, or with ``--model`` predict.
 
     Raises:
         UserError: A mistake in the arguments, found before anything is measured.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(project.command).parse_args(arguments)
     for name in ("update_every", "max_rows", "threads", "ranks", "rows", "shards"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -255,15 +256,15 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _parser() -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(
-        prog="dopr bench",
+        prog=f"{command} bench",
         allow_abbrev=False,
         description="Measure what preconditioning adds to a step of AdamW, on two copies of a model that step in turn: "
         "medians over whole intervals between refreshes, split into statistics, reduce, solve, apply, beside the "
         "FLOP floor and a prediction; and the exact solver at every step beside plain Cholesky. With --model only "
         "this machine is measured: a prediction for any model, ranks, solver and cadence.",
-        epilog="example: dopr bench --quick, or dopr bench --model llama-3.1-8b --ranks 512 --rates h100",
+        epilog=f"example: {command} bench --quick, or {command} bench --model llama-3.1-8b --ranks 512 --rates h100",
     )
     parser.add_argument(
         "--models",

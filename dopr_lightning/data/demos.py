@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from dopr_lightning.errors import Parser, UserError, output_file
+from dopr_lightning.project import LIBRARY, Project
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Parse the verb's arguments and do as they say.
 
     Raises:
         UserError: A file is missing or damaged, a download or a simulation failed.
     """
     parser = Parser(
-        prog="dopr demos",
+        prog=f"{project.command} demos",
         description="Fetch, make and try demonstrations. Configurations then need no path.",
-        epilog="example: dopr demos lift --scripted 50",
+        epilog=f"example: {project.command} demos lift --scripted 50",
     )
     tasks = parser.add_subparsers(dest="what", required=True, metavar="pusht|lift|robomimic|replay")
 

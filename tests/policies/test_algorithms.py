@@ -14,7 +14,6 @@ from dopr_lightning.policies import algorithms, diffusion
 from dopr_lightning.policies.algorithms import Algorithm, Diffusion, FlowMatching, Regression
 from dopr_lightning.policies.diffusion import Prediction, Sampler
 from dopr_lightning.policies.networks import ActionNetwork, ResidualMLP
-from dopr_lightning.policies.regression import regression_loss
 
 OBS, A, TO, T, B = 5, 3, 2, 4, 6
 
@@ -36,7 +35,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_regression_loss_is_least_at_the_conditional_mean() -> None:
     actions = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64)
     guess = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    loss = regression_loss(lambda c: guess.expand(2, 1, 1), actions, None)
+    loss = Regression().loss(lambda *_: guess.expand(2, 1, 1), torch.zeros(2, 1, 1), actions, *generators(0))
     assert loss.item() == 1.0
     assert torch.autograd.grad(loss, guess)[0].item() == 0.0
 
