@@ -375,24 +375,28 @@ class ActivationPreconditioner:
             }
             listed = "; ".join(f"{said}: {', '.join(sorted(names))}" for said, names in differences.items() if names)
             raise ValueError(f"the preconditioner's state was saved for other layers; {listed}")
-        replaced = []
-        for stack in self._stacks if saved else []:
-            kind = STACKS[saved[stack.layers[0].name]["solver"]]
-            if self._solver != "auto" and isinstance(stack, LowRankStack) != (kind is LowRankStack):
-                raise ValueError(
-                    f"{stack.layers[0].name}: the preconditioner's state was saved by solver={kind.solver!r}, this one "
-                    f"has solver={self._solver!r}; take the same, or solver='auto'"
-                )
-            loaded = kind(stack.layers, stack.options)
-            loaded.load_state_dict(saved)
-            if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1:
-                loaded = loaded.to_exact()
-            replaced.append((stack, loaded))
+        if saved:
+            loaded = [self._loaded(stack, saved) for stack in self._stacks]
+        else:  # from before the first refresh
+            options, pooled = self._stacks[0].options, world_size(self._group) > 1
+            loaded = make_stacks(self._coverage.layers, options, self._solver, pooled=pooled)
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         self.discard()
-        for stack, loaded in replaced:
-            self._replace(stack, loaded)
+        for old, new in zip(list(self._stacks), loaded, strict=True):
+            self._replace(old, new)
         self._capture.listen(self.collecting)
+
+    def _loaded(self, stack: Stack, saved: Mapping[str, Any]) -> Stack:
+        """A stack of the same layers in the state of the saved one, which another solver may have had."""
+        kind = STACKS[saved[stack.layers[0].name]["solver"]]
+        if self._solver != "auto" and isinstance(stack, LowRankStack) != (kind is LowRankStack):
+            raise ValueError(
+                f"{stack.layers[0].name}: the preconditioner's state was saved by solver={kind.solver!r}, this one "
+                f"has solver={self._solver!r}; take the same, or solver='auto'"
+            )
+        loaded = kind(stack.layers, stack.options)
+        loaded.load_state_dict(saved)
+        return loaded.to_exact() if isinstance(loaded, WoodburyStack) and world_size(self._group) > 1 else loaded
 
     def _look_for_others(self) -> None:
         """Point out a weight that an earlier preconditioner goes on rewriting."""

@@ -345,6 +345,23 @@ def test_resume_is_bit_identical(options: dict[str, float]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
+@pytest.mark.parametrize("options", [{"ema": 0.9}, {"solver": "lowrank"}])
+def test_a_state_of_the_beginning_is_the_beginning(options: dict[str, Any]) -> None:
+    gradients = []
+    for detour in (0, 3):
+        model = mlp(5, 4, 3)
+        ap = ActivationPreconditioner(model, **options)
+        start = ap.state_dict()
+        for step in range(detour):
+            backward(model, 9 * batch(step))
+            ap.step()
+        ap.load_state_dict(start)
+        backward(model, batch(7))
+        ap.step()
+        gradients.append(weight_gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_state_of_another_model_is_refused() -> None:
     wide_model = mlp(5, 4, 3)
     small, wide = (ActivationPreconditioner(m, update_every=2) for m in (mlp(5, 3), wide_model))
