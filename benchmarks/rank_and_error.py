@@ -177,7 +177,7 @@ def measure(run: Run, options: argparse.Namespace) -> list[dict[str, Any]]:
     trackers = {layer: {rank: Tracker(layer, rank) for rank in options.ranks} for layer in layers}
     rows: dict[Layer, Tensor] = {}
     wanted = False
-    capture = Capture(layers, lambda layer, x, _: rows.__setitem__(layer, layer.rows(x)), lambda: wanted)
+    capture = Capture(layers, lambda layer, x, *_: rows.__setitem__(layer, layer.rows(x)), lambda: wanted)
 
     records: list[dict[str, Any]] = []
     exact: dict[Layer, Exact] = {}
