@@ -115,7 +115,7 @@ class AdaMuon(MatrixOptimizer):
         for state in states:
             if "direction" not in state:
                 # Noise, since anything regular may be orthogonal to the matrix, as ones are behind a LayerNorm.
-                noise = torch.randn(stacked.shape[2], generator=torch.Generator().manual_seed(0))
+                noise = torch.randn(stacked.shape[2], generator=torch.Generator().manual_seed(0), device="cpu")
                 state["direction"] = _like(noise / noise.norm(), stacked)
         right = torch.stack([state["direction"] for state in states]).unsqueeze(2)
         for _ in range(_POWER_STEPS):

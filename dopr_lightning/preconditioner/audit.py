@@ -125,7 +125,7 @@ class _Probe:
         else:
             shape = (weight.shape[0 if isinstance(self.module, nn.Embedding) else 1], PROBES)
         # A generator of its own: the user's random numbers stay what they were.
-        self.columns = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self.columns = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         # By backward (a reentrant checkpoint runs one inside another): what the rows explain, their rounding error.
         self.explained: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self.judged: list[tuple[Tensor, Tensor, Tensor]] = []

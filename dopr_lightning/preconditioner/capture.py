@@ -160,7 +160,7 @@ class _Tap:
         # A tensor, since a compiled graph takes it as an input: blocks that share code share one graph. As a number
         # it would be a constant of the graph and every block would be compiled anew.
         key = next(_keys)
-        self.key = torch.tensor(key)
+        self.key = torch.tensor(key, device="cpu")
         _tap_of_key[key] = self
 
     def wanted(self, module: nn.Module) -> bool:

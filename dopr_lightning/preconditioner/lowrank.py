@@ -154,7 +154,7 @@ class LowRankStack(Stack):
     def _allocate(self) -> None:
         basis = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
-        known = torch.zeros(self.blocks, 2 * self.tracked + NUMBERS, dtype=self.dtype)
+        known = torch.zeros(self.blocks, 2 * self.tracked + NUMBERS, dtype=self.dtype, device="cpu")
         fields = known_fields(known, self.tracked)
         fields.floor.fill_(1)
         fields.error.fill_(math.nan)

@@ -487,7 +487,7 @@ class ActivationPreconditioner:
         if deferred:
             suspects = [layer for stack in stacks for layer in stack.without_rows() if layer.has_gradient]
             found = [layer.gradient().any().to(self._stacks[0].device) for layer in suspects]
-            gradients = torch.stack(found) if found else torch.zeros(0)
+            gradients = torch.stack(found) if found else torch.zeros(0, device="cpu")
             download = ToHost(*outcomes.values(), gradients)
             self._pending = _Pending(
                 refreshed.finish, tuple(outcomes), suspects, download, self.steps, self._masks.fitted

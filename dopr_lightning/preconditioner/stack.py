@@ -189,7 +189,7 @@ class Stack(ABC):
         """End the window: :attr:`sums` and :attr:`counts` hold all that this rank has counted."""
         self.begin()
         rows = [n for n, layer in zip(self._rows_added, self.layers, strict=True) for _ in range(layer.blocks)]
-        self.counts += torch.tensor(rows).to(self.device, non_blocking=True)
+        self.counts += torch.tensor(rows, device="cpu").to(self.device, non_blocking=True)
         self._open = False
 
     def discard(self) -> None:
@@ -389,7 +389,7 @@ def spread(rows: int, limit: int) -> Tensor:
     Where in its stretch goes by the golden ratio. At equal distances it could be the same token of every sequence, or a
     few columns of every image.
     """
-    stretch = torch.arange(limit + 1)
+    stretch = torch.arange(limit + 1, device="cpu")
     edges = (stretch * rows + limit - 1) // limit
     share = stretch[:-1].double() * GOLDEN % 1
     return edges[:-1] + (share * edges.diff()).long()

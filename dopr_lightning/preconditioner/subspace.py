@@ -62,7 +62,7 @@ def random_basis(
         (B, d, min(k, d)).
     """
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(blocks, dim, min(rank, dim), generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(blocks, dim, min(rank, dim), generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(gaussian)[0].to(device, dtype)
 
 
@@ -80,7 +80,8 @@ def probe(basis: Tensor, *, seed: int) -> Tensor:
     blocks, dim, k = basis.shape
     new = 0 if k == dim else int(FRESH * k)
     # On the CPU, whose stream is the same on every machine.
-    random = torch.randn(dim, new, generator=torch.Generator().manual_seed(seed)) / dim**0.5
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(dim, new, generator=generator, device="cpu") / dim**0.5
     fresh = pinned(random.to(basis.dtype), basis.device).to(basis.device, non_blocking=True)
     return torch.cat([basis[..., : k - new], fresh.expand(blocks, -1, -1)], dim=-1)
 
@@ -153,7 +154,7 @@ def core_eigenpairs(core_and_gram: Tensor, valid: Tensor, *, workers: int = 1) -
         good = valid & (info == 0) & gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
         if not good.all():
             # One bad block would make the whole batched call raise, so bad ones go on as blocks of the identity.
-            identity = torch.eye(core.shape[-1], dtype=core.dtype)
+            identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
             factor = torch.where(good[:, None, None], factor, identity)
             gram = torch.where(good[:, None, None], gram, identity)
         # With root = Y factor^-T the approximation is root root^T, and root^T root has its eigenvalues.

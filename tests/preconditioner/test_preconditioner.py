@@ -389,6 +389,20 @@ def test_copies_of_the_model_carry_no_live_hook() -> None:
     assert ap.summary()[0].rows == 16
 
 
+@pytest.mark.parametrize("options", [{"max_rows": 8}, {"solver": "lowrank", "overlap": True, "update_every": 2}])
+def test_the_default_device_does_not_matter(options: dict[str, Any]) -> None:
+    """Random columns and bases are drawn by a generator of the CPU, which refuses to draw on another device."""
+    model = mlp(5, 4, 3)
+    batches = [batch(seed) for seed in range(5)]
+    with torch.device("meta"):
+        ap = ActivationPreconditioner(model, **options)
+        for x in batches:
+            backward(model, x)
+            ap.step(measure=True)
+        ap.load_state_dict(ap.state_dict())
+        assert ap.summary()[0].rows
+
+
 def test_a_second_preconditioner_of_a_weight_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     def told(*others: nn.Module, **options: Any) -> list[str]:
         caplog.clear()
