@@ -10,8 +10,7 @@ and backward whatever the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Self
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.layers.together import gradients, one_shape, write
 from dopr_lightning.preconditioner.renewal import NUMBERS, Renewal, above_tail, known_fields, multipliers
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
-from dopr_lightning.preconditioner.stack import Failure, FinishRefresh, Stack, StackOptions, subtract_low_rank
+from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import probe, products, random_basis
 
 FIRST_RANK = 48
@@ -111,22 +110,8 @@ class LowRankStack(Stack):
         # Directions beyond the rank have coefficients of 0.
         return self._left[part].mT, self._right[part], self._inverse_floor[part, None, None]
 
-    @classmethod
-    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, deferred: bool = False) -> FinishRefresh:
-        alike: dict[Hashable, list[LowRankStack]] = {}
-        for stack, _ in due:
-            alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
-        renewals = [Renewal(members) for members in alike.values()]
-        solutions = [renewal.begin(deferred) for renewal in renewals]
-
-        def finish() -> dict[Stack, Tensor]:
-            pairs = zip(renewals, solutions, strict=True)
-            return {stack: outcome for renewal, solve in pairs for stack, outcome in renewal.adopt(solve())}
-
-        return finish
-
     def refresh(self, share: slice) -> Tensor:
-        return self.begin_refresh([(self, share)])()[self]
+        return begin_refresh([self])()[self]
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         failed = super().accept(outcome, step)
@@ -291,6 +276,24 @@ class LowRankStack(Stack):
         if self.options.ema:
             tensors["weight"] = self._fields.weight
         return {name: tensor[part] for name, tensor in tensors.items()}
+
+
+def begin_refresh(stacks: Sequence[LowRankStack], *, deferred: bool = False) -> Callable[[], dict[Stack, Tensor]]:
+    """:meth:`Stack.refresh` of several, those with equally many directions together, in two halves.
+
+    Args:
+        stacks: Their sums are complete.
+        deferred: The second half comes a step later. Where the host is idle, a thread works until then.
+
+    Returns:
+        The second half: called, it waits for the device and returns the outcome of each.
+    """
+    alike: dict[Hashable, list[LowRankStack]] = {}
+    for stack in stacks:
+        alike.setdefault((stack.device, stack.dtype, stack.tracked), []).append(stack)
+    renewals = [Renewal(members) for members in alike.values()]  # all are queued before a thread begins
+    begun = [(renewal, renewal.begin(deferred)) for renewal in renewals]
+    return lambda: {stack: outcome for renewal, solve in begun for stack, outcome in renewal.adopt(solve())}
 
 
 def add_rows(rows: Tensor, test: Tensor, image: Tensor, trace: Tensor) -> None:

@@ -2,7 +2,7 @@ r"""Capture activations, pool them over ranks, invert their covariance, rewrite 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from logging import getLogger
@@ -30,7 +30,7 @@ from dopr_lightning.preconditioner.refresh import labelled, refresh
 from dopr_lightning.preconditioner.replay import Replay
 from dopr_lightning.preconditioner.sharding import local, reshard
 from dopr_lightning.preconditioner.solvers import STACKS, Solver, make_stacks
-from dopr_lightning.preconditioner.stack import FinishRefresh, LayerRecord, Stack, StackOptions
+from dopr_lightning.preconditioner.stack import LayerRecord, Stack, StackOptions
 from dopr_lightning.preconditioner.summary import Alignment, Summary, SummaryRow, alignment, covered_rows, moments
 from dopr_lightning.preconditioner.threads import ToHost
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
@@ -539,7 +539,7 @@ class _Pending:
     """A refresh that is finished in the next step.
 
     Attributes:
-        finish: Of the stacks that are not done, see :meth:`Stack.begin_refresh`.
+        finish: Gives the outcomes of the stacks that are not done.
         done: The others.
         suspects: Layers with a gradient that no row of this rank has reached.
         download: The outcomes of ``done``, and whether the gradients of ``suspects`` are other than 0.
@@ -547,7 +547,7 @@ class _Pending:
         masked: Whether a mask may have left out rows.
     """
 
-    finish: FinishRefresh
+    finish: Callable[[], dict[Stack, Tensor]]
     done: Sequence[Stack]
     suspects: Sequence[Layer]
     download: ToHost

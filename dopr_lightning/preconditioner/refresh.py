@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dopr_lightning.preconditioner.distributed import Gathering, Reduction, assign, rank, world_size
-from dopr_lightning.preconditioner.lowrank import LowRankStack
-from dopr_lightning.preconditioner.stack import FinishRefresh, Stack
+from dopr_lightning.preconditioner.lowrank import LowRankStack, begin_refresh
+from dopr_lightning.preconditioner.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class Refreshed:
 
     Attributes:
         outcomes: What :meth:`Stack.accept` is to be told, on the device.
-        finish: Gives the same of stacks that are not done yet, see :meth:`Stack.begin_refresh`.
+        finish: If the refresh was deferred, gives the same of the low-rank stacks.
         bytes_sent: What this rank handed to collectives.
     """
 
     outcomes: dict[Stack, Tensor]
-    finish: FinishRefresh
+    finish: Callable[[], dict[Stack, Tensor]]
     bytes_sent: int
 
 
 def refresh(stacks: Sequence[Stack], group: dist.ProcessGroup | None, *, deferred: bool) -> Refreshed:
     """Pool the stacks' sums over ranks and find the inverses, each of the exact ones on one rank.
 
-    Communication is asynchronous: a kind of stack begins when what it needs has arrived.
+    Communication is asynchronous: the low-rank solver begins when all its sums have arrived, the others stack by stack.
+    They come between its two halves, where the host would only wait for the device.
 
     Args:
         stacks: The same on all ranks, in the same order.
@@ -47,20 +48,23 @@ def refresh(stacks: Sequence[Stack], group: dist.ProcessGroup | None, *, deferre
     with labelled("dopr::reduce"):
         reduction = Reduction([*(s.counts for s in stacks), *(s.sums for s in stacks)], group)
     shares = assign([s.blocks for s in stacks], [s.cost for s in stacks], world_size(group))
-    mine = [share[rank(group)] for share in shares]
+    low_rank = [stack for stack in stacks if isinstance(stack, LowRankStack)]
 
-    def due(kind: type[Stack]) -> Iterator[tuple[Stack, slice]]:
-        for index, stack in enumerate(stacks):
-            if type(stack) is kind:
-                reduction.wait(index)
-                reduction.wait(len(stacks) + index)
-                yield stack, mine[index]
+    def wait_for(index: int) -> None:
+        reduction.wait(index)
+        reduction.wait(len(stacks) + index)
 
     with labelled("dopr::solve"):
-        kinds = dict.fromkeys(type(stack) for stack in stacks)
-        finish = {kind: kind.begin_refresh(due(kind), deferred=deferred) for kind in kinds}
-        later = finish.pop(LowRankStack, dict) if deferred else dict
-        outcomes = {stack: outcome for kind in finish for stack, outcome in finish[kind]().items()}
+        for stack in low_rank:
+            wait_for(stacks.index(stack))
+        finish = begin_refresh(low_rank, deferred=deferred)
+        outcomes = {}
+        for index, stack in enumerate(stacks):
+            if stack not in low_rank:
+                wait_for(index)
+                outcomes[stack] = stack.refresh(shares[index][rank(group)])
+        if not deferred:
+            outcomes |= finish()
     with labelled("dopr::reduce"):
         shared = [(i, inverses) for i, stack in enumerate(stacks) if (inverses := stack.shared) is not None]
         gathering = Gathering([inverses for _, inverses in shared], [shares[i] for i, _ in shared], group)
@@ -68,7 +72,7 @@ def refresh(stacks: Sequence[Stack], group: dist.ProcessGroup | None, *, deferre
         for position in range(len(shared)):
             renewed.wait(position)
         gathering.wait()
-    return Refreshed(outcomes, later, reduction.bytes + gathering.bytes + renewed.bytes)
+    return Refreshed(outcomes, finish, reduction.bytes + gathering.bytes + renewed.bytes)
 
 
 def labelled(name: str) -> AbstractContextManager[Any]:

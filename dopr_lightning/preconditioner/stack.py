@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby, pairwise
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,10 +56,6 @@ class LayerRecord:
     refreshed_at: int | None = None
     failures: int = 0
     failures_in_a_row: int = 0
-
-
-FinishRefresh: TypeAlias = "Callable[[], dict[Stack, Tensor]]"
-"""The second part of a refresh: the outcomes, for :meth:`Stack.accept`."""
 
 
 class Stack(ABC):
@@ -207,20 +203,6 @@ class Stack(ABC):
             What :meth:`accept` needs to know on the host, (fields, blocks) in float64, mostly on the device. Fields
             0 to 2 are the rows, the trace of the covariance, and whether this rank has renewed the inverse.
         """
-
-    @classmethod
-    def begin_refresh(cls, due: Iterable[tuple[Self, slice]], *, deferred: bool = False) -> FinishRefresh:
-        """:meth:`refresh` stacks of this kind, in two parts.
-
-        Args:
-            due: Each stack with its share: its sums have arrived when ``due`` yields it.
-            deferred: The second part comes a step later. Whoever can, works until then.
-
-        Returns:
-            The second part: called, it returns the outcome of each.
-        """
-        outcomes: dict[Stack, Tensor] = {stack: stack.refresh(share) for stack, share in due}
-        return lambda: outcomes
 
     def accept(self, outcome: Sequence[Sequence[float]], step: int) -> list[Failure]:
         """Note what a refresh brought.

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
-from dopr_lightning.preconditioner.lowrank import FIRST_RANK, WARM_UP, LowRankStack
+from dopr_lightning.preconditioner.lowrank import FIRST_RANK, WARM_UP, LowRankStack, begin_refresh
 from dopr_lightning.preconditioner.stack import Stack
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
 
@@ -431,7 +431,7 @@ def test_stacks_renewed_together_are_renewed_as_each_alone(ema: float) -> None:
         for stack in ap._stacks:
             stack.close()
         others = copy.deepcopy(ap._stacks)
-        together = LowRankStack.begin_refresh((stack, slice(0, 1)) for stack in ap._stacks)()
+        together = begin_refresh(ap._stacks)()  # type: ignore[arg-type]
         for stack, other in zip(ap._stacks, others, strict=True):
             outcome = together[stack]
             torch.testing.assert_close(outcome, other.refresh(slice(0, 1)), equal_nan=True, rtol=1e-5, atol=1e-7)
