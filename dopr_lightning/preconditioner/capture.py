@@ -113,7 +113,7 @@ class Capture:
         """Take the hooks off the modules; graphs already built or compiled count no more."""
         self._unhook()
         self._taps.clear()
-        self.active = _never
+        self.active = lambda: False
 
     def count(self, layer: Layer, x: Tensor, mask: Tensor | None, *, lasts: bool) -> None:
         """Take the input of one call of ``layer`` from the backward, to whose end it lasts or not."""
@@ -139,16 +139,11 @@ class Capture:
     def _hook(self, tap: _Tap, module: nn.Module) -> None:
         # Next to the module's own forward, whatever hooks others add: so it is the same when it is put back.
         if tap.layer.functional:
-            enter = _WatchFunctional(tap)
-            self._handles.append(module.register_forward_pre_hook(enter))
-            leave = module.register_forward_hook(_UnwatchFunctional(enter), always_call=True, prepend=True)
-            self._handles.append(leave)
+            watch = _WatchFunctional(tap)
+            self._handles.append(module.register_forward_pre_hook(watch))
+            self._handles.append(module.register_forward_hook(watch.leave, always_call=True, prepend=True))
         else:
             self._handles.append(module.register_forward_hook(_TapOutput(tap), with_kwargs=True, prepend=True))
-
-
-def _never() -> bool:
-    return False
 
 
 class _Tap:
@@ -260,8 +255,11 @@ def _(gradient: Tensor, x: Tensor, mask: Tensor | None, key: Tensor) -> None:
 count_rows.register_effect(ORDERED)
 
 
-class _Unscriptable:
-    """A hook that says so."""
+class _Hook:
+    """A hook that copies of its module (EMA, target networks) carry without effect."""
+
+    def __init__(self, tap: _Tap | None = None) -> None:
+        self.tap = tap
 
     @property
     def __name__(self) -> str:
@@ -269,13 +267,6 @@ class _Unscriptable:
         raise AttributeError(
             "torch.jit.script compiles no model with a preconditioner, nor a copy of one: call its remove() first"
         )
-
-
-class _Hook(_Unscriptable):
-    """A hook that copies of its module (EMA, target networks) carry without effect."""
-
-    def __init__(self, tap: _Tap | None = None) -> None:
-        self.tap = tap
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return type(self), ()
@@ -308,15 +299,9 @@ class _WatchFunctional(_Hook):
             mode.__enter__()
         self.modes.append(mode)
 
-
-class _UnwatchFunctional(_Unscriptable):
-    """Forward hook, called after an exception too: stop watching."""
-
-    def __init__(self, watch: _WatchFunctional) -> None:
-        self.watch = watch
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        mode = self.watch.modes.pop() if self.watch.modes else None  # none if an earlier pre-hook failed
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, called after an exception too: stop watching."""
+        mode = self.modes.pop() if self.modes else None  # none if an earlier pre-hook failed
         if mode is not None:
             mode.__exit__(None, None, None)
 
