@@ -20,7 +20,7 @@ would be used too seldom. For an Embedding (``"diagonal"``) everything is linear
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from dopr_lightning.preconditioner.packed import panels
 
@@ -98,10 +98,13 @@ def layer_cost(size: LayerSize, method: Method) -> Cost:
     Raises:
         ValueError: An unknown solver.
     """
+    return Cost(*(size.blocks * each for each in astuple(_block_cost(size, method))))
+
+
+def _block_cost(size: LayerSize, method: Method) -> Cost:
     m, d, n, k = size.m, size.dim, size.rows, method.tracked
     if method.solver == "exact":
-        return _times(
-            size.blocks,
+        return Cost(
             statistics=2.0 * n * packed_size(d),
             solve=solve_flops(d, None) / (3 if method.factor else 1),
             apply=apply_flops(m, d, None),
@@ -111,8 +114,7 @@ def layer_cost(size: LayerSize, method: Method) -> Cost:
         )
     if method.solver == "lowrank":
         small = 2 * k + 6  # eigenvalues and coefficients; trace and its sum, floor and its inverse, error, weight
-        return _times(
-            size.blocks,
+        return Cost(
             statistics=statistics_flops(n, d, k),
             solve=solve_flops(d, k),
             apply=apply_flops(m, d, method.rank),
@@ -121,8 +123,7 @@ def layer_cost(size: LayerSize, method: Method) -> Cost:
             gathered=0,
         )
     if method.solver == "woodbury":
-        return _times(
-            size.blocks,
+        return Cost(
             statistics=0.0,
             solve=3.0 * n * n * d + n**3 / 3,
             apply=apply_flops(m, d, n),
@@ -132,14 +133,8 @@ def layer_cost(size: LayerSize, method: Method) -> Cost:
         )
     if method.solver == "diagonal":
         held, summed = NUMBER * 2 * d + COUNT, NUMBER * d + COUNT
-        return _times(size.blocks, statistics=n, solve=2.0 * d, apply=m * d, held=held, summed=summed, gathered=0)
+        return Cost(statistics=n, solve=2.0 * d, apply=m * d, held=held, summed=summed, gathered=0)
     raise ValueError(f"no cost is known for solver {method.solver!r}")
-
-
-def _times(
-    blocks: int, *, statistics: float, solve: float, apply: float, held: int, summed: int, gathered: int
-) -> Cost:
-    return Cost(blocks * statistics, blocks * solve, blocks * apply, blocks * held, blocks * summed, blocks * gathered)
 
 
 def packed_size(dim: int) -> int:

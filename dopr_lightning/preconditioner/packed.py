@@ -7,8 +7,6 @@ than its lower half (what a ``syrk`` does, which torch lacks), is kept once, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -38,21 +36,20 @@ class PackedSymmetric:
 
     def __init__(self, count: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dim = dim
-        self._starts, self._widths = zip(*panels(dim), strict=True)
         sizes = [(dim - start) * width for start, width in panels(dim)]
         self.flat = torch.zeros(count, sum(sizes), dtype=dtype, device=device)
-        parts = zip(self.flat.split(sizes, dim=1), self._starts, self._widths, strict=True)
-        self._panels = [part.unflatten(1, (dim - start, width)) for part, start, width in parts]
+        parts = zip(panels(dim), self.flat.split(sizes, dim=1), strict=True)
+        self._panels = [(start, width, part.unflatten(1, (dim - start, width))) for (start, width), part in parts]
 
     def add_gram(self, blocks: slice, rows: Tensor) -> None:
         r"""Add :math:`Z^\top Z` of ``rows`` (blocks, n, d) to the matrices ``blocks``."""
         transposed = rows.transpose(1, 2)
-        for start, width, panel in self._iterate():
+        for start, width, panel in self._panels:
             panel[blocks].baddbmm_(transposed[:, start:], rows[..., start : start + width])
 
     def trace(self) -> Tensor:
         """Traces, (count,)."""
-        first, *others = (panel.diagonal(dim1=1, dim2=2).sum(-1) for panel in self._panels)
+        first, *others = (panel.diagonal(dim1=1, dim2=2).sum(-1) for _, _, panel in self._panels)
         return sum(others, first)
 
     def lower(self, blocks: slice, scale: Tensor) -> Tensor:
@@ -62,14 +59,11 @@ class PackedSymmetric:
         """
         scale = scale[blocks].to(self.flat.dtype)[:, None, None]
         square = self.flat.new_empty(scale.shape[0], self.dim, self.dim)
-        for start, width, panel in self._iterate():
+        for start, width, panel in self._panels:
             torch.mul(panel[blocks], scale, out=square[:, start:, start : start + width])
         return square
 
     def store(self, blocks: slice, square: Tensor) -> None:
         """Overwrite the matrices ``blocks`` with symmetric ones, (blocks, d, d)."""
-        for start, width, panel in self._iterate():
+        for start, width, panel in self._panels:
             panel[blocks] = square[:, start:, start : start + width]
-
-    def _iterate(self) -> Iterator[tuple[int, int, Tensor]]:
-        return zip(self._starts, self._widths, self._panels, strict=True)
