@@ -18,7 +18,7 @@ from dopr_lightning.preconditioner.inverse import damped_cholesky, inverse_from_
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.layers.together import gradients, one_shape, write
 from dopr_lightning.preconditioner.packed import PackedSymmetric
-from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_matrix
+from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Stack, StackOptions
 
 WORKSPACE = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -167,7 +167,7 @@ class ExactStack(Stack):
     def spectrum(self, index: int) -> Spectrum | None:
         if not self._current[index]:
             return None
-        return spectrum_of_matrix(self.covariance(index))
+        return spectrum_of_eigenvalues(torch.linalg.eigvalsh(self.covariance(index).double()))
 
     def _prepare_load(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
         self.allocate()

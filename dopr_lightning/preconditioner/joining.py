@@ -57,7 +57,7 @@ class Joining:
             Whether it is held; else it is for the caller to count.
         """
         size = x.untyped_storage().nbytes()  # all of it stays for a view
-        if x.device.type not in DEVICES or not 0 < size <= LARGEST or x.numel() == 0 or not layer.joins(x):
+        if x.device.type not in DEVICES or x.numel() == 0 or size > LARGEST or not layer.joins(x):
             return False
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         if self._held and self._held[0].stream != stream:

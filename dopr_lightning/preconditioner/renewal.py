@@ -70,7 +70,8 @@ class Renewal:
         # Of this thread: another may be held to fewer.
         self.workers = torch.get_num_threads() if _host_is_idle(self.device) else 1
         self.dims = np.repeat([stack.dim for stack in stacks], self.sizes)
-        self.last = np.concatenate([stack.known.numpy() for stack in stacks]).astype(np.float64)
+        known = np.concatenate([stack.known.numpy() for stack in stacks])
+        self.number, self.last = known.dtype, known.astype(np.float64)
         last = known_fields(self.last, self.tracked)
         self.weight, share = collected(last.weight, self.options.ema)  # without ema, all of it new
         above, tail = above_tail(last.eigenvalues, last.trace, self.dims)
@@ -127,7 +128,7 @@ class Renewal:
         numbers = np.stack([trace, floor, np.take_along_axis(error, rank[:, None], 1)[:, 0], self.weight], axis=1)
         new = np.concatenate([eigenvalues, c, numbers], axis=1)
         with np.errstate(over="ignore"):  # a floor that is infinite leaves nothing of the gradient
-            known = np.where(good[:, None], new, self.last).astype(self._number)
+            known = np.where(good[:, None], new, self.last).astype(self.number)
         derived, fields = multipliers(known, self.tracked), known_fields(known, self.tracked)
         used = np.count_nonzero(fields.coefficients, axis=-1)
         outcome = [rows, seen, good, derived[:, -1], fields.error, used, needed * good, ample * good]
@@ -153,11 +154,6 @@ class Renewal:
         for stack, *part in parts:
             stack.renew(*part)
         return zip(self.stacks, solution.outcome.split(self.sizes, dim=1), strict=True)
-
-    @property
-    def _number(self) -> np.dtype[Any]:
-        """The stacks' dtype, of arrays."""
-        return self.stacks[0].known.numpy().dtype
 
     def _upload(self, numbers: Tensor) -> Tensor:
         """To the device in one piece."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dopr_lightning.preconditioner.cost import low_rank_is_cheaper
 from dopr_lightning.preconditioner.diagonal import DiagonalStack
 from dopr_lightning.preconditioner.exact import ExactStack
-from dopr_lightning.preconditioner.layers import Layer
+from dopr_lightning.preconditioner.layers import DiagonalLayer, Layer
 from dopr_lightning.preconditioner.lowrank import FIRST_RANK, LowRankStack
 from dopr_lightning.preconditioner.stack import Stack, StackOptions, gradient_shape
 from dopr_lightning.preconditioner.woodbury import WoodburyStack
@@ -36,10 +36,10 @@ def make_stacks(layers: Sequence[Layer], options: StackOptions, solver: Solver, 
     """
 
     def key(layer: Layer) -> tuple[Any, ...]:
-        return -layer.dim, layer.diagonal, str(layer.weight.dtype), str(layer.weight.device)
+        return -layer.dim, isinstance(layer, DiagonalLayer), str(layer.weight.dtype), str(layer.weight.device)
 
     def kind(layer: Layer) -> type[Stack]:
-        if layer.diagonal:
+        if isinstance(layer, DiagonalLayer):
             return DiagonalStack
         if solver == "lowrank" or (
             solver == "auto" and low_rank_is_cheaper(layer.dim, FIRST_RANK, options.update_every)

@@ -21,11 +21,6 @@ class Spectrum:
     effective_rank: float
 
 
-def spectrum_of_matrix(covariance: Tensor) -> Spectrum:
-    """Of covariances (blocks, d, d), whose lower triangles are read."""
-    return spectrum_of_eigenvalues(torch.linalg.eigvalsh(covariance.double()))
-
-
 def spectrum_of_eigenvalues(eigenvalues: Tensor) -> Spectrum:
     """Of eigenvalues (blocks, d), ascending."""
     eigenvalues = eigenvalues.double()

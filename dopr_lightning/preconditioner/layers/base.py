@@ -48,7 +48,6 @@ class Layer(ABC):
 
     Attributes:
         kind: The type for a person, ``"linear"``.
-        diagonal: Whether the covariance is diagonal: a :class:`DiagonalLayer`.
         functional: Its input is no argument of its module's forward; a functional linear within it uses the weight.
         part: Tells the layers of one module type apart; None where there is but one.
         submodules: Children of the module whose parameters belong to it since their forward is never called.
@@ -66,7 +65,6 @@ class Layer(ABC):
     """
 
     kind: str
-    diagonal: ClassVar[bool] = False
     functional: bool = False
     part: ClassVar[str | None] = None
     submodules: ClassVar[tuple[str, ...]] = ()
@@ -292,8 +290,6 @@ class MatrixLayer(DenseLayer):
 
 class DiagonalLayer(Layer):
     """A layer with one-hot rows: its covariance is the diagonal of the tokens' frequencies."""
-
-    diagonal = True
 
     @abstractmethod
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
