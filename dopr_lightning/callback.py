@@ -110,6 +110,7 @@ class DoPr(pl.Callback):
         self.preconditioners: list[ActivationPreconditioner | None] = []
         self._last: list[ActivationPreconditioner | None] = []  # those of a fit that has ended, for its summary
         self._masked_nothing = False  # and said so
+        self._without_gradients = False
         self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition
         # What a checkpoint held, until training starts; what a fit ended with, for a checkpoint saved after it. None
         # in between, when the preconditioners have it.
@@ -143,9 +144,8 @@ class DoPr(pl.Callback):
                 "Trainer(callbacks=[...]), not another or a copy"
             )
         with ExitStack() as stack:
-            for preconditioner in self.preconditioners:
-                if preconditioner is not None:
-                    stack.enter_context(preconditioner.mask(mask))
+            for preconditioner in self._made:
+                stack.enter_context(preconditioner.mask(mask))
             yield
 
     def summary(self) -> Summary:
@@ -197,10 +197,9 @@ class DoPr(pl.Callback):
         if len(trainer.optimizers) > 1 or any(_leaves_some_out(o, pl_module) for o in trainer.optimizers):
             self._remove()
             self.preconditioners = [self._for(optimizer, pl_module) for optimizer in trainer.optimizers]
-            made = [preconditioner for preconditioner in self.preconditioners if preconditioner is not None]
-            if not made:
+            if not self._made:
                 raise ValueError("nothing to precondition: no optimizer holds the weight of a layer that DoPr covers")
-            made[0].share_masks(made[1:])
+            self._made[0].share_masks(self._made[1:])
         if self._state:
             self._load(self._state["preconditioners"])
         self._state = None
@@ -239,11 +238,10 @@ class DoPr(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the last refresh while the model is on its device. Say so if no step came by."""
-        for preconditioner in self.preconditioners:
-            if preconditioner is not None:
-                preconditioner.settle()
+        for preconditioner in self._made:
+            preconditioner.settle()
         batches = steps_logged(trainer)
-        if batches and not any(p.steps for p in self.preconditioners if p):
+        if batches and not any(preconditioner.steps for preconditioner in self._made):
             if not pl_module.automatic_optimization:
                 why = (
                     "no step of an optimizer came by. Step what self.optimizers() returns; use_pl_optimizer=False "
@@ -269,8 +267,8 @@ class DoPr(pl.Callback):
         """Refuse a second rewriting of a gradient, and point out who may unfreeze what is not covered."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in callbacks[: callbacks.index(self)]:
-            for earlier in other.preconditioners if isinstance(other, DoPr) else []:
-                if earlier is not None and (shared := sorted(preconditioner.covered & earlier.covered)):
+            for earlier in other._made if isinstance(other, DoPr) else []:
+                if shared := sorted(preconditioner.covered & earlier.covered):
                     raise ValueError(
                         f"{shared[0]}: two DoPr callbacks cover it, and would precondition its gradient twice; give "
                         "each an include of its own"
@@ -316,6 +314,10 @@ class DoPr(pl.Callback):
         else:
             self._state = state_dict
 
+    @property
+    def _made(self) -> list[ActivationPreconditioner]:
+        return [preconditioner for preconditioner in self.preconditioners if preconditioner is not None]
+
     def _for(self, optimizer: Optimizer, model: pl.LightningModule) -> ActivationPreconditioner | None:
         try:
             return ActivationPreconditioner(model, parameters=_parameters(optimizer), **self.options)
@@ -346,9 +348,8 @@ class DoPr(pl.Callback):
                 self._remove()
 
     def _remove(self) -> None:
-        for preconditioner in self.preconditioners:
-            if preconditioner is not None:
-                preconditioner.remove()
+        for preconditioner in self._made:
+            preconditioner.remove()
         self.preconditioners, self._frozen = [], ()
 
 
