@@ -108,9 +108,7 @@ class CompositeOptimizer(Optimizer):
         if theirs != mine:
             raise ValueError(
                 f"the checkpoint's optimizer has groups of {theirs} parameters, this one's of {mine}; resume with the "
-                "base and the roles that the run was started with, or start anew from its weights (earlier versions "
-                "gave Muon the matrices of FiLM and adaptive norms, position embeddings and depthwise kernels too, and "
-                "decayed the magnitudes of weight_norm)"
+                "base and the roles that the run was started with, or start anew from its weights"
             )
         # Its groups' options would take the place of ours, and a step look for those that it has not.
         options = [part.defaults.keys() for part in self.parts for _ in part.param_groups]
