@@ -91,25 +91,20 @@ def find_coverage(
     frozen: list[Layer] = []
     found: dict[Hashable, list[Layer]] = {}  # by the weight: modules may share one
     for name, module in named_modules(root):
-        refused = _left_out(name, include, exclude)
+        left_out = reason = _left_out(name, include, exclude)
         layers = layers_of(name, module, conv=conv, bias=bias, max_dim=max_dim)
         if chosen is not None and any(layer.homogeneous and id(layer.bias) not in chosen for layer in layers):
             layers = layers_of(name, module, conv=conv, bias=False, max_dim=max_dim)
         used = []
-        reason = refused
         for layer in layers:
-            reason = refused
-            if not layer.weight.requires_grad:
-                if refused is None:
-                    frozen.append(layer)
-                reason = refused or FROZEN
-            elif chosen is not None and id(layer.weight) not in chosen:
-                reason = OTHERS
+            reason = left_out or _not_trained(layer, chosen)
             if reason is None:
                 used.append(layer)
                 found.setdefault(layer.key, []).append(layer)
-            else:
-                reasons |= dict.fromkeys(layer.parameter_names, reason)
+                continue
+            reasons |= dict.fromkeys(layer.parameter_names, reason)
+            if reason == FROZEN:
+                frozen.append(layer)
         reasons = not_covered(name, module, used, None if used else reason) | reasons
     covered = []
     for twins in found.values():
@@ -131,6 +126,13 @@ def find_coverage(
     taken = {name for layer in covered for name in layer.parameter_names}
     reasons = {name: reason for name, reason in reasons.items() if name in positions and name not in taken}
     return Coverage(covered, frozen, reasons, positions)
+
+
+def _not_trained(layer: Layer, chosen: Collection[int] | None) -> str | None:
+    """Why a layer's weight is not among what is trained here, or None."""
+    if not layer.weight.requires_grad:
+        return FROZEN
+    return OTHERS if chosen is not None and id(layer.weight) not in chosen else None
 
 
 def _root(model: nn.Module) -> nn.Module:
