@@ -118,7 +118,7 @@ class DoPr(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Of its state in checkpoints: told from another's of the same trainer by what each covers."""
+        """The key of its state in checkpoints, which tells several DoPr of a trainer apart by what they cover."""
         chosen = {name: sorted(globs) for name in ("include", "exclude") if (globs := self.options[name])}
         return self._generate_state_key(**chosen) if chosen else super().state_key
 

@@ -37,10 +37,10 @@ def mean_over_rows(sums: Tensor, counts: Tensor) -> None:
 
 
 def usable(trace: Numbers, damping: Numbers, dtype: torch.dtype) -> Numbers:
-    """Which covariances of a dtype can be inverted, (blocks,), and their damping, by which gradients may be divided.
+    """Which covariances can be inverted in a dtype, (blocks,): all is finite, and the damping not too small a divisor.
 
-    No rows at all have a trace of 0, and a row with NaN or infinity shows in it. A layer whose inputs are all 0 learns
-    nothing from them.
+    NaN or infinity in a row shows in the trace. It is 0 where there were no rows, or only zeros, from which a layer
+    learns nothing.
     """
     limits = torch.finfo(dtype)
     return (damping > limits.tiny) & (trace + damping <= limits.max)

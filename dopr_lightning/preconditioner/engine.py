@@ -48,7 +48,7 @@ def within_torch_func() -> bool:
 
 
 class Listener(Protocol):
-    """Whom it concerns that something is being compiled."""
+    """What is to be told when a compilation begins."""
 
     def compiling(self) -> None: ...
 

@@ -39,7 +39,7 @@ class ExactStack(Stack):
 
     Attributes:
         factors: Whether the solutions are factors.
-        solution: They themselves.
+        solution: The inverses or factors.
     """
 
     solver = "exact"
@@ -78,7 +78,8 @@ class ExactStack(Stack):
         return count
 
     def refresh(self, share: slice) -> Tensor:
-        # Dividing d^2 sums by their rows would cost a pass over them: who reads them does it, unless they are averaged.
+        # Dividing the d^2 sums by their rows costs a pass over them, so lower() does it on the way, unless they are
+        # averaged.
         self._per_row = self.counts.clamp(min=1).to(self.dtype).reciprocal()
         traces = self._packed.trace() * self._per_row
         damping = self._damping(traces)
@@ -88,7 +89,7 @@ class ExactStack(Stack):
             self._running.update(self._packed.flat, valid)
             self._packed.flat.copy_(self._running.value)
             self._per_row.fill_(1)
-            # Need not be asked for: an average of usable ones is usable.
+            # usable() need not be asked again: an average of usable covariances is usable.
             damping = self._damping(self._packed.trace())
         good = torch.zeros_like(valid)
         chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
@@ -99,7 +100,7 @@ class ExactStack(Stack):
                 solution, renewed = inverse_from_cholesky(solution, renewed)
             good[part] = renewed & valid[part]
             if len(solution) == self.blocks and known_good(good):
-                self.solution = solution.contiguous()  # nothing of the last ones stays: no copy
+                self.solution = solution.contiguous()  # all are new: no copy
             else:
                 keep_last_good(solution, self.solution[part], good[part])
         return torch.stack([self.counts.double(), traces, good])

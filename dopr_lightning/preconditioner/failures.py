@@ -17,7 +17,7 @@ log = getLogger(__name__)
 
 
 def unseen(layer: Layer, others: Sequence[Layer], *, masked: bool, before: bool) -> str:
-    """That its gradient has no rows, with the likeliest cause.
+    """The message that a layer's gradient has no rows, with the likeliest cause.
 
     Args:
         layer: The layer.
@@ -47,7 +47,7 @@ def unseen(layer: Layer, others: Sequence[Layer], *, masked: bool, before: bool)
 
 
 def too_inexact(stack: LowRankStack, consequence: str) -> str:
-    """That the tolerance needs more directions than there are, and what comes of it."""
+    """The message that the tolerance needs more directions than may be tracked, and what comes of it."""
     worst = max(range(len(stack.layers)), key=stack.errors.__getitem__)
     return (
         f"{stack.layers[worst].name}: {stack.tracked} of {stack.dim} directions leave a certified error of "

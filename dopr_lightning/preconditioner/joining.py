@@ -96,7 +96,7 @@ class Joining:
             for calls in alike.values():
                 for run in _side_by_side(calls):
                     inputs = [one.x for one in run]
-                    # Where this makes a stack another, that has the layers in the same order.
+                    # This may replace a stack (Woodbury's by an exact one); the new one keeps the layers' order.
                     self._count([one.layer for one in run], inputs[0] if len(run) == 1 else torch.cat(inputs))
         if stream is not None:  # at the backward's end the engine has joined its queues already
             torch.cuda.current_stream(stream.device).wait_stream(stream)

@@ -106,7 +106,7 @@ class LowRankStack(Stack):
         return self._left[part, :r].mT, self._right[part, :r], scale
 
     def _fixed_update(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of blocks, without a number that a refresh changes on the host."""
+        """The same for some blocks, of tensors only: a recording would keep a number of the host as it was."""
         # Directions beyond the rank have coefficients of 0.
         return self._left[part].mT, self._right[part], self._inverse_floor[part, None, None]
 

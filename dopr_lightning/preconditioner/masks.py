@@ -11,11 +11,11 @@ log = getLogger(__name__)
 
 
 class Masks:
-    """What layers made of the masks since the last step.
+    """Remembers whether a mask has fitted a layer since the last step.
 
     Attributes:
-        fitted: Whether one did.
-        shared: These and others that are given the same masks, which need fit a layer of one of them only.
+        fitted: Whether one has.
+        shared: All that are given the same masks, itself included; a mask need only fit a layer of one of them.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Masks:
         self.fitted |= fits
 
     def report(self) -> None:
-        """Say once that they fitted none, and forget them. Until all that share them have, one may fit yet."""
+        """Warn once if they fitted none, and forget them. Until all that share them have reported, one may fit yet."""
         self._last = self._shape, self.fitted
         last = [masks._last for masks in self.shared if masks._last is not None]
         shape = next((shape for shape, _ in last if shape is not None), None)

@@ -41,7 +41,7 @@ WITHOUT_FLOAT64 = frozenset({"mps"})
 """Types of devices that lack it."""
 
 _in_use: WeakSet[ActivationPreconditioner] = WeakSet()
-"""Those that were given no optimizer's parameters, and so rewrite at every step, and were not removed."""
+"""Those of whole models (no ``parameters=``) that were not removed: two of one layer both rewrite its gradient."""
 
 
 class ActivationPreconditioner:
@@ -159,7 +159,7 @@ class ActivationPreconditioner:
         self._due = False
         self._overlap = overlap
         self._pending: _Pending | None = None
-        self._unused: set[str] = set()  # layers without an inverse for whom an early refresh was in vain
+        self._unused: set[str] = set()  # layers without an inverse for which an early refresh was in vain
         reshard(model)
         if process_group is None:  # else the model may be one stage of several, and they share their patterns
             check_patterns(model, include or (), exclude)
@@ -225,7 +225,7 @@ class ActivationPreconditioner:
 
     @property
     def frozen(self) -> Sequence[Layer]:
-        """What is left out since its weight was frozen; one that is unfrozen later is an error of :meth:`step`."""
+        """Layers left out because their weight is frozen; :meth:`step` raises if one is unfrozen later."""
         return self._coverage.frozen
 
     @torch.no_grad()
@@ -314,7 +314,7 @@ class ActivationPreconditioner:
         return self._capture.mask(mask)
 
     def share_masks(self, others: Iterable[ActivationPreconditioner]) -> None:
-        """Warn of masks only where they fit no layer of the others either: all of them are given the same ones."""
+        """Warn of a mask only if it fits no layer of the others either, which are all given the same masks."""
         together = [self._masks, *(other._masks for other in others)]
         for masks in together:
             masks.shared = together
@@ -339,7 +339,7 @@ class ActivationPreconditioner:
         return Summary(sorted(rows, key=lambda row: self._coverage.order(row.parameter)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, of model and preconditioner at once, has no thread, and watches its own model."""
+        """For copies of model and preconditioner at once: the copy hooks its own model."""
         self.settle()
         watching = ("_joining", "_replay", "_audit", "_capture", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in watching}
@@ -457,6 +457,7 @@ class ActivationPreconditioner:
         self._stack_of.update(dict.fromkeys(new.layers, new))
 
     def _take(self, layer: Layer, x: Tensor, mask: Tensor | None, lasts: bool) -> None:
+        """Capture's sink: hold one input to count it with others, or count it now."""
         with self._lock:
             if self._pending is not None:  # the number of directions must not change in an open window
                 self.settle()

@@ -84,10 +84,10 @@ class Renewal:
         self._download = ToHost(facts, torch.cat(cores, dim=1))
 
     def _factors(self, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the sums, of the identity and of each direction in the average, in units of its trace, (B, 2 + k).
+        """What the average is made of: factors of the sums, of the identity and of each direction, (B, 2 + k).
 
-        On the device, where the sums are. And before them what :meth:`solve` needs to know: rows, this refresh's trace,
-        and that of the average, (3, B).
+        In units of its trace, and on the device, where the sums are. Returned second; first comes what :meth:`solve`
+        needs to know, (3, B): rows, this refresh's trace, and that of the average.
 
         Args:
             past: The new statistics' share, and of the past, times its own: trace, tail, and eigenvalues above that.
@@ -190,7 +190,7 @@ def known_fields(known: Any, tracked: int) -> Known:
 
 
 def multipliers(known: NDArray[Any], tracked: int) -> NDArray[Any]:
-    """What the update multiplies with: each direction's coefficient by the floor, and 1 by it, (B, k + 1)."""
+    """What the update multiplies with: each direction's coefficient, and 1, divided by the floor, (B, k + 1)."""
     fields = known_fields(known, tracked)
     return np.concatenate([fields.coefficients, np.ones_like(fields.floor)[:, None]], axis=1) / fields.floor[:, None]
 

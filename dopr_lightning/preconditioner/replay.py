@@ -173,7 +173,7 @@ def _recordable(stack: Stack) -> bool:
 
 
 def _half(stacks: Sequence[Stack]) -> list[Stack]:
-    """Some of them, with about half of all weights; none of one."""
+    """Some of them, with about half of all weights; empty if there is only one."""
     halves: tuple[list[Stack], list[Stack]] = [], []
     for stack in sorted(stacks, key=lambda stack: stack.entries, reverse=True):
         min(halves, key=lambda half: sum(other.entries for other in half)).append(stack)

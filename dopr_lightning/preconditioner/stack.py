@@ -108,7 +108,7 @@ class Stack(ABC):
 
     @cached_property
     def entries(self) -> int:
-        """Of the layers' weights; counted once, since every step may ask."""
+        """Entries of the layers' weights, in all; counted once, since every step may ask."""
         return sum(layer.weight.numel() for layer in self.layers)
 
     @property
@@ -118,15 +118,15 @@ class Stack(ABC):
 
     @property
     def addresses(self) -> Hashable:
-        """What :meth:`apply` reads besides the gradients, if a refresh only changes what is there; None if it does not.
+        """Where :meth:`apply` reads from besides the gradients, if refreshes renew that in place; None if they do not.
 
-        Launches that were recorded (:mod:`~dopr_lightning.preconditioner.replay`) can then be made again.
+        Only then can its launches be recorded and replayed (:mod:`~dopr_lightning.preconditioner.replay`).
         """
         return None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the statistics, whatever autocast does: bf16 sums lose small directions, fp16 overflows."""
+        """The statistics', whatever autocast does: bf16 sums lose small directions, fp16 overflows."""
         return torch.promote_types(self.layers[0].weight.dtype, torch.float32)
 
     def allocate(self) -> None:
@@ -360,16 +360,16 @@ class Failure:
 
 
 def gradient_shape(layer: Layer) -> tuple[Any, ...]:
-    """Layers with equal ones may share batched calls, and stand side by side in a stack: what is theirs is a view."""
+    """Layers with equal ones share batched calls; they stand side by side in a stack, so that their part is a view."""
     return layer.kind, layer.blocks, tuple(layer.weight.shape)
 
 
 @lru_cache(maxsize=64)
 def spread(rows: int, limit: int) -> Tensor:
-    """The ``limit`` of so many rows that are used: one of each of as many stretches.
+    """Which ``limit`` of ``rows`` rows are used: one from each of as many stretches.
 
-    Where in its stretch goes by the golden ratio. At equal distances it could be the same token of every sequence, or a
-    few columns of every image.
+    The place within a stretch goes by the golden ratio: rows at equal distances could be the same token of every
+    sequence, or a few columns of every image.
     """
     stretch = torch.arange(limit + 1, device="cpu")
     edges = (stretch * rows + limit - 1) // limit

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many."""
+    """Let PyTorch use so many threads."""
     before = torch.get_num_threads()
     if before == count:  # set by whoever started this thread, and restored there
         yield
