@@ -86,13 +86,9 @@ class AdaMuon(MatrixOptimizer):
 
     def _step(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
         weights = [as_matrix(p) for p in parameters]
-        gradients = [p.grad.reshape(w.shape) for p, w in zip(parameters, weights, strict=True)]  # type: ignore[union-attr]
-        momenta = [as_matrix(self._state(p)["momentum_buffer"]) for p in parameters]
-        variances = [as_matrix(self._state(p)["variance"]) for p in parameters]
+        directions, variances = self._directions(parameters, group), self._buffers(parameters, "variance")
         beta, eps = group["momentum"], group["eps"]
 
-        torch._foreach_lerp_(momenta, gradients, 1 - beta)
-        directions = torch._foreach_lerp(gradients, momenta, beta) if group["nesterov"] else momenta
         stacked = orthogonalize(torch.stack(list(torch._foreach_sign(directions))))
         updates = list(stacked.unbind())  # views: what is done to them is done to the stack
         torch._foreach_mul_(variances, beta)
@@ -111,7 +107,7 @@ class AdaMuon(MatrixOptimizer):
 
     def _spectral_norms(self, parameters: Sequence[Tensor], stacked: Tensor) -> Tensor:
         """Of every matrix of the stack, estimated from below: power iteration from where the last step's ended."""
-        states = [self._state(p) for p in parameters]
+        states = [self.state[p] for p in parameters]
         for state in states:
             if "direction" not in state:
                 # Noise, since anything regular may be orthogonal to the matrix, as ones are behind a LayerNorm.
@@ -125,13 +121,6 @@ class AdaMuon(MatrixOptimizer):
         for state, direction in zip(states, right.squeeze(2).unbind(), strict=True):
             state["direction"] = direction
         return norms
-
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["variance"] = torch.zeros_like(parameter)
-        return state
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:

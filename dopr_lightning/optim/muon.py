@@ -37,6 +37,20 @@ class MatrixOptimizer(Optimizer):
         """Step parameters that are matrices of one shape."""
         raise NotImplementedError
 
+    def _directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The gradients as matrices, averaged by the momentum, or by Nesterov's."""
+        gradients = [p.grad.reshape(p.shape[0], -1) for p in parameters]  # type: ignore[union-attr]
+        momenta, beta = self._buffers(parameters, "momentum_buffer"), group["momentum"]
+        torch._foreach_lerp_(momenta, gradients, 1 - beta)
+        return list(torch._foreach_lerp(gradients, momenta, beta)) if group["nesterov"] else momenta
+
+    def _buffers(self, parameters: Sequence[Tensor], name: str) -> list[Tensor]:
+        """A state of every parameter, 0 at first, as matrices."""
+        for p in parameters:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [as_matrix(self.state[p][name]) for p in parameters]
+
 
 class Muon(MatrixOptimizer, torch.optim.Muon):
     """:class:`torch.optim.Muon` that also takes parameters of more than two dimensions, flattened behind the first.
@@ -58,15 +72,7 @@ class Muon(MatrixOptimizer, torch.optim.Muon):
 
     def _step(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
         weights = [as_matrix(p) for p in parameters]
-        gradients = [p.grad.reshape(w.shape) for p, w in zip(parameters, weights, strict=True)]  # type: ignore[union-attr]
-        for p in parameters:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [as_matrix(self.state[p]["momentum_buffer"]) for p in parameters]
-        beta = group["momentum"]
-        torch._foreach_lerp_(momenta, gradients, 1 - beta)
-        directions = torch._foreach_lerp(gradients, momenta, beta) if group["nesterov"] else momenta
-        stacked = torch.stack(list(directions))
+        stacked = torch.stack(self._directions(parameters, group))
         updates = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], weights[0].shape)
