@@ -136,17 +136,11 @@ def _not_trained(layer: Layer, chosen: Collection[int] | None) -> str | None:
 
 
 def _root(model: nn.Module) -> nn.Module:
-    """The model itself, whatever wraps it."""
-    while (inside := _inside(model)) is not None:
-        model = inside
-    return model
-
-
-def _inside(model: nn.Module) -> nn.Module | None:
-    """The model that DistributedDataParallel, ``torch.compile`` or Fabric wrapped; None if ``model`` is no wrapper."""
+    """The model itself, without DistributedDataParallel, ``torch.compile`` or Fabric around it."""
     if isinstance(model, DistributedDataParallel):
-        return model.module
-    return next((child for name, child in model.named_children() if not public_name(name)), None)
+        return _root(model.module)
+    wrapped = next((child for name, child in model.named_children() if not public_name(name)), None)
+    return model if wrapped is None else _root(wrapped)
 
 
 def check_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
