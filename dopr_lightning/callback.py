@@ -261,28 +261,6 @@ class DoPr(pl.Callback):
         """Take the hooks off: Lightning skips ``teardown`` after an exception."""
         self._stop()
 
-    def _look_around(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, preconditioner: ActivationPreconditioner
-    ) -> None:
-        """Refuse a second rewriting of a gradient, and point out who may unfreeze what is not covered."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks[: callbacks.index(self)]:
-            for earlier in other._made if isinstance(other, DoPr) else []:
-                if shared := sorted(preconditioner.covered & earlier.covered):
-                    raise ValueError(
-                        f"{shared[0]}: two DoPr callbacks cover it, and would precondition its gradient twice; give "
-                        "each an include of its own"
-                    )
-        tuners = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
-        if tuners and preconditioner.frozen:
-            exclude = [*self.options["exclude"], *_frozen_globs(preconditioner, pl_module)]
-            log.warning(
-                "%s may unfreeze layers in the middle of the fit, which DoPr then stops; to leave those that are "
-                "frozen now to the base optimizer: DoPr(exclude=%s)",
-                type(tuners[0]).__name__,
-                exclude,
-            )
-
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -313,6 +291,28 @@ class DoPr(pl.Callback):
             self._load(state_dict["preconditioners"])
         else:
             self._state = state_dict
+
+    def _look_around(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, preconditioner: ActivationPreconditioner
+    ) -> None:
+        """Refuse a second rewriting of a gradient, and point out who may unfreeze what is not covered."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks[: callbacks.index(self)]:
+            for earlier in other._made if isinstance(other, DoPr) else []:
+                if shared := sorted(preconditioner.covered & earlier.covered):
+                    raise ValueError(
+                        f"{shared[0]}: two DoPr callbacks cover it, and would precondition its gradient twice; give "
+                        "each an include of its own"
+                    )
+        tuners = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+        if tuners and preconditioner.frozen:
+            exclude = [*self.options["exclude"], *_frozen_globs(preconditioner, pl_module)]
+            log.warning(
+                "%s may unfreeze layers in the middle of the fit, which DoPr then stops; to leave those that are "
+                "frozen now to the base optimizer: DoPr(exclude=%s)",
+                type(tuners[0]).__name__,
+                exclude,
+            )
 
     @property
     def _made(self) -> list[ActivationPreconditioner]:
