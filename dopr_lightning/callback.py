@@ -108,7 +108,7 @@ class DoPr(pl.Callback):
         check_options(**self.options, log_every=log_every)
         self.log_every = log_every
         self.preconditioners: list[ActivationPreconditioner | None] = []
-        self._last: list[ActivationPreconditioner | None] = []  # those of a fit that has ended, for its summary
+        self._last: list[ActivationPreconditioner] = []  # those of a fit that has ended, for its summary
         self._masked_nothing = False  # and said so
         self._without_gradients = False
         self._frozen: Sequence[Layer] = ()  # where an optimizer holds nothing to precondition
@@ -157,7 +157,7 @@ class DoPr(pl.Callback):
         Raises:
             RuntimeError: No fit with this very callback has begun.
         """
-        made = [one for one in self.preconditioners or self._last if one is not None]
+        made = self._made or self._last
         if not made:
             raise RuntimeError(
                 "this DoPr has nothing to say yet: no Trainer that has it in callbacks=[...] has begun a fit. Before "
@@ -341,7 +341,7 @@ class DoPr(pl.Callback):
 
     def _stop(self) -> None:
         if self.preconditioners:
-            self._last = self.preconditioners
+            self._last = self._made
             try:
                 self._state = self.state_dict()
             finally:

@@ -111,8 +111,9 @@ class MupSpec:
         """Rescale the initial values of a freshly built model, in place, and return it.
 
         Do this once, before training or loading, and before the model is copied (an EMA, a target network): readouts
-        shrink to fan_in^-1, biases that torch drew stay as large as in the base model, all else is right as it is. So are biases that were set: a constant, or entries that torch's
-        draw cannot give (a forget gate's 1, a detector's prior).
+        shrink to fan_in^-1, biases that torch drew stay as large as in the base model, all else is right as it is. So
+        are biases that were set: a constant, or entries that torch's draw cannot give (a forget gate's 1, a detector's
+        prior).
 
         Args:
             model: A new model of the family.
