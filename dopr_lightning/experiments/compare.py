@@ -105,9 +105,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     tuning_episodes = options.tuning_episodes or options.episodes
     grid = [(arm, rate, seed) for arm in arms for rate in rates for seed in tuning_seeds]
     trials = [
-        trial(
-            arm, rate, seed, f"tuning/{arm.name}/{_tuning_folder(rate, seed)}", task["selection_seed"], tuning_episodes
-        )
+        trial(arm, rate, seed, f"tuning/{arm.name}/lr-{rate:g}-seed-{seed}", task["selection_seed"], tuning_episodes)
         for arm, rate, seed in grid
     ]
     tuned = dict(zip(grid, run_all(trials, options.workers), strict=True))
@@ -165,11 +163,6 @@ def _refuse_lost_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) 
     lost |= {f"seed {seed}" for entry in old for seed in entry["seeds"] if seed not in seeds}
     if lost:
         raise UserError(f"{path} also has {', '.join(sorted(lost))}; name them again too, or choose another --output")
-
-
-def _tuning_folder(rate: float, seed: int) -> str:
-    """The first seed's is named as when there was but one."""
-    return f"lr-{rate:g}" + (f"-seed-{seed}" if seed != TUNING_SEED else "")
 
 
 def _tuned(rate: float, outcomes: Sequence[Outcome]) -> dict[str, Any]:

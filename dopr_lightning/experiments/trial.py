@@ -143,7 +143,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     if changed := _changed(old, settings):
         raise _other_settings(folder, changed)
-    if old.get(DATA) and old[DATA] != settings[DATA]:  # older folders do not say
+    if old.get(DATA) != settings.get(DATA):  # of a whole comparison or sweep; a trial has none
         raise UserError(
             f"{folder} holds runs on demonstrations with sha256 {old[DATA][:12]}, and here they have "
             f"{settings[DATA][:12]}: the data changed; choose another --output"

@@ -226,8 +226,6 @@ def test_tuning_may_take_several_seeds(
     assert main(arguments(tmp_path / "out", *grid, "--seeds", "0")) == 0
     assert [trial.seed for trial in trials] == [TUNING_SEED, TUNING_SEED + 1] * 2 + [0]
     assert len({trial.folder for trial in trials}) == len({trial.name for trial in trials}) == 5
-    # The first seed's folders are those of a comparison that tunes with one.
-    assert [t.folder.name for t in trials[:4]] == ["lr-0.001", "lr-0.001-seed-1001", "lr-0.003", "lr-0.003-seed-1001"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["budget"]["tuning_runs_per_arm"] == 4
     assert results["arms"][0]["lr"] == 3e-3
@@ -267,15 +265,11 @@ def test_runs_on_other_demonstrations_are_not_taken_for_these(
     monkeypatch.setattr(compare, "run_all", made_up)
     command = arguments(tmp_path / "out", "--optimizers", "adamw", "--seeds=0")
     assert main(command) == 0
-    whole, settings = ToyTask.load, tmp_path / "out" / "settings.json"
+    whole = ToyTask.load
     monkeypatch.setattr(ToyTask, "load", lambda self: replace(whole(self), sha256="def"))
     assert main(command) == 2
     said = "holds runs on demonstrations with sha256 abc, and here they have def: the data changed; choose another"
     assert said in capsys.readouterr().err
-    old = json.loads(settings.read_text())
-    del old["data_sha256"]  # as a folder of an earlier version
-    settings.write_text(json.dumps(old))
-    assert main(command) == 0
 
 
 @pytest.mark.parametrize("order", ["adamw,dopr-adamw", "dopr-adamw,adamw"])

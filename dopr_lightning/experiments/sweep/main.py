@@ -127,7 +127,6 @@ def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
 def _constant(config: Mapping[str, Any], scales: Sequence[str]) -> dict[str, Any]:
     """The configuration without what is swept: the same for all runs, and for later ones in the same folder."""
     same = Point(0.0, 0.0, 0.0 if dopr_of(config) is not None else None, **dict.fromkeys(ROLES, 0.0)).put_into(config)
-    same["model"]["optimizer"]["lr_by_role"].pop("condition")  # folders from before it could be swept have none
     for key in scales:
         same["model"]["network"]["init_args"].pop(key, None)
     return same
