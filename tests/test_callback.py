@@ -580,6 +580,7 @@ def test_a_mask_of_a_callback_that_no_trainer_has_is_pointed_out(
 
 def test_a_summary_of_all_optimizers_is_there_during_a_fit_and_after_it(tmp_path: Path) -> None:
     dopr, model, during = DoPr(damping=GAMMA), Game(), []
+    model.critic = nn.Linear(5, 1)
 
     class Look(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -594,6 +595,8 @@ def test_a_summary_of_all_optimizers_is_there_during_a_fit_and_after_it(tmp_path
     covered = {row.parameter: row.rows for row in dopr.summary() if row.covered}
     assert covered.keys() == {name for name, p in model.named_parameters() if p.ndim == 2}
     assert all(covered.values())
+    reasons = {row.parameter: row.reason for row in ActivationPreconditioner(model).summary()}
+    assert {row.parameter: row.reason for row in dopr.summary()} == reasons
     with pytest.raises(RuntimeError, match="nothing to say"):
         copy.deepcopy(dopr).summary()
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dopr_lightning.preconditioner.coverage import OTHERS
 from dopr_lightning.preconditioner.lowrank import LowRankStack
 from dopr_lightning.preconditioner.stack import Stack
 
@@ -80,13 +81,12 @@ class Summary(list[SummaryRow]):
 
 
 def joined(summaries: Sequence[Summary]) -> Summary:
-    """One summary of a model whose layers several preconditioners share: each parameter by the one that covers it."""
+    """One summary of a model whose layers several preconditioners share: each says what is of its own optimizer."""
     chosen: dict[str, list[SummaryRow]] = {}
     for summary in summaries:
         for parameter, rows in groupby(summary, lambda row: row.parameter.partition("[")[0]):
-            found = list(rows)
-            if parameter not in chosen or any(row.covered for row in found):
-                chosen[parameter] = found
+            if parameter not in chosen or chosen[parameter][0].reason == OTHERS:
+                chosen[parameter] = list(rows)
     return Summary(chain.from_iterable(chosen.values()))
 
 
