@@ -151,17 +151,18 @@ class DoPr(pl.Callback):
     def summary(self) -> Summary:
         """One row per parameter: covered, with the size and spectrum of its covariance, or why not. Prints as a table.
 
-        Of the fit that runs, or of the last one. Costs an eigenvalue decomposition per exactly solved layer. With
-        ``overlap`` it finishes a refresh, so that all ranks must call it where one does in the middle of a fit.
+        Of the fit that runs, or of the last one, whose statistics stay on its device until the next. Costs an
+        eigenvalue decomposition per exactly solved layer. With ``overlap`` it finishes a refresh, so that all ranks
+        must call it where one does in the middle of a fit.
 
         Raises:
-            RuntimeError: No fit with this very callback has begun.
+            RuntimeError: No fit with this very callback has begun in this process.
         """
         made = self._made or self._last
         if not made:
             raise RuntimeError(
-                "this DoPr has nothing to say yet: no Trainer that has it in callbacks=[...] has begun a fit. Before "
-                "one, print(ActivationPreconditioner(model).summary())"
+                "this DoPr has nothing to say yet: no Trainer that has it in callbacks=[...] has begun a fit in "
+                "this process. Before one, print(ActivationPreconditioner(model).summary())"
             )
         return joined([preconditioner.summary() for preconditioner in made])
 

@@ -324,6 +324,8 @@ class ActivationPreconditioner:
         self._removed = True
         self._pending = None
         _in_use.discard(self)
+        self._joining.clear()
+        self._replay = Replay()
         self._capture.remove()
         self._audit.remove()
 

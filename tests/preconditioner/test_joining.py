@@ -196,6 +196,23 @@ def test_a_backward_that_fails_leaves_nothing_that_the_next_one_would_not_count(
     compare(pair(solver="exact", ema=0.5), monkeypatch, backward)
 
 
+def test_what_was_removed_holds_no_input_and_no_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoPr keeps it for its summary, also after a backward that failed."""
+    monkeypatch.setattr(joining, "DEVICES", ("cpu",))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ap = ActivationPreconditioner(model)
+    h = model[0](torch.randn(3, 4))
+    h.register_hook(lambda gradient: gradient[:, 0])
+    with pytest.raises(RuntimeError, match="has changed the size"):
+        model[1](h).sum().backward()
+    assert ap._joining._held
+    ap._replay._recordings[()] = None
+    ap.remove()
+    assert not ap._joining._held
+    assert not ap._replay._recordings
+    assert len(ap.summary()) == 4
+
+
 def test_an_input_that_is_overwritten_before_the_end_is_an_error_that_names_the_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
