@@ -31,6 +31,7 @@ from dopr_lightning.experiments.trial import (
     Record,
     Trial,
     check_settings,
+    common_steps,
     note_settings,
     write_json,
 )
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         "task": task["id"],
         "metric": task["metric"],
         "budget": {
-            "steps": task["steps"],
+            "steps": common_steps(found.values(), task["steps"]),
             "batch_size": task["batch_size"],
             "train_episodes": task["train_episodes"],
             "parameters": task["parameters"],

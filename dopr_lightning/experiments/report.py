@@ -97,7 +97,7 @@ def print_table(results: Mapping[str, Any]) -> None:
 
     metric = METRIC_LABELS[results["metric"]]
     episodes = results["budget"]["episodes_per_seed"]
-    table = Table(title=f"{results['task']}: {results['budget']['steps']} steps, {episodes} rollouts per seed")
+    table = Table(title=f"{results['task']}: {_length(results)}, {episodes} rollouts per seed")
     for heading in ("optimizer", "lr", "seeds", "val loss", metric, "95 % interval", "train s"):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for arm in results["arms"]:
@@ -165,11 +165,15 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axes.set_title("difference, seed by seed", fontsize=10)
         labels = [f"{entry['name']}\n- {entry['against']}" for entry in pairs]
         axes.set_xticks(range(len(pairs)), [label.replace("+", "\n+") for label in labels], rotation=20, fontsize=8)
-    budget = results["budget"]
     figure.suptitle(
-        f"{results['task']}, {budget['steps']} steps; dots: seeds, bars: means, lines: 95 % intervals", fontsize=9
+        f"{results['task']}, {_length(results)}; dots: seeds, bars: means, lines: 95 % intervals", fontsize=9
     )
     figure.savefig(path, dpi=150)
+
+
+def _length(results: Mapping[str, Any]) -> str:
+    steps = results["budget"]["steps"]
+    return "no common number of steps" if steps is None else f"{steps} steps"
 
 
 def _number(value: float) -> float | None:

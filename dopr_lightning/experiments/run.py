@@ -72,8 +72,10 @@ class _Progress(Callback):
         self.seconds = 0.0
         self.diverged = torch.tensor(False)
 
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.trained = True
+        steps = trainer.estimated_stepping_batches  # infinite where time decides
+        self._steps = trainer.max_steps if math.isinf(steps) else int(steps)
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
@@ -86,11 +88,11 @@ class _Progress(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
         # On the device: it is read, and waited for, with every report only.
         self.diverged = self.diverged.to(module.device) | ~outputs["loss"].isfinite()
-        if trainer.global_step % max(1, trainer.max_steps // 100) == 0:
-            self._report(self._name, trainer.global_step, trainer.max_steps)
+        if trainer.global_step % max(1, self._steps // 100) == 0:
+            self._report(self._name, trainer.global_step, self._steps)
             if self.diverged:
                 raise DivergedError(
-                    f"diverged: the training loss is not finite, by step {trainer.global_step} of {trainer.max_steps}"
+                    f"diverged: the training loss is not finite, by step {trainer.global_step} of {self._steps}"
                 )
 
     def on_train_end(self, *_: Any) -> None:
@@ -150,4 +152,5 @@ def _train_and_judge(trial: Trial, report: Report) -> Record:
         train_seconds=progress.seconds,
         settings=trial.settings,
         versions=versions(),
+        steps=trainer.global_step,
     )

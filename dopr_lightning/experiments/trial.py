@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Record:
         train_seconds: Wall-clock seconds of training, without validation and rollouts.
         settings: Of the trial.
         versions: Of the packages it was run with.
+        steps: That its training took; older records do not say.
     """
 
     val_loss: float
@@ -85,6 +86,7 @@ class Record:
     train_seconds: float
     settings: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
 
     @property
     def mean(self) -> float:
@@ -108,6 +110,12 @@ class Failure:
 
 
 Outcome = Record | Failure
+
+
+def common_steps(outcomes: Iterable[Outcome], planned: int) -> int | None:
+    """The steps that every run took, or was to take if none says; None if they differ, or nobody knows."""
+    taken = {outcome.steps for outcome in outcomes if isinstance(outcome, Record) and outcome.steps} or {planned}
+    return taken.pop() if len(taken) == 1 and taken != {-1} else None
 
 
 def load_outcome(trial: Trial) -> Outcome | None:

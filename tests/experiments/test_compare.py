@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from toy_task import CONFIG, FIRST_SEED, ToyTask
+from toy_task import CONFIG, FIRST_SEED, STEPS, ToyTask
 
 from dopr_lightning.cli import main
-from dopr_lightning.experiments import compare, runner
+from dopr_lightning.experiments import compare, display, runner
 from dopr_lightning.experiments.compare import TUNING_SEED
 from dopr_lightning.experiments.runner import KILLED
 from dopr_lightning.experiments.trial import Failure, Outcome, Record, Trial
@@ -130,6 +130,19 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments(output, "--optimizers", "dopr-muon"), "--seeds=0", "--damping=0.1"]) == 2
     assert "damping: 0.01 -> 0.1" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_length_in_epochs_is_told_in_the_steps_that_were_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    epochs = ("--trainer.max_steps=-1", "--trainer.max_epochs=2", "--optimizers=adamw", "--seeds=0,1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(display.Display, "progress", lambda self, *progress: seen.append(progress))
+        assert main(arguments(tmp_path / "out", *epochs)) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["budget"]["steps"] == 2 * STEPS
+    assert f"DoprToy-v0: {2 * STEPS} steps, 3 rollouts per seed" in capsys.readouterr().out
+    assert ("adamw seed 0", 2 * STEPS, 2 * STEPS) in seen
 
 
 def test_an_arm_that_diverges_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,15 @@ from dopr_lightning.experiments.sweep.report import (
     transfer_results,
     trial_results,
 )
-from dopr_lightning.experiments.trial import DATA, Failure, Trial, check_settings, note_settings, write_json
+from dopr_lightning.experiments.trial import (
+    DATA,
+    Failure,
+    Trial,
+    check_settings,
+    common_steps,
+    note_settings,
+    write_json,
+)
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.proxy import OVERLAY, RESULTS, dopr_of, grid_ends, identity
 from dopr_lightning.versions import versions
@@ -171,7 +179,7 @@ def _results(plan: Plan, task: Mapping[str, Any], episodes: int, outcomes: Outco
             for width, keywords in plan.keywords.items()
         ],
         "budget": {
-            "steps": task["steps"],
+            "steps": common_steps(outcomes.values(), task["steps"]),
             "batch_size": task["batch_size"],
             "train_episodes": task["train_episodes"],
             "episodes_per_run": episodes,
