@@ -119,7 +119,7 @@ def _judge(verb: str, arguments: list[str], project: Project) -> None:
     if any(argument.partition("=")[0] == "--ckpt" for argument in arguments):
         from dopr_lightning.evaluation import run
 
-        run(verb, arguments)  # the checkpoint says whose classes it is of
+        run(verb, arguments, project.command)  # the checkpoint says whose classes it is of
     else:
         _train(verb, arguments, project)
 

@@ -30,24 +30,26 @@ from dopr_lightning.training import quiet
 log = logging.getLogger(__name__)
 
 
-def run(verb: str, arguments: Sequence[str]) -> None:
+def run(verb: str, arguments: Sequence[str], command: str = "dopr") -> None:
     """Run ``dopr validate --ckpt FILE`` or ``dopr test --ckpt FILE``.
 
     Args:
         verb: ``"validate"`` or ``"test"``.
         arguments: With ``--ckpt``; further ones change rollouts, trainer, or where the demonstrations lie.
+        command: What is typed before the verb.
 
     Raises:
         UserError: The checkpoint cannot be rebuilt, or is not of what is here.
     """
     quiet()
-    found = Parser(prog=f"dopr {verb}", add_help=False, allow_abbrev=False)
+    prog = f"{command} {verb}"
+    found = Parser(prog=prog, add_help=False, allow_abbrev=False)
     found.add_argument("--ckpt", required=True)
     path = found.parse_known_args(arguments)[0].ckpt
     held = checkpoint.read(path)
     record = held[checkpoint.KEY]
 
-    options = _parsed(verb, arguments, record)
+    options = _parsed(prog, arguments, record)
     checkpoint.check_versions(record, options.accept_versions)
     data = RecordedData(record, _demonstrations(record, options))
     if data.environment is not None:
@@ -121,10 +123,10 @@ def _nothing(batch: Any, batch_idx: int) -> None:
     """The step on an empty batch."""
 
 
-def _parsed(verb: str, arguments: Sequence[str], record: Mapping[str, Any]) -> Namespace:
+def _parsed(prog: str, arguments: Sequence[str], record: Mapping[str, Any]) -> Namespace:
     """The options, with trainer's and rollout's objects made; the checkpoint's own values are the defaults."""
     parser = LightningArgumentParser(
-        prog=f"dopr {verb}",
+        prog=prog,
         description="Judge a checkpoint: policy, data and environment are those it was trained with",
         exit_on_error=False,
         allow_abbrev=False,

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """
     options = _parser(project.command).parse_intermixed_args(arguments)
     questions = _questions()
-    given = _given(options.answers, questions) | {"project_name": options.name}
+    given = _given(project.command, options.answers, questions) | {"project_name": options.name}
     if template := next((key for key in NAMES if "{" in given.get(key, "")), None):  # cookiecutter would fill it in
         raise UserError(f"{template} must be a line of printable characters without braces, got {given[template]!r}")
     import_extra("cookiecutter", "template")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists; choose another name, or --output")
     _bake(given, options.output)
-    _say(folder, answers, questions)
+    _say(project.command, folder, answers, questions)
 
 
 def _questions() -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _questions() -> dict[str, Any]:
     return {key: value for key, value in asked.items() if not key.startswith("_")}
 
 
-def _given(pairs: Sequence[str], questions: Mapping[str, Any]) -> dict[str, Any]:
+def _given(command: str, pairs: Sequence[str], questions: Mapping[str, Any]) -> dict[str, Any]:
     """``["task=pusht", "mup=no"]`` as answers.
 
     Raises:
@@ -59,7 +59,7 @@ def _given(pairs: Sequence[str], questions: Mapping[str, Any]) -> dict[str, Any]
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"{pair!r}: answers are given as key=value, task=pusht say; see: dopr new --help")
+            raise UserError(f"{pair!r}: answers are given as key=value, task=pusht say; see: {command} new --help")
         if key == "project_name":
             raise UserError("project_name is NAME, the first argument")
         if key not in questions:
@@ -109,7 +109,7 @@ def _bake(given: Answers, output: Path) -> None:
         )
 
 
-def _say(folder: Path, answers: Answers, questions: Mapping[str, Any]) -> None:
+def _say(command: str, folder: Path, answers: Answers, questions: Mapping[str, Any]) -> None:
     print(f"made {folder}")
     for key, asked in questions.items():
         answer = answers[key]
@@ -120,7 +120,8 @@ def _say(folder: Path, answers: Answers, questions: Mapping[str, Any]) -> None:
         instead = ", ".join(other for other in others if other != answer)
         print(f"  {key:<13} {shown:<18} {f'or {instead}' if instead else ''}".rstrip())
     print(
-        f"to choose otherwise, remove it and say: dopr new {shlex.quote(answers['project_name'])} task=pusht mup=no\n"
+        f"to choose otherwise, remove it and say: {command} new {shlex.quote(answers['project_name'])} task=pusht "
+        "mup=no\n"
         "next:\n"
         f"  cd {shlex.quote(str(folder))}\n"
         f"  make quickstart{_library()}   # creates .venv, installs, trains\n"

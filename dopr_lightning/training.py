@@ -180,8 +180,8 @@ class CLI(LightningCLI):
             proxy.FLAG,
             type=str | None,
             default=None,
-            help="the --output of a dopr sweep of this configuration: train with the learning rate, weight decay and "
-            "damping it found on narrower networks, under its muP",
+            help=f"the --output of a {self.project.command} sweep of this configuration: train with the learning rate, "
+            "weight decay and damping it found on narrower networks, under its muP",
         )
         parser.add_argument(
             "--accept_versions",

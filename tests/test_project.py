@@ -127,10 +127,15 @@ def test_its_options_are_not_the_librarys(capsys: pytest.CaptureFixture[str]) ->
 def test_help_says_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([], OWN) == 0
     assert "usage: toy VERB" in capsys.readouterr().out
-    for verb in ("fit", "compare", "sweep", "coord-check"):
+    for verb in ("fit", "compare", "sweep", "coord-check", "bench", "demos", "new"):
         with pytest.raises(SystemExit):
             main([verb, "--help"], OWN)
-        assert f"xample: toy {verb} " in " ".join(capsys.readouterr().out.split())
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"xample: toy {verb} " in said
+        assert not re.search(r"\bdopr (fit|compare|sweep|new)\b", said)
+    for arguments in (["test", "--ckpt"], ["new", "my-robot", "pusht"]):
+        assert main(arguments, OWN) == 2
+        assert f"see: toy {arguments[0]} --help" in capsys.readouterr().err
 
 
 def test_the_librarys_own_classes_are_not_named() -> None:

@@ -251,13 +251,13 @@ def _parser(command: str) -> Parser:
         description="Train a configuration's network for a few steps at several widths on one small batch, and measure "
         "how its activations and updates depend on the width. Under muP they must not: a learning rate, initial values "
         "or an architecture that do not follow its rules show as an exponent, and the exit status is 1. Any option of "
-        "'dopr fit' may follow (--model.optimizer.lr 1e-3).",
+        f"'{command} fit' may follow (--model.optimizer.lr 1e-3).",
         example="--config humanoid.yaml --optimizers dopr-adamw,dopr-muon --output runs/check",
     )
     parser.add_argument(
         "--optimizers",
         default="adamw,dopr-adamw,dopr-muon",
-        help="comma-separated, as in dopr compare; default: %(default)s",
+        help=f"comma-separated, as in {command} compare; default: %(default)s",
     )
     parser.add_argument(
         "--widths",

@@ -204,14 +204,14 @@ def sweep_parser(command: str) -> Parser:
         command,
         "sweep",
         description="Train one task at several widths and values of its hyperparameters, and report how far the best "
-        "values move with the width, under muP and under the standard parametrisation. Any option of 'dopr fit' may "
-        "follow (--trainer.max_steps 500). Finished runs are reused and interrupted ones resumed.",
+        "values move with the width, under muP and under the standard parametrisation. Any option of "
+        f"'{command} fit' may follow (--trainer.max_steps 500). Finished runs are reused and interrupted ones resumed.",
         example="--config humanoid.yaml --optimizer dopr-adamw --widths 64,128,256,512 "
         f"--lr-octaves 2 --output runs/sweep; then: {command} fit --config humanoid.yaml --config dopr.yaml "
         "--model.network.width 2048 --mup.from_sweep runs/sweep",
     )
     add = parser.add_argument
-    add("--optimizer", help="as in dopr compare, dopr-muon say; default: the configuration's")
+    add("--optimizer", help=f"as in {command} compare, dopr-muon say; default: the configuration's")
     add(
         "--widths",
         required=True,
