@@ -384,8 +384,9 @@ class ActivationPreconditioner:
             loaded = make_stacks(self._coverage.layers, options, self._solver, pooled=pooled)
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
         self.discard()
-        for old, new in zip(list(self._stacks), loaded, strict=True):
-            self._replace(old, new)
+        self._replay.forget()
+        self._stacks = loaded
+        self._stack_of.update({layer: stack for stack in loaded for layer in stack.layers})
         self._capture.listen(self.collecting)
 
     def _loaded(self, stack: Stack, saved: Mapping[str, Any]) -> Stack:

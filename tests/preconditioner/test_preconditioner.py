@@ -362,6 +362,15 @@ def test_a_state_of_the_beginning_is_the_beginning(options: dict[str, Any]) -> N
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_state_of_the_beginning_is_loaded_after_one_layer_went_elsewhere() -> None:
+    model = mlp(5, 5, 5)
+    ap = ActivationPreconditioner(model)
+    start = ap.state_dict()
+    next(module for module in model.modules() if isinstance(module, nn.Linear)).float()
+    ap.load_state_dict(start)
+    assert sum(row.covered for row in ap.summary()) == 2
+
+
 def test_state_of_another_model_is_refused() -> None:
     wide_model = mlp(5, 4, 3)
     small, wide = (ActivationPreconditioner(m, update_every=2) for m in (mlp(5, 3), wide_model))
