@@ -84,7 +84,7 @@ def _warn_of_other_versions(finished: Iterable[Outcome]) -> None:
 def attempt(trial: Trial, report: Report) -> Outcome:
     """Run a trial. Exceptions stay in the worker: not all of them can be sent."""
     try:
-        from dopr_lightning.experiments.run import run_trial  # with Lightning, which takes seconds
+        from dopr_lightning.experiments.run_trial import run_trial  # with Lightning, which takes seconds
 
         return run_trial(trial, report)
     except Exception as error:

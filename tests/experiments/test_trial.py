@@ -14,7 +14,7 @@ from toy_environment import Toy
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.run import run_trial
+from dopr_lightning.experiments.run_trial import run_trial
 from dopr_lightning.experiments.trial import DivergedError, Failure, Record, Trial, load_outcome
 from dopr_lightning.rollout.callback import SELECTION_OFFSET, RolloutEvaluation
 from dopr_lightning.training import resolve
