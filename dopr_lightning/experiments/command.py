@@ -107,7 +107,7 @@ def refuse_dopr(config: Mapping[str, Any], flag: str = "--optimizers") -> None:
         UserError: It is there.
     """
     if dopr_of(config) is not None:
-        raise UserError(f"the configuration brings DoPr; leave it out there, {flag} says which are to have it")
+        raise UserError(f"the configuration brings DoPr; leave it out there, {flag} says who has it")
 
 
 def quiet_building() -> None:

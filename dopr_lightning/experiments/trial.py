@@ -78,7 +78,7 @@ class Record:
         train_seconds: Wall-clock seconds of training, without validation and rollouts.
         settings: Of the trial.
         versions: Of the packages it was run with.
-        steps: That its training took; older records do not say.
+        steps: Optimizer steps that its training took; None where that is not known.
     """
 
     val_loss: float
