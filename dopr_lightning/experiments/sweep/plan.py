@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 from dopr_lightning.errors import Parser, UserError, output_folder
@@ -77,6 +78,11 @@ class Plan:
     product: bool
     project: Project
 
+    @cached_property
+    def points(self) -> list[Point]:
+        """The hyperparameters of all runs."""
+        return points(self.centre, self.values, self.product)
+
     @property
     def cells(self) -> list[Cell]:
         """All runs, the quick ones first."""
@@ -84,7 +90,7 @@ class Plan:
             Cell(width, parametrization, point, seed)
             for width in self.keywords
             for parametrization in self.parametrizations
-            for point in points(self.centre, self.values, self.product)
+            for point in self.points
             for seed in self.seeds
         ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates, points
+from dopr_lightning.experiments.sweep.grid import Cell, Parametrization, Point, candidates
 from dopr_lightning.experiments.sweep.plan import Plan
 from dopr_lightning.experiments.sweep.transfer import COARSEST, Array, analyse
 from dopr_lightning.experiments.trial import Failure, Outcome, Record
@@ -105,13 +105,11 @@ def _losses(
                 found.append(outcome.val_loss if measure == "val_loss" else -outcome.mean)
         return np.array(found)
 
-    every = points(plan.centre, plan.values, plan.product)
-    return np.array(
-        [
-            min(map(of, candidates(name, value, plan.centre, every, plan.product)), key=lambda row: float(np.mean(row)))
-            for value in plan.values[name]
-        ]
-    )
+    def best(value: float) -> Array:
+        chosen = candidates(name, value, plan.centre, plan.points, plan.product)
+        return min(map(of, chosen), key=lambda row: float(np.mean(row)))
+
+    return np.array([best(value) for value in plan.values[name]])
 
 
 def _finite(value: Any) -> Any:
