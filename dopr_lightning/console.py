@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dopr_lightning.callback import DoPr
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.callback import RolloutEvaluation
+from dopr_lightning.saving import LastCheckpoint
 from dopr_lightning.words import METRIC_LABELS, duration
 
 QUIET_PARTS = 10
@@ -31,10 +32,12 @@ class Narrator(Callback):
     def __init__(self, bar: bool) -> None:
         self.bar = bar
         self._since = (0.0, 0)
+        self._said = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what is about to happen, now that nothing stands in its way."""
         self._since = (time.perf_counter(), trainer.global_step)
+        self._said = trainer.global_step
         log_dir = trainer.log_dir  # a collective call: on every rank
         if not trainer.is_global_zero or not isinstance(pl_module, PolicyModule):
             return
@@ -65,14 +68,16 @@ class Narrator(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         """Without a bar, say now and then how far it is."""
         step, steps = trainer.global_step, trainer.max_steps
-        if self.bar or steps <= 0 or not trainer.is_global_zero or step % max(1, steps // QUIET_PARTS):
+        part = max(1, steps // QUIET_PARTS)
+        # Batches of one step pass by with the same count, and manual optimization may leave some out.
+        if self.bar or steps <= 0 or not trainer.is_global_zero or step // part == self._said // part:
             return
+        self._said = step
         began, first = self._since
-        left = (time.perf_counter() - began) / max(1, step - first) * (steps - step)
-        print(
-            f"step {step} of {steps}: training loss {outputs['loss'].item():.4g}, about {duration(left)} left",
-            flush=True,
-        )
+        left = (time.perf_counter() - began) / (step - first) * (steps - step)
+        loss = outputs.get("loss")  # none of manual optimization, or of a batch that was passed over
+        said = "" if loss is None else f"training loss {float(loss):.4g}, "
+        print(f"step {step} of {steps}: {said}about {duration(left)} left", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how good the averaged weights are, on the seeds that choose a checkpoint."""
@@ -86,8 +91,8 @@ class Narrator(Callback):
         self._say(trainer, "reported", "test/loss")
         if not trainer.is_global_zero:
             return
-        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
-        where = [f"checkpoint: {last}"] if last else []
+        savers = (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, LastCheckpoint))
+        where = [f"checkpoint: {saver.last_model_path}" for saver in savers if saver.last_model_path]
         if log_dir:
             drawn = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
             where.append(f"curves: tensorboard --logdir {log_dir}" if drawn else f"logged: {log_dir}")

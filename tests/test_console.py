@@ -9,6 +9,8 @@ import pytest
 from toy_task import CONFIG
 
 from dopr_lightning.cli import main
+from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.project import Project
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -63,3 +65,39 @@ def test_a_bar_runs_over_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert "v_num" not in out
     assert "training loss" not in out
     assert "reported: " in out
+
+
+def test_a_step_is_said_once_however_many_batches_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--trainer.max_steps=4", "--trainer.accumulate_grad_batches=3"]) == 0
+    said = re.findall(r"^step (\d+) of 4: training loss", capsys.readouterr().out, re.M)
+    assert said == ["1", "2", "3", "4"]
+
+
+class PassesOver(PolicyModule):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+class Manual(PolicyModule):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+@pytest.mark.parametrize("policy", [PassesOver, Manual])
+def test_a_batch_need_not_have_a_loss(policy: type[PolicyModule], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--trainer.max_steps=4"], Project(policy=policy)) == 0
+    assert re.search(r"^step 1 of 4: about .* left$", capsys.readouterr().out, re.M)
+
+
+def test_the_last_checkpoint_is_named_beside_another_savers(capsys: pytest.CaptureFixture[str]) -> None:
+    other = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+    assert main([*FIT, other, "--trainer.max_steps=4"]) == 0
+    assert re.search(r"^checkpoint: .*last\.ckpt ", capsys.readouterr().out, re.M)
