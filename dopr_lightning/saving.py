@@ -42,6 +42,7 @@ class LastCheckpoint(ModelCheckpoint):
             The file, or nothing if there is to be none.
         """
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._last_checkpoint_saved = ""  # of an earlier step: nothing for save_last="link" to lead to
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.last_model_path if self._last_global_step_saved == trainer.global_step else ""
 

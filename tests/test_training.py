@@ -235,6 +235,12 @@ def test_resume_between_epochs_of_some_batches(tmp_path: Path) -> None:
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "resumed"))
 
 
+def test_a_last_checkpoint_that_is_a_link_is_of_the_end_too(tmp_path: Path) -> None:
+    train(tmp_path, "--checkpoint.save_last=link", "--trainer.max_steps=6", "--checkpoint.every_n_train_steps=4")
+    assert saved(tmp_path)["global_step"] == 6
+    assert torch.load(tmp_path / "step=4.ckpt", weights_only=True)["global_step"] == 4
+
+
 def test_another_runs_last_checkpoint_is_not_left_beside(tmp_path: Path) -> None:
     train(tmp_path, "--trainer.max_steps=4")
     before = saved(tmp_path)
