@@ -58,12 +58,9 @@ def run(verb: str, arguments: Sequence[str], command: str = "dopr") -> None:
     policy = rebuild(path, held)
     if data.demonstrations is None:
         policy.validation_step = policy.test_step = _nothing  # type: ignore[method-assign]
-    callbacks = [
-        options.rollout,
-        Narrator(bar=False),
-        Stopwatch(image_sizes(record)),
-        *(options.trainer.pop("callbacks", None) or []),
-    ]
+    given = options.trainer.pop("callbacks", None) or []
+    given = given if isinstance(given, list) else [given]
+    callbacks = [options.rollout, Narrator(bar=False), Stopwatch(image_sizes(record)), *given]
     trainer = Trainer(**options.trainer.as_dict(), callbacks=callbacks)
     # With its path, or on a SLURM machine Lightning would take the weights of a preempted run that lies here.
     getattr(trainer, verb)(policy, datamodule=data, ckpt_path=path)

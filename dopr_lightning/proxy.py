@@ -76,7 +76,6 @@ def dopr_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         UserError: DoPr is there, and is not the last.
     """
     callbacks = config["trainer"].get("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     found = [index for index, callback in enumerate(callbacks) if callback["class_path"].rpartition(".")[2] == "DoPr"]
     if not found:
         return None

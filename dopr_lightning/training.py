@@ -103,6 +103,8 @@ class CLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
+        if isinstance(config["trainer.callbacks"], Namespace):  # one, which Lightning takes without a list
+            config["trainer.callbacks"] = [config["trainer.callbacks"]]
         if config.get("mup.from_sweep") is not None:
             self._take_from_sweep(config, sys.argv[1:] if args is None else args)
         # A run's checkpoints are first written at its first validation; who judges one only reads where they lie.

@@ -157,6 +157,14 @@ def test_options_go_on_top(trained: Path) -> None:
     assert [line["seed"] for line in lines()] == [7, 8, 9, 10]
 
 
+def test_one_callback_needs_no_list(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Lightning's Trainer has it."""
+    timer = "--trainer.callbacks=lightning.pytorch.callbacks.Timer"
+    assert main(["test", f"--ckpt={trained}", timer, "--rollout.report_episodes=0"]) == 0
+    assert main(["fit", "--config", CONFIG, "--trainer.callbacks=dopr_lightning.DoPr", "--trainer.max_steps=4"]) == 0
+    assert "optimizer: DoPr-adamw" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", ["--model.seed=3", "--rollout.episods=3", "--trainer.max_step=3"])
 def test_other_options_are_refused(option: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", "--ckpt", str(trained), option]) == 2
