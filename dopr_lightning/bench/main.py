@@ -47,6 +47,11 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     # Read when torch is loaded: its profiler talks on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if options.device == "cuda" and (options.model is None or options.rates == "measured"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no GPU that PyTorch can use")
     if options.model is not None:
         from dopr_lightning.bench.elsewhere import main as predict
 
@@ -70,8 +75,6 @@ def _measure(options: Any) -> None:
     chosen = workloads(names, _sizes(options.batch) if options.batch else None)
     if options.quick:  # the smallest batch of each
         chosen = list({workload.name: workload for workload in reversed(chosen)}.values())[::-1]
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that PyTorch can use")
     if options.tf32 and options.device != "cuda":
         raise UserError("--tf32: only GPUs have it; add --device cuda")
     if options.tf32:

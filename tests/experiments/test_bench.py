@@ -324,9 +324,14 @@ def test_any_model_can_be_asked_about(tmp_path: Path) -> None:
         (["--model", "nowhere:make"], "nowhere"),
         (["--model", "math:pi"], "--model math:pi"),
         (["--model", "llama-3.1-8b", "--ranks", "2"], "--rates h100"),
+        (["--device", "cuda"], "--device cuda: this machine has no GPU"),
+        (["--model", "mlp-256", "--device", "cuda"], "--device cuda: this machine has no GPU"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_measured(options: list[str], complaint: str, tmp_path: Path) -> None:
+def test_mistakes_are_named_before_anything_is_measured(
+    options: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=complaint):
         main([*options, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
