@@ -29,7 +29,8 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameters in stackable([p for p in group["params"] if p.grad is not None]):
+            # Of layers that may have no inputs, a condition's say, the weights may be empty.
+            for parameters in stackable(p for p in group["params"] if p.grad is not None and p.numel()):
                 self._step(parameters, group)
         return loss
 
@@ -39,7 +40,7 @@ class MatrixOptimizer(Optimizer):
 
     def _directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The gradients as matrices, averaged by the momentum, or by Nesterov's."""
-        gradients = [p.grad.reshape(p.shape[0], -1) for p in parameters]  # type: ignore[union-attr]
+        gradients = [p.grad.flatten(1) for p in parameters]  # type: ignore[union-attr]
         momenta, beta = self._buffers(parameters, "momentum_buffer"), group["momentum"]
         torch._foreach_lerp_(momenta, gradients, 1 - beta)
         return list(torch._foreach_lerp(gradients, momenta, beta)) if group["nesterov"] else momenta
@@ -92,7 +93,7 @@ def as_matrix(parameter: Tensor, algorithm: str = "Muon") -> Tensor:
             f"{algorithm} sees a kernel of shape {tuple(parameter.shape)} as a matrix, which its memory layout "
             "(channels_last?) does not allow; make the parameter contiguous"
         )
-    return parameter.view(parameter.shape[0], -1)
+    return parameter.flatten(1)
 
 
 def stackable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

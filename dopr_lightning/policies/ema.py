@@ -112,10 +112,10 @@ class EMA(WeightAveraging):
         pl_module._device_mesh = mesh
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the copy up to date with the model, which is now set up and on its device."""
+        """Bring the copy up to date with the model, which is now set up, on its device and in its precision."""
         average = self._average_model
         assert average is not None
-        average.module.to(pl_module.device)
+        trainer.precision_plugin.convert_module(average.module).to(pl_module.device)
         if is_sharded(pl_module):
             copy = cast(pl.LightningModule, average.module)
             copy._device_mesh = pl_module._device_mesh

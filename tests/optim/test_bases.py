@@ -290,6 +290,18 @@ def test_no_gradient_is_no_step(scale: str) -> None:
     torch.testing.assert_close(dead, start - 0.1 * 0.2 / (1 if scale == "rms" else math.sqrt(3)))
 
 
+@pytest.mark.parametrize("base", ["muon", "adamuon"])
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+def test_an_empty_matrix_is_passed_over(base: str, sizes: tuple[int, int]) -> None:
+    """Of a condition that a task may do without."""
+    model = nn.ParameterDict({"empty": torch.zeros(sizes), "fed": torch.ones(3, 4)})
+    optimizer = make_optimizer(model, base, lr=0.1, roles={"*": "hidden"})
+    for parameter in model.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert (model["fed"] < 1).all()
+
+
 @pytest.mark.parametrize(
     ("parameter", "options", "message"),
     [

@@ -107,6 +107,14 @@ def test_average_is_the_recursion_and_what_validation_sees(tmp_path: Path, decay
     np.testing.assert_allclose(epochs, averages[STEPS - 1 :: STEPS], rtol=1e-12)
 
 
+def test_the_average_is_as_precise_as_the_trainers_weights(tmp_path: Path) -> None:
+    options = {"precision": "64-true", "accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False}
+    run = pl.Trainer(**options, callbacks=[EMA()], default_root_dir=tmp_path)  # type: ignore[arg-type]
+    model = fit(run, Model().float())
+    assert model.weight().dtype == np.float64
+    np.testing.assert_allclose(model.weight(), recursion(model.trained, 0.999, 0.75)[-1], rtol=1e-12)
+
+
 def test_agrees_with_diffusers() -> None:
     weights = torch.randn(40, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theirs = EMAModel([nn.Parameter(weights[0])], decay=0.9, use_ema_warmup=True, power=0.75)
