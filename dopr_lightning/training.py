@@ -287,6 +287,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*recommended to use `self.log\('rollout/.*")
     warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
+    # Ours goes on with the batch that was next.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     # Its last.ckpt is refused, of a run that does not go on with it.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")

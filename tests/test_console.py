@@ -101,3 +101,12 @@ def test_the_last_checkpoint_is_named_beside_another_savers(capsys: pytest.Captu
     other = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
     assert main([*FIT, other, "--trainer.max_steps=4"]) == 0
     assert re.search(r"^checkpoint: .*last\.ckpt ", capsys.readouterr().out, re.M)
+
+
+def test_going_on_in_the_middle_of_an_epoch_is_no_reason_to_warn(
+    here: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*FIT, "--trainer.max_steps=6", "--checkpoint.dirpath=saved"]) == 0
+    assert main([*FIT, "--trainer.max_steps=8", "--ckpt_path=saved/last.ckpt"]) == 0
+    assert "step 7 of 8" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "resum" in str(warning.message)]
