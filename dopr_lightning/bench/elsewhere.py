@@ -91,7 +91,7 @@ def main(options: Any) -> None:
     results = {
         "model": options.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "rows_per_rank": options.rows,
+        "rows_per_rank": rows,
         "ranks": options.ranks,
         "shards": options.shards,
         "update_every": options.update_every,
@@ -113,7 +113,7 @@ def resolve(name: str, rows: int) -> tuple[nn.Module, Mapping[str, int] | int, f
 
     Args:
         name: ``"llama-3.1-8b"``, the name of a workload, or ``"package.module:function"``.
-        rows: Per step and rank, where the model's forward does not tell: its batch's tokens, say.
+        rows: Per step and rank, its batch's tokens, say. A workload has a batch of its own.
 
     Raises:
         UserError: There is no such model.

@@ -47,17 +47,26 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     # Read when torch is loaded: its profiler talks on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if options.device == "cuda" and (options.model is None or options.rates == "measured"):
-        import torch
+    import torch
 
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine has no GPU that PyTorch can use")
-    if options.model is not None:
-        from dopr_lightning.bench.elsewhere import main as predict
+    from dopr_lightning.experiments.runner import cores
+    from dopr_lightning.preconditioner.threads import threads
 
-        predict(options)
-        return
-    _measure(options)
+    measured = options.model is None or options.rates == "measured"
+    if options.device == "cuda" and measured and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that PyTorch can use")
+    if options.tf32 and options.device != "cuda":
+        raise UserError("--tf32: only GPUs have it; add --device cuda")
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
+    options.threads = options.threads or cores()
+    with threads(options.threads):
+        if options.model is None:
+            _measure(options)
+        else:
+            from dopr_lightning.bench.elsewhere import main as predict
+
+            predict(options)
 
 
 def _measure(options: Any) -> None:
@@ -66,20 +75,13 @@ def _measure(options: Any) -> None:
 
     from dopr_lightning.bench.report import plot, print_tables
     from dopr_lightning.bench.workloads import workloads
-    from dopr_lightning.experiments.runner import cores
     from dopr_lightning.experiments.trial import write_json
-    from dopr_lightning.preconditioner.threads import threads
     from dopr_lightning.versions import versions
 
     names = options.models.split(",") if options.models else QUICK if options.quick else None
     chosen = workloads(names, _sizes(options.batch) if options.batch else None)
     if options.quick:  # the smallest batch of each
         chosen = list({workload.name: workload for workload in reversed(chosen)}.values())[::-1]
-    if options.tf32 and options.device != "cuda":
-        raise UserError("--tf32: only GPUs have it; add --device cuda")
-    if options.tf32:
-        torch.set_float32_matmul_precision("high")
-    count = options.threads or cores()
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
@@ -88,7 +90,7 @@ def _measure(options: Any) -> None:
             "update_every": options.update_every,
             "max_rows": options.max_rows,
             "overlap": options.overlap,
-            "threads": count,
+            "threads": options.threads,
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "autocast": options.autocast,
             "tf32": options.tf32,
@@ -99,7 +101,7 @@ def _measure(options: Any) -> None:
         "communication": [],
     }
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with threads(count), Progress(*columns, transient=True) as progress:
+    with Progress(*columns, transient=True) as progress:
         everything = progress.add_task("bench", total=len(chosen) + (options.ranks > 1))
         for workload in chosen:
             task = progress.add_task(f"{workload.name}, batch {workload.batch_size}", total=None)
@@ -298,7 +300,10 @@ def _parser(command: str) -> Parser:
         "--model", help="llama-3.1-8b, a name as in --models, or package.module:function that makes one"
     )
     prediction.add_argument(
-        "--rows", type=int, default=8192, help="per rank and step, tokens say; default: %(default)s"
+        "--rows",
+        type=int,
+        default=8192,
+        help="per rank and step, tokens say, of a model that is not one of --models; default: %(default)s",
     )
     prediction.add_argument(
         "--shards", type=int, default=1, help="ranks that share each gradient; default: %(default)s"

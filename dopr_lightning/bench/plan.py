@@ -134,12 +134,10 @@ def _method(stack: Stack, index: int) -> Method:
 
 def _planned(layer: Layer, rows: int, method: Method, shards: int = 1) -> Planned:
     weight = layer.weight
-    if weight.grad is None:
-        weight.grad = torch.empty_like(weight)
-        blocks, m, dim = layer.gradient().shape
-        weight.grad = None
-    else:
-        blocks, m, dim = layer.gradient().shape
+    held = weight.grad
+    weight.grad = torch.empty_like(weight)  # whose shape as a matrix is asked
+    blocks, m, dim = layer.gradient().shape
+    weight.grad = held
     size = LayerSize(layer.name, blocks, -(-m // shards), dim, rows)
     # A convolution's channels lie apart in its input, and if the kernel has several taps in its gradient.
     copies_gradient = layer.kind == "conv" and weight[0, 0].numel() > 1

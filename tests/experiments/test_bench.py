@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dopr_lightning import ActivationPreconditioner
+from dopr_lightning.bench import elsewhere
 from dopr_lightning.bench.cholesky import PlainCholesky
 from dopr_lightning.bench.elsewhere import H100, resolve
 from dopr_lightning.bench.machine import TRACKED, Rates
@@ -310,6 +311,19 @@ def test_any_model_can_be_asked_about(tmp_path: Path) -> None:
     assert results["base"]["flops"] == 6 * 512 * (300 * 300 + 300 * 2)
     assert [row["solver"] for row in results["solvers"]] == ["exact", "lowrank", "auto"]
     assert (tmp_path / "prediction.png").exists()
+
+
+def test_a_prediction_says_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def rates(device: torch.device) -> Rates:
+        used.append(torch.get_num_threads())
+        return UNIT
+
+    monkeypatch.setattr(elsewhere, "measure_rates", rates)
+    main(["--model", "mlp-256", "--threads", "3", "--output", str(tmp_path)])
+    assert used == [3]
+    assert set(json.loads((tmp_path / "prediction.json").read_text())["rows_per_rank"].values()) == {256}
 
 
 @pytest.mark.parametrize(
