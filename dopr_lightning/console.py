@@ -93,9 +93,11 @@ class Narrator(Callback):
             return
         savers = (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, LastCheckpoint))
         where = [f"checkpoint: {saver.last_model_path}" for saver in savers if saver.last_model_path]
-        if log_dir:
-            drawn = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-            where.append(f"curves: tensorboard --logdir {log_dir}" if drawn else f"logged: {log_dir}")
+        drawn = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if drawn:
+            where.append(f"curves: tensorboard --logdir {drawn[0]}")
+        elif log_dir:
+            where.append(f"logged: {log_dir}")
         if where:
             print("   ".join(where), flush=True)
 

@@ -57,6 +57,15 @@ def test_of_other_loggers_than_tensorboards_it_names_the_folder(capsys: pytest.C
     assert "tensorboard" not in out
 
 
+def test_of_several_loggers_tensorboards_has_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
+    csv, curves = (
+        f"{{class_path: lightning.pytorch.loggers.{name}Logger, init_args: {{save_dir: {name}}}}}"
+        for name in ("CSV", "TensorBoard")
+    )
+    assert main([*FIT, "--trainer.max_steps=4", f"--trainer.logger=[{csv}, {curves}]"]) == 0
+    assert f"curves: tensorboard --logdir {Path('TensorBoard', 'lightning_logs')}" in capsys.readouterr().out
+
+
 def test_a_bar_runs_over_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--trainer.enable_progress_bar=true"]) == 0
     out = capsys.readouterr().out
