@@ -84,17 +84,28 @@ def main(options: Any) -> None:
     rates = H100 if options.rates == "h100" else measure_rates(torch.device(options.device))
     speed = H100_MODEL_SPEED if options.rates == "h100" else rates.square
     base = flops / speed
-    table = [
-        predicted_row(model, rows, rates, solver, options.update_every, options.ranks, options.shards, options.overlap)
-        for solver in get_args(Solver)
-    ]
+    every, ranks = options.update_every, options.ranks
+    table = []
+    for solver in get_args(Solver):
+        planned = plan(model, rows, solver=solver, update_every=every, ranks=ranks, shards=options.shards)
+        prediction = predict(planned, rates, update_every=every, ranks=ranks, overlap=options.overlap)
+        table.append(
+            {
+                "solver": solver,
+                "phases": prediction.seconds,
+                "seconds": prediction.total,
+                "flops": prediction.flops,
+                "held_bytes": prediction.held,
+                "bytes_per_step": prediction.sent,
+            }
+        )
     results = {
         "model": options.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "rows_per_rank": rows,
-        "ranks": options.ranks,
+        "ranks": ranks,
         "shards": options.shards,
-        "update_every": options.update_every,
+        "update_every": every,
         "overlap": options.overlap,
         "rates": vars(rates),
         "base": {"flops": flops, "speed": speed, "seconds": base},
@@ -134,29 +145,6 @@ def resolve(name: str, rows: int) -> tuple[nn.Module, Mapping[str, int] | int, f
     with FlopCounterMode(display=False) as counter:
         F.mse_loss(model(*inputs), target).backward()
     return model, counts, counter.get_total_flops()
-
-
-def predicted_row(
-    model: nn.Module,
-    rows: Mapping[str, int] | int,
-    rates: Rates,
-    solver: Solver,
-    update_every: int,
-    ranks: int,
-    shards: int,
-    overlap: bool,
-) -> dict[str, Any]:
-    """One solver's prediction."""
-    planned = plan(model, rows, solver=solver, update_every=update_every, ranks=ranks, shards=shards)
-    prediction = predict(planned, rates, update_every=update_every, ranks=ranks, overlap=overlap)
-    return {
-        "solver": solver,
-        "phases": prediction.seconds,
-        "seconds": prediction.total,
-        "flops": prediction.flops,
-        "held_bytes": prediction.held,
-        "bytes_per_step": prediction.sent,
-    }
 
 
 def _weights(layer: Planned) -> int:

@@ -175,14 +175,8 @@ def _solve(planned: Sequence[Planned], rates: Rates, ranks: int, *, aside: bool,
     counts = [sum(layer.size.blocks for layer in exact if layer.size.dim == dim) for dim in groups]
     shares = assign(counts, [float(dim) ** 3 for dim in groups], ranks)
     busiest = max(
-        (
-            sum(
-                len(range(share[r].start, share[r].stop)) * float(dim) ** 3
-                for dim, share in zip(groups, shares, strict=True)
-            )
-            for r in range(ranks)
-        ),
-        default=0.0,
+        sum((share[r].stop - share[r].start) * float(dim) ** 3 for dim, share in zip(groups, shares, strict=True))
+        for r in range(ranks)
     )
     # Some keep factors, a third of the FLOPs: the busiest rank is taken to have as many of them as any.
     cubes = sum(layer.size.blocks * layer.size.dim**3.0 for layer in exact)
