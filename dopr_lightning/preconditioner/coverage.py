@@ -20,6 +20,7 @@ from dopr_lightning.preconditioner.layers import (
     public_name,
 )
 
+EMPTY = "the weight has no entries"
 FROZEN = "the weight is frozen (requires_grad=False)"
 OTHERS = "its weight is not among the optimizer's parameters"
 
@@ -130,6 +131,8 @@ def find_coverage(
 
 def _not_trained(layer: Layer, chosen: Collection[int] | None) -> str | None:
     """Why a layer's weight is not among what is trained here, or None."""
+    if not layer.weight.numel():  # of a condition of no entries, say
+        return EMPTY
     if not layer.weight.requires_grad:
         return FROZEN
     return OTHERS if chosen is not None and id(layer.weight) not in chosen else None

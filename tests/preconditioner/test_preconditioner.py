@@ -315,6 +315,16 @@ def test_exclude_matches_whole_names_and_frozen_layers_are_reported() -> None:
     assert {row.parameter for row in summary} == {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_without_entries_are_left_out() -> None:
+    model = nn.ModuleDict({"condition": nn.Linear(0, 3), "state": nn.Linear(5, 3)}).double()
+    ap = ActivationPreconditioner(model)
+    (model["condition"](torch.empty(16, 0).double()) + model["state"](batch(0))).square().sum().backward()
+    ap.step()
+    reasons = {row.parameter: row.reason for row in ap.summary() if row.parameter.endswith("weight")}
+    assert reasons == {"condition.weight": "the weight has no entries", "state.weight": ""}
+
+
 def test_summary_reports_the_spectrum() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
     ap = ActivationPreconditioner(model)
