@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dopr_lightning.callback import DoPr
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.callback import RolloutEvaluation
-from dopr_lightning.saving import LastCheckpoint
+from dopr_lightning.saving import LastCheckpoint, run_folder
 from dopr_lightning.words import METRIC_LABELS, duration
 
 QUIET_PARTS = 10
@@ -38,7 +38,7 @@ class Narrator(Callback):
         """Say what is about to happen, now that nothing stands in its way."""
         self._since = (time.perf_counter(), trainer.global_step)
         self._said = trainer.global_step
-        log_dir = trainer.log_dir  # a collective call: on every rank
+        folder = run_folder(trainer)  # a collective call: on every rank
         if not trainer.is_global_zero or not isinstance(pl_module, PolicyModule):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ class Narrator(Callback):
             f"parameters; observes {pl_module.observe}, predicts {pl_module.horizon}, acts for {pl_module.act} steps\n"
             f"optimizer: {'DoPr-' if dopr else ''}{optimizer.base}, learning rate {optimizer.lr:g}, {length} of "
             f"{data.batch_size} windows on {devices}\n"
-            f"results:   {log_dir or trainer.default_root_dir}",
+            f"results:   {folder}",
             flush=True,
         )
 
@@ -87,19 +87,15 @@ class Narrator(Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how good they are on the seeds that are reported, and where everything is."""
-        log_dir = trainer.log_dir  # a collective call: on every rank
+        folder = run_folder(trainer)  # a collective call: on every rank
         self._say(trainer, "reported", "test/loss")
         if not trainer.is_global_zero:
             return
         savers = (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, LastCheckpoint))
         where = [f"checkpoint: {saver.last_model_path}" for saver in savers if saver.last_model_path]
         drawn = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if drawn:
-            where.append(f"curves: tensorboard --logdir {drawn[0]}")
-        elif log_dir:
-            where.append(f"logged: {log_dir}")
-        if where:
-            print("   ".join(where), flush=True)
+        where.append(f"curves: tensorboard --logdir {drawn[0]}" if drawn else f"logged: {folder}")
+        print("   ".join(where), flush=True)
 
     def _say(self, trainer: L.Trainer, what: str, loss: str) -> None:
         if not trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""When is a run's last state written, and how does a longer run go on from it?"""
+"""Where does a run write, when is its last state written, and how does a longer run go on from it?"""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dopr_lightning.errors import UserError
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's configuration and rollouts go. All processes must ask, and hear the same.
+
+    With a logger it is the run's own. Lightning's ``log_dir`` is that for TensorBoard and CSV files alone; of other
+    loggers (Weights & Biases) it is the folder of all runs, in which Lightning gives only checkpoints a place by run.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return trainer.strategy.broadcast(folder)
 
 
 class LastCheckpoint(ModelCheckpoint):

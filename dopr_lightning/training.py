@@ -32,7 +32,7 @@ from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.preemption import Preemption, supersede_preempted_checkpoint
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
-from dopr_lightning.saving import LastCheckpoint
+from dopr_lightning.saving import LastCheckpoint, run_folder
 
 __all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
 
@@ -232,18 +232,21 @@ class _SaveConfig(SaveConfigCallback):
         Raises:
             UserError: Without a logger there is no ``version_N``, and another run's file is there.
         """
-        path = Path(trainer.log_dir or "") / self.config_filename  # log_dir: on every rank
+        if self.already_saved:  # by the fit that this is the test of
+            return
+        folder = run_folder(trainer)
+        path = folder / self.config_filename
+        held = trainer.strategy.broadcast(path.read_text() if trainer.is_global_zero and path.is_file() else None)
+        mine = self.parser.dump(self.config, skip_none=False)
         requeued = preempted_checkpoint(trainer) is not None
-        if requeued and path.is_file():
-            mine = self.parser.dump(self.config, skip_none=False)
-            self.already_saved = yaml.safe_load(path.read_text()) == yaml.safe_load(mine)
-        try:
-            super().setup(trainer, pl_module, stage)
-        except RuntimeError as error:
-            folder = trainer.log_dir
+        if held is not None and not (requeued and yaml.safe_load(held) == yaml.safe_load(mine)):
             raise UserError(
                 f"{folder} holds another run ({self.config_filename}); choose another --trainer.default_root_dir"
-            ) from error
+            )
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(mine)
+        self.already_saved = True
 
 
 def run(verb: str, arguments: Sequence[str], project: Project = LIBRARY) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from shared_data import shared_data
 from toy_task import CONFIG, train
 
@@ -240,6 +243,37 @@ def test_a_second_fit_without_a_logger_is_refused(capsys: pytest.CaptureFixture[
     small = [*FIT, "--trainer.max_steps=4", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
     assert main(small) == 0
     assert "holds another run" in refusal([*small, "--model.network.width=24"], capsys)
+
+
+class Elsewhere(Logger):
+    """Keeps its numbers elsewhere, as Weights & Biases does, and names its runs itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = uuid.uuid4().hex
+
+    save_dir, name, version = "runs", "toy", ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_runs_have_folders_of_their_own_under_any_logger(here: Path) -> None:
+    """A second run was refused, and its rollouts would have been appended to the first one's."""
+    elsewhere = ["--trainer.enable_progress_bar=false", "--trainer.logger=test_cli.Elsewhere"]
+    assert main([*FIT, *elsewhere, "--trainer.max_steps=4"]) == 0
+    before = contents(here)
+    (last,) = [name for name in before if name.endswith("last.ckpt")]
+    assert main([*FIT, *elsewhere, "--trainer.max_steps=6", f"--ckpt_path={last}"]) == 0
+    after = contents(here)
+    assert {name: after[name] for name in before} == before
+    names = ("config.yaml", "rollouts.jsonl")
+    runs = [{Path(found).parent for found in after if found.endswith(name)} for name in names]
+    assert runs[0] == runs[1] == {Path(found).parents[1] for found in after if found.endswith("last.ckpt")}
+    assert len(runs[0]) == 2
 
 
 def process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from dopr_lightning.rollout.evaluate import Episode, Policy, check_fit, check_su
 from dopr_lightning.rollout.slot import SimulationError
 from dopr_lightning.rollout.statistics import bootstrap_interval, wilson_interval
 from dopr_lightning.rollout.video import Film, animation, best_and_worst, film, require_encoder, write_mp4
-from dopr_lightning.saving import LastCheckpoint
+from dopr_lightning.saving import LastCheckpoint, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class RolloutEvaluation(Callback):
     Logs ``rollout/return``, ``rollout/max_reward`` or ``rollout/success`` (whichever the environment's metric is) with
     ``rollout/ci95_low``, ``rollout/ci95_high`` and ``rollout/episodes``; and where the environment reports success, its
     rate as ``rollout/success`` with ``rollout/success_low`` and ``rollout/success_high``. Intervals of a rate are
-    Wilson's, others are bootstrapped. Appends a line per episode to ``rollouts.jsonl`` in the trainer's log directory.
-    Monitor the first for checkpoints.
+    Wilson's, others are bootstrapped. Appends a line per episode to ``rollouts.jsonl`` in the run's folder. Monitor the
+    first for checkpoints.
 
     The module is the policy (`dopr_lightning.rollout.evaluate.Policy`), the environment is the data module's. Ranks
     share the seeds, so each is run exactly once on any number of processes. Rollouts happen when the validation epoch
@@ -216,9 +216,8 @@ class RolloutEvaluation(Callback):
 
         # Every rank holds all episodes, so the numbers agree without another reduction.
         pl_module.log_dict(_summary(spec, episodes), rank_zero_only=False, sync_dist=False)
-        log_dir = trainer.log_dir  # a collective call: on every rank
+        directory = run_folder(trainer)  # a collective call: on every rank
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            directory = Path(log_dir or trainer.default_root_dir)
             self._record(directory, trainer, stage, spec)
             self._film(directory, trainer, spec)
 

@@ -56,6 +56,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch{{ ", demonstrations: Pat
     """A verb on the experiment, cut down to a few steps on a CPU; returns the folder that it runs in."""
     monkeypatch.chdir(tmp_path)
     {%- if c.logger == "wandb" %}
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     {%- endif %}
     small = [
@@ -86,6 +87,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch{{ ", demonstrations: Pat
 
     def fit(verb: str, *options: str) -> Path:
         assert main([verb, *small, *options], PROJECT) == 0
+        {%- if c.logger == "wandb" %}
+        wandb.finish()  # or the next run of this process would be taken for the same one
+        {%- endif %}
         return tmp_path
 
     return fit

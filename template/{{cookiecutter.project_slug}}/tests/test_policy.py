@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-{%- if c.logger == "wandb" %}
-
-pytest.importorskip("wandb")
-{%- endif %}
 from conftest import Run
 
 from {{ c.package }}.module import Policy
