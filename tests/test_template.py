@@ -117,7 +117,7 @@ def test_all_pairs_of_answers(part: int, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_names_end_up_where_they_belong(tmp_path: Path) -> None:
-    name, author = 'Jan\'s "Arm" 2 \\ é', 'J. "X" O\'Neil'
+    name, author = 'Jan\'s "Arm" 2 \\ é 🤖', 'J. "X" O\'Neil 🦾'
     project = bake(tmp_path, project_name=name, author=author, licence="BSD-3-Clause")
     assert project.name == "jan-s-arm-2-e"
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
