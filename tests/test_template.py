@@ -137,6 +137,15 @@ def test_a_name_is_no_value_of_yaml(tmp_path: Path, logger: str) -> None:
     assert "on" in trainer["logger"]["init_args"].values()
 
 
+def test_a_job_writes_where_slurm_can_and_keeps_what_it_said_before_it_was_requeued(tmp_path: Path) -> None:
+    """SLURM makes no folders for its output: a job whose output has none fails without a word."""
+    project = bake(tmp_path, trainer="slurm")
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(.+)$", (project / "train.sbatch").read_text(), re.M))
+    assert (project / options["output"]).parent.is_dir()
+    assert options["open-mode"] == "append"
+    assert options["output"].replace("%j", "*") in (project / ".gitignore").read_text().split()
+
+
 @pytest.mark.parametrize(
     ("licence", "begins"),
     [
