@@ -45,6 +45,11 @@ def test_the_file_is_read(source: Recorded) -> None:
 
 
 def test_bad_files_are_named(source: Recorded) -> None:
+    whole = Path(source.path).read_bytes()
+    for broken in (whole[: len(whole) // 2], b"something else"):
+        Path(source.path).write_bytes(broken)
+        with pytest.raises(UserError, match=r"demonstrations\.npz: damaged, or no \.npz file"):
+            source.load()
     np.savez(source.path, observations=ARRAYS["observations"], actions=ARRAYS["actions"])
     with pytest.raises(UserError, match="lacks episode_ends"):
         source.load()

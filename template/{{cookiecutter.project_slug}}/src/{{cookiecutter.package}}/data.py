@@ -69,10 +69,14 @@ class Recorded(Source):
         path = Path(self.path)
         if not path.is_file():
             raise UserError(f"{path}: no such file; README.md says how to write one")
-        with np.load(path, allow_pickle=False) as file:
-            if missing := {"observations", "actions", "episode_ends"} - set(file):
-                raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; README.md says what it holds")
-            return Demonstrations(file["observations"], file["actions"], file["episode_ends"], source=self.path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+        except Exception as error:  # a file may be broken in any way
+            raise UserError(f"{path}: damaged, or no .npz file ({error}); README.md says how to write one") from error
+        if missing := {"observations", "actions", "episode_ends"} - set(arrays):
+            raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; README.md says what it holds")
+        return Demonstrations(arrays["observations"], arrays["actions"], arrays["episode_ends"], source=self.path)
 {% else %}
 from functools import cached_property
 from typing import Any
