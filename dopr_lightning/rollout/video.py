@@ -107,7 +107,11 @@ def require_encoder() -> None:
     Raises:
         UserError: Says what to install.
     """
-    import_extra("imageio_ffmpeg", EXTRA)
+    encoder = import_extra("imageio_ffmpeg", EXTRA)
+    try:
+        encoder.get_ffmpeg_exe()
+    except RuntimeError as error:  # its wheels for some platforms hold no ffmpeg
+        raise UserError(f"no films: {error} Or set rollout.videos to 0") from error
 
 
 def write_mp4(film: Film, path: Path) -> None:

@@ -221,6 +221,16 @@ def test_no_encoder_for_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not (tmp_path / "rollouts.jsonl").exists()
 
 
+def test_an_encoder_without_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on platforms whose wheels hold none: it was noticed by the first film, whose error ended the training."""
+    utils = pytest.importorskip("imageio_ffmpeg._utils")
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    monkeypatch.setattr(utils, "_get_ffmpeg_exe", lambda: None)
+    with pytest.raises(UserError, match="no films: No ffmpeg exe could be found"):
+        trainer(tmp_path, [RolloutEvaluation(videos=1)]).fit(Constant(), datamodule=data(faulty_environment.SPEC))
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
 def test_workers(tmp_path: Path) -> None:
     """A failure on the way is in the record."""
     fault = {"fault": "raise", "seeds": [42], "folder": str(tmp_path / "attempts")}
