@@ -154,7 +154,7 @@ def evaluate(
             free.append(episode.slot)
 
     with env_pool(spec, count, policy.observe, workers=workers, timeout_s=timeout_s) as pool:
-        _check_fit(policy, spec, pool.describe())
+        _check_sizes(policy, spec, pool.describe())
         while waiting or running:
             begun = []
             while waiting and free:
@@ -162,7 +162,9 @@ def evaluate(
             running += begun
             note(pool.start({episode.slot: episode.seed for episode in begun}))
             if running:  # all may be lost
-                _decide(policy, running)
+                chunks = decide(policy, [e.window for e in running], [e.generator for e in running])
+                for episode, chunk in zip(running, chunks, strict=True):
+                    episode.chunk = chunk
                 note(pool.execute({episode.slot: episode.chunk for episode in running}))
     return [finished[seed] for seed in seeds]
 
@@ -206,7 +208,7 @@ def check_fit(
     """
     with env_pool(spec, 1, policy.observe, workers=min(1, workers), timeout_s=timeout_s) as pool:
         found = pool.describe()
-    _check_fit(policy, spec, found)
+    _check_sizes(policy, spec, found)
     for camera, size in image_sizes.items():
         if camera in found.image_sizes and found.image_sizes[camera] != size:
             raise UserError(
@@ -257,7 +259,7 @@ class _Running:
         )
 
 
-def _check_fit(policy: Policy, spec: EnvironmentSpec, environment: Description) -> None:
+def _check_sizes(policy: Policy, spec: EnvironmentSpec, environment: Description) -> None:
     sees, does = environment.state, environment.action
     if (policy.observation_dim,) != sees or (policy.action_dim,) != does:
         raise UserError(
@@ -304,13 +306,6 @@ def decide(
             f"{expected}"
         )
     return actions.detach().float().cpu().numpy()
-
-
-def _decide(policy: Policy, running: Sequence[_Running]) -> None:
-    """Ask the policy for every episode's next chunk."""
-    chunks = decide(policy, [episode.window for episode in running], [episode.generator for episode in running])
-    for episode, chunk in zip(running, chunks, strict=True):
-        episode.chunk = chunk
 
 
 def _batched(windows: Sequence[Sequence[Observation]]) -> Tensor | VisualObservation:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium.spaces import Box, Dict, Space
 
 from dopr_lightning.data.robomimic.controllers import action_bounds
-from dopr_lightning.data.robomimic.rotations import SIX_DIM, actions_from_six
+from dopr_lightning.data.robomimic.rotations import actions_from_six
 from dopr_lightning.data.robomimic.simulator import Simulator
 from dopr_lightning.errors import UserError
 
@@ -65,10 +65,7 @@ class RobosuiteEnv(gymnasium.Env[Any, Array]):
             camera: Box(0, 255, (side, side, 3), np.uint8) for camera, side in self._images.items()
         }
         self.observation_space = Dict({"state": state, "images": Dict(views)}) if views else state
-        low, high = action_bounds(env_args)
-        if absolute:
-            high = np.tile([np.inf] * (SIX_DIM - 1) + [1.0], self._simulator.arms)
-            low = -high
+        low, high = action_bounds(env_args, absolute)
         self.action_space = Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -42,7 +42,7 @@ def simulator() -> Iterator[Simulator]:
 def walk(simulator: Simulator, seed: int, steps: int = 5) -> np.ndarray:
     """A few steps of noise from a seed, and where they lead."""
     simulator.reset(seed)
-    for action in np.random.default_rng(0).uniform(-1, 1, (steps, 7 * simulator.arms)):
+    for action in np.random.default_rng(0).uniform(-1, 1, (steps, 7)):
         simulator.step(action)
     return simulator.state
 

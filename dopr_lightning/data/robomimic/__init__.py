@@ -10,7 +10,6 @@ the two against each other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,9 @@ from dopr_lightning.data.download import file_sha256
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.home import data_home
 from dopr_lightning.data.robomimic.absolute import stored_as_poses
-from dopr_lightning.data.robomimic.controllers import action_bounds, arm_controllers
+from dopr_lightning.data.robomimic.controllers import action_bounds
 from dopr_lightning.data.robomimic.files import DemoFile
 from dopr_lightning.data.robomimic.frames import image_shape, unpacked
-from dopr_lightning.data.robomimic.rotations import SIX_DIM
 from dopr_lightning.data.source import Source
 from dopr_lightning.errors import UserError
 
@@ -124,11 +122,10 @@ class Robomimic(Source):
             UserError: The file is missing or damaged.
         """
         with self._open() as file:
-            arms = arm_controllers(file.env_args, absolute=False)
-            low, high = (tuple(bound.tolist()) for bound in action_bounds(file.env_args))
+            arms = file.controllers(absolute=False)
+            low, high = (tuple(bound.tolist()) for bound in action_bounds(file.env_args, self.absolute))
         if self.absolute:
-            high = (*[math.inf] * (SIX_DIM - 1), 1.0) * len(arms)
-            return Convention(self.keys, "absolute", "6d", tuple(-bound for bound in high), high)
+            return Convention(self.keys, "absolute", "6d", low, high)
         offsets = all(arm["input_type"] == "delta" for arm in arms)
         return Convention(self.keys, "relative" if offsets else "absolute", "axis_angle", low, high)
 

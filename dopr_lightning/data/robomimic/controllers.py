@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dopr_lightning.data.robomimic.rotations import SIX_DIM
 from dopr_lightning.errors import UserError
 
 Array = npt.NDArray[np.float64]
@@ -79,10 +80,19 @@ def arm_controllers(env_args: Mapping[str, Any], absolute: bool) -> list[dict[st
     return arms
 
 
-def action_bounds(env_args: Mapping[str, Any]) -> tuple[Array, Array]:
-    """The least and the greatest action, (7 arms,) each, that is not clipped; poses are not."""
+def action_bounds(env_args: Mapping[str, Any], absolute: bool = False) -> tuple[Array, Array]:
+    """The least and the greatest action that is not clipped; of poses only the gripper is.
+
+    Args:
+        env_args: As in a file.
+        absolute: Of poses with 6-D rotations, (10 arms,) each; else of what the file holds, (7 arms,).
+    """
+    arms = arm_controllers(env_args, absolute=False)
+    if absolute:
+        bound = np.tile([np.inf] * (SIX_DIM - 1) + [1.0], len(arms))
+        return -bound, bound
     low, high = [], []
-    for arm in arm_controllers(env_args, absolute=False):
+    for arm in arms:
         offsets = arm["input_type"] == "delta"
         low += [*np.broadcast_to(arm.get("input_min", -1) if offsets else -np.inf, 6), -1.0]
         high += [*np.broadcast_to(arm.get("input_max", 1) if offsets else np.inf, 6), 1.0]

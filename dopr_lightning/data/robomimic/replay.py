@@ -68,9 +68,9 @@ def _replay(file: DemoFile, simulator: Simulator, demo: str, absolute: bool) -> 
     model, states = file.model(demo), file.read(demo, "states")
     actions = actions_from_six(stored_as_poses(file, demo)) if absolute else file.read(demo, "actions")
     simulator.restore(model, states[0])
-    observations = _compare(file, simulator, demo, simulator.translated(model, states))
-    simulator.restore(model, states[0])
     recorded = simulator.translated(model, states)
+    observations = _compare(file, simulator, demo, recorded)
+    simulator.restore(model, states[0])
     solved, deviation = simulator.solved, 0.0
     for state, action in zip(recorded, actions, strict=True):
         deviation = max(deviation, simulator.distance(state))

@@ -93,11 +93,6 @@ class Simulator:
         self.model = ""
 
     @property
-    def arms(self) -> int:
-        """How many."""
-        return len(self._env.robots)
-
-    @property
     def state(self) -> Array:
         """MuJoCo's time, qpos and qvel, (1 + nq + nv,)."""
         return np.array(self._env.sim.get_state().flatten())
