@@ -61,7 +61,7 @@ class Narrator(Callback):
             f"parameters; observes {pl_module.observe}, predicts {pl_module.horizon}, acts for {pl_module.act} steps\n"
             f"optimizer: {'DoPr-' if dopr else ''}{optimizer.base}, learning rate {optimizer.lr:g}, {length} of "
             f"{data.batch_size} windows on {devices}\n"
-            f"results:   {folder}",
+            f"results:   {'none are kept of a fast_dev_run' if trainer.fast_dev_run else folder}",  # type: ignore[attr-defined]
             flush=True,
         )
 
@@ -89,7 +89,7 @@ class Narrator(Callback):
         """Say how good they are on the seeds that are reported, and where everything is."""
         folder = run_folder(trainer)  # a collective call: on every rank
         self._say(trainer, "reported", "test/loss")
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         savers = (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, LastCheckpoint))
         where = [f"checkpoint: {saver.last_model_path}" for saver in savers if saver.last_model_path]

@@ -66,6 +66,15 @@ def test_of_several_loggers_tensorboards_has_the_curves(capsys: pytest.CaptureFi
     assert f"curves: tensorboard --logdir {Path('TensorBoard', 'lightning_logs')}" in capsys.readouterr().out
 
 
+def test_a_fast_dev_run_names_no_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes nothing."""
+    assert main([*FIT, "--trainer.fast_dev_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "reported: " in out
+    assert str(here) not in out
+    assert not list(here.iterdir())
+
+
 def test_a_bar_runs_over_all_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--trainer.enable_progress_bar=true"]) == 0
     out = capsys.readouterr().out
