@@ -230,7 +230,7 @@ class _SaveConfig(SaveConfigCallback):
         """Write the file.
 
         Raises:
-            UserError: Without a logger there is no ``version_N``, and another run's file is there.
+            UserError: Another run's file is there: without a logger there is no ``version_N``, and one may be told N.
         """
         if self.already_saved:  # by the fit that this is the test of
             return
@@ -240,9 +240,8 @@ class _SaveConfig(SaveConfigCallback):
         mine = self.parser.dump(self.config, skip_none=False)
         requeued = preempted_checkpoint(trainer) is not None
         if held is not None and not (requeued and yaml.safe_load(held) == yaml.safe_load(mine)):
-            raise UserError(
-                f"{folder} holds another run ({self.config_filename}); choose another --trainer.default_root_dir"
-            )
+            way = "--trainer.default_root_dir" if trainer.logger is None else "version of the logger"
+            raise UserError(f"{folder} holds another run ({self.config_filename}); choose another {way}")
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(mine)

@@ -245,6 +245,15 @@ def test_a_second_fit_without_a_logger_is_refused(capsys: pytest.CaptureFixture[
     assert "holds another run" in refusal([*small, "--model.network.width=24"], capsys)
 
 
+def test_a_second_fit_of_the_same_version_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its logger says where it goes, and default_root_dir nothing."""
+    logger = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=.", "--trainer.logger.version=3")
+    small = [*FIT, "--trainer.max_steps=4", "--trainer.enable_progress_bar=false", *logger]
+    assert main(small) == 0
+    line = refusal([*small, "--trainer.default_root_dir=another"], capsys)
+    assert "version_3 holds another run (config.yaml); choose another version of the logger" in line
+
+
 class Elsewhere(Logger):
     """Keeps its numbers elsewhere, as Weights & Biases does, and names its runs itself."""
 
