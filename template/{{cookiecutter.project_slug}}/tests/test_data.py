@@ -42,6 +42,8 @@ def test_the_file_is_read(source: Recorded) -> None:
     assert np.allclose(read.observations, ARRAYS["observations"])
     assert np.allclose(read.actions, ARRAYS["actions"])
     assert read.num_episodes == 3
+    np.savez(source.path, **ARRAYS, notes=np.array([{"by": "hand"}]))  # what else is there is not read
+    assert source.load().num_episodes == 3
 
 
 def test_bad_files_are_named(source: Recorded) -> None:

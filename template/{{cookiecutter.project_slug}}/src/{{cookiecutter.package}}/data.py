@@ -69,12 +69,13 @@ class Recorded(Source):
         path = Path(self.path)
         if not path.is_file():
             raise UserError(f"{path}: no such file; README.md says how to write one")
+        wanted = {"observations", "actions", "episode_ends"}
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+                arrays = {name: file[name] for name in wanted & set(file)}
         except Exception as error:  # a file may be broken in any way
             raise UserError(f"{path}: damaged, or no .npz file ({error}); README.md says how to write one") from error
-        if missing := {"observations", "actions", "episode_ends"} - set(arrays):
+        if missing := wanted - set(arrays):
             raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; README.md says what it holds")
         return Demonstrations(arrays["observations"], arrays["actions"], arrays["episode_ends"], source=self.path)
 {% else %}
