@@ -150,7 +150,7 @@ def test_a_job_writes_where_slurm_can_and_keeps_what_it_said_before_it_was_reque
 def test_a_requeued_job_goes_on_in_its_folder(logger: str, tmp_path: Path) -> None:
     """Of itself Weights & Biases begins another run; the version of other loggers is the job's number."""
     script = (bake(tmp_path, trainer="slurm", logger=logger) / "train.sbatch").read_text()
-    assert ('\nexport WANDB_RUN_ID="$SLURM_JOB_ID"' in script) == (logger == "wandb")
+    assert ('\nexport WANDB_RUN_ID="${SLURM_CLUSTER_NAME:-slurm}-$SLURM_JOB_ID"' in script) == (logger == "wandb")
 
 
 @pytest.mark.parametrize(
