@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from toy_project import Manual, PassesOver
 from toy_task import CONFIG
 
 from dopr_lightning.cli import main
@@ -89,23 +90,6 @@ def test_a_step_is_said_once_however_many_batches_it_has(capsys: pytest.CaptureF
     assert main([*FIT, "--trainer.max_steps=4", "--trainer.accumulate_grad_batches=3"]) == 0
     said = re.findall(r"^step (\d+) of 4: training loss", capsys.readouterr().out, re.M)
     assert said == ["1", "2", "3", "4"]
-
-
-class PassesOver(PolicyModule):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) if batch_idx else None
-
-
-class Manual(PolicyModule):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None")

@@ -86,8 +86,9 @@ class _Progress(Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
-        # On the device: it is read, and waited for, with every report only.
-        self.diverged = self.diverged.to(module.device) | ~outputs["loss"].isfinite()
+        if "loss" in outputs:  # not of manual optimization, nor of a batch that was passed over
+            # On the device: it is read, and waited for, with every report only.
+            self.diverged = self.diverged.to(module.device) | ~outputs["loss"].isfinite()
         if trainer.global_step % max(1, self._steps // 100) == 0:
             self._report(self._name, trainer.global_step, self._steps)
             if self.diverged:

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from toy_environment import Toy
+from toy_project import Manual, PassesOver
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS
 
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.run_trial import run_trial
 from dopr_lightning.experiments.trial import DivergedError, Failure, Record, Trial, load_outcome
+from dopr_lightning.policies.module import PolicyModule
+from dopr_lightning.project import Project
 from dopr_lightning.rollout.callback import SELECTION_OFFSET, RolloutEvaluation
 from dopr_lightning.training import resolve
 
@@ -82,6 +85,14 @@ def test_the_averaged_weights_are_judged(tmp_path: Path, whole: Record) -> None:
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     for name, value in checkpoint["current_model_state"].items():
         assert torch.equal(value, checkpoint["state_dict"][name])
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+@pytest.mark.parametrize("policy", [PassesOver, Manual])
+def test_a_batch_need_not_have_a_loss(policy: type[PolicyModule], tmp_path: Path) -> None:
+    record, steps = run(replace(trial(tmp_path), project=Project(policy=policy)))
+    assert math.isfinite(record.val_loss)
+    assert record.steps == steps[-1] == LAST
 
 
 class KilledError(Exception):

@@ -35,6 +35,27 @@ class Policy(PolicyModule):
         checkpoint["weight"], checkpoint["world"] = self.weight, self.trainer.world_size
 
 
+class PassesOver(PolicyModule):
+    """Leaves the first batch of each epoch out."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+class Manual(PolicyModule):
+    """Optimises by hand, and tells Lightning no loss."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class Data(DemonstrationData):
     """Needs no source to be named.
 
