@@ -32,6 +32,12 @@ LONGEST_TURN = 10
 QUICK = ("mlp-256", "mlp-512")
 """What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
 
+MEASURING = ("models", "batch", "solver", "max_rows", "autocast", "quick")
+"""Options that say nothing of a prediction, which is of one model, with every solver and all rows."""
+
+PREDICTING = ("rows", "shards", "rates")
+"""Options that say nothing of a measurement."""
+
 
 def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     """Measure, or with ``--model`` predict.
@@ -39,7 +45,14 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     Raises:
         UserError: A mistake in the arguments, found before anything is measured.
     """
-    options = _parser(project.command).parse_args(arguments)
+    parser = _parser(project.command)
+    options = parser.parse_args(arguments)
+    for name in PREDICTING if options.model is None else MEASURING:
+        if getattr(options, name) != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            if options.model is None:
+                raise UserError(f"{flag} is for predictions; add --model, or leave it out")
+            raise UserError(f"{flag} is for measurements, --model predicts; leave one of them out")
     for name in ("update_every", "max_rows", "threads", "ranks", "rows", "shards"):
         value = getattr(options, name)
         if value is not None and value < 1:
