@@ -46,7 +46,9 @@ class Narrator(Callback):
         optimizer = pl_module.optimizer_config
         size = sum(p.numel() for p in pl_module.network.parameters())
         dopr = any(isinstance(callback, DoPr) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        length = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
+        limits = (trainer.max_steps, "steps"), (trainer.max_epochs or -1, "epochs")
+        # max_time alone may end it.
+        length = next((f"{limit} {unit}" for limit, unit in limits if limit > 0), "steps without a limit")
         devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
         judged = (
             f"{task.title}, judged by {METRIC_LABELS[task.metric]} over at most {task.max_steps} steps"
