@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ def run_folder(trainer: Trainer) -> Path:
 
     With a logger it is the run's own. Lightning's ``log_dir`` is that for TensorBoard and CSV files alone; of other
     loggers (Weights & Biases) it is the folder of all runs, in which Lightning gives only checkpoints a place by run.
+
+    Raises:
+        UserError: It is on a remote store (``s3://...``), where Lightning can write and we cannot.
     """
     logger = trainer.logger
     if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
-        return Path(trainer.log_dir or trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
-    return trainer.strategy.broadcast(folder)
+        folder = trainer.log_dir or trainer.default_root_dir
+    else:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        root = str(logger.save_dir or trainer.default_root_dir)
+        folder = trainer.strategy.broadcast(os.path.join(root, str(logger.name), version))
+    if "://" in folder:
+        raise UserError(
+            f"{folder}: a run's configuration and rollouts are written to local files; choose a local "
+            "--trainer.default_root_dir or save_dir of the logger (--checkpoint.dirpath may be remote)"
+        )
+    return Path(folder)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -40,8 +51,9 @@ class LastCheckpoint(ModelCheckpoint):
             UserError: It holds another run's last checkpoint, beside which this one's would get another name.
         """
         super().on_train_start(trainer, pl_module)
-        last = Path(self.dirpath or "") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        if self.save_last and trainer.ckpt_path is None and last.is_file():
+        last = os.path.join(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        # Wherever it is: checkpoints may go to a remote store.
+        if self.save_last and trainer.ckpt_path is None and self.file_exists(last, trainer):
             raise UserError(
                 f"{last} is of another run; go on with it by --ckpt_path {last}, or choose another --checkpoint.dirpath"
             )

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -247,6 +248,20 @@ def test_another_runs_last_checkpoint_is_not_left_beside(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"last\.ckpt is of another run; go on with it by --ckpt_path .*last\.ckpt, or"):
         train(tmp_path, "--trainer.max_steps=8")
     assert_same(before, saved(tmp_path))
+
+
+def test_a_remote_store_takes_checkpoints_but_no_results(tmp_path: Path) -> None:
+    remote = f"memory:/{tmp_path}"
+    with pytest.raises(UserError, match=f"{remote}: .*written to local files; choose a local"):
+        train(tmp_path / "local", f"--trainer.default_root_dir={remote}")
+    assert not list(tmp_path.rglob("*.*"))
+    train(tmp_path / "local", f"--checkpoint.dirpath={remote}", "--trainer.max_steps=4")
+    with pytest.raises(UserError, match=f"{remote}/last.ckpt is of another run"):
+        train(tmp_path / "other", f"--checkpoint.dirpath={remote}", "--trainer.max_steps=4")
+    memory = fsspec.filesystem("memory")
+    with memory.open(f"{tmp_path}/last.ckpt") as file:
+        assert torch.load(file, weights_only=True)["global_step"] == 4
+    memory.rm(str(tmp_path), recursive=True)
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:

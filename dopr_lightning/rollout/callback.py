@@ -109,8 +109,10 @@ class RolloutEvaluation(Callback):
 
         Raises:
             UserError: A weight averaging callback is listed after this one, the data module names no environment, a
-                checkpoint is to be chosen where there are no rollouts, or there is no encoder for videos.
+                checkpoint is to be chosen where there are no rollouts, there is no encoder for videos, or the results'
+                folder is on a remote store.
         """
+        run_folder(trainer)
         after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         for callback in after:
             # Lightning's own averaging swaps in the hook that rolls out here; `dopr_lightning.policies.ema.EMA`, like
