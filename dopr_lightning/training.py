@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from torch.distributed.device_mesh import DeviceMesh
 
 from dopr_lightning import checkpoint, proxy
-from dopr_lightning.configuration import NOTHING_TO_JUDGE, find_config, packaged_configs, reason, reason_with_place
+from dopr_lightning.configuration import NOTHING_TO_JUDGE, packaged_configs, reason, reason_with_place
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
 from dopr_lightning.errors import UserError, output_folder
@@ -33,9 +33,6 @@ from dopr_lightning.preemption import Preemption, supersede_preempted_checkpoint
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.rollout.callback import RolloutEvaluation
 from dopr_lightning.saving import LastCheckpoint, run_folder
-
-__all__ = ["CLI", "find_config", "quiet", "resolve", "run"]
-
 
 DESCRIPTIONS = {
     "fit": "Train a policy; configurations stack, and any value can be set after them. "

@@ -17,13 +17,14 @@ from toy_environment import Toy
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS, train
 
 from dopr_lightning import configs
+from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import UserError
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout import callback as rollout_callback
 from dopr_lightning.rollout.callback import SELECTION_OFFSET
 from dopr_lightning.saving import LastCheckpoint
-from dopr_lightning.training import find_config, resolve
+from dopr_lightning.training import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 

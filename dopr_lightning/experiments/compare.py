@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         raise UserError("--tuning-seeds, --tuning-episodes: nothing is tuned; give --learning-rates too")
     refuse_reserved(overrides, RESERVED, "a comparison")
 
-    from dopr_lightning.training import find_config, resolve
+    from dopr_lightning.training import resolve
 
     quiet_building()
     base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
@@ -28,13 +29,11 @@ from dopr_lightning.experiments.command import (
     seed_numbers,
 )
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
-from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, CoordinateCheck, coordinate_check
+from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, coordinate_check
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
 from dopr_lightning.experiments.trial import write_json
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.versions import versions
-
-__all__ = ["CoordinateCheck", "coordinate_check", "main"]
 
 RESERVED = {
     "--seed_everything": "--seeds",
@@ -211,7 +210,7 @@ class _Subject:
 
 def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
     """Everything that can be wrong without building anything."""
-    from dopr_lightning.training import find_config, resolve
+    from dopr_lightning.training import resolve
 
     arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)

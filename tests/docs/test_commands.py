@@ -20,12 +20,13 @@ from pages import PAGES, RECORDED, ROOT, Block, assignments, blocks, code_spans,
 from shared_data import shared_data
 
 from dopr_lightning.cli import VERBS, main
+from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import Parser
 from dopr_lightning.experiments import runner
 from dopr_lightning.experiments.arms import parse_arms
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.trial import Outcome, Trial
-from dopr_lightning.training import find_config, quiet, resolve
+from dopr_lightning.training import quiet, resolve
 
 # What a user downloads, and where the tests have it.
 DOWNLOADS = {"pusht_cchi_v7_replay.zarr.zip": "pusht/pusht_cchi_v7_replay.zarr.zip"}

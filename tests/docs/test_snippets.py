@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 from pages import PAGES, ROOT, Block, blocks, of_language, run_by_commands, write_files
 
-from dopr_lightning.training import find_config, resolve
+from dopr_lightning.configuration import find_config
+from dopr_lightning.training import resolve
 
 WITH_SNIPPETS = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 

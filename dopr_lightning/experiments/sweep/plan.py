@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
+from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
@@ -107,7 +108,7 @@ class Plan:
 
 def make_plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     """Everything that can be wrong without building anything."""
-    from dopr_lightning.training import find_config, resolve
+    from dopr_lightning.training import resolve
 
     widths = sorted(numbers("--widths", options.widths, int))
     seeds = seed_numbers(options.seeds)
