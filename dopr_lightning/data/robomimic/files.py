@@ -209,6 +209,12 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
 
 
+def write_array(group: h5py.Group, key: str, array: Array) -> None:
+    """Write an array; images, which are most of a file, in chunks of one frame: a reader can take single ones."""
+    image = {"chunks": (1, *array.shape[1:]), "compression": "gzip"} if array.ndim == 4 else {}
+    group.create_dataset(key, data=array, **image)
+
+
 class DemoWriter:
     """A file being written; it appears under its name when it is complete.
 
@@ -249,9 +255,7 @@ class DemoWriter:
         name = f"demo_{len(self._demos)}"
         group = self._data.create_group(name)
         for key, array in arrays.items():
-            # Images are most of a file; chunks of one frame let a reader take single frames.
-            image = {"chunks": (1, *array.shape[1:]), "compression": "gzip"} if array.ndim == 4 else {}
-            group.create_dataset(key, data=array, **image)
+            write_array(group, key, array)
         steps = len(arrays["actions"])
         group.attrs.update({"model_file": model, "num_samples": steps, **attributes})
         self._demos.append(name)

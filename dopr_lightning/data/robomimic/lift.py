@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dopr_lightning.data.robomimic.files import DemoWriter
+from dopr_lightning.data.robomimic.images import IMAGE_SIZE
 from dopr_lightning.data.robomimic.simulator import Simulator, import_robosuite
 from dopr_lightning.errors import UserError
 
 Array = npt.NDArray[Any]
 
-IMAGE_SIZE = 84
 MAX_STEPS = 200
 # The script hardly ever fails; if it does so often, the simulator is another than it was written for.
 MAX_FAILURES = 20
