@@ -51,7 +51,7 @@ H100_MODEL_SPEED = 400e12
 class Llama8B(nn.Module):
     """The weights of Llama-3.1-8B (arXiv 2407.21783, Table 3), without a forward: sizes are all that is asked of it."""
 
-    def __init__(self, layers: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
         width, hidden, keys, vocabulary = 4096, 14336, 1024, 128256
         self.embed_tokens = nn.Embedding(vocabulary, width)
@@ -65,7 +65,7 @@ class Llama8B(nn.Module):
             "down": (hidden, width),
         }
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}) for _ in range(layers)
+            nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}) for _ in range(32)
         )
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
 

@@ -22,6 +22,9 @@ TRACKED = 48
 RANKS = (16, 32, 48, 64)
 """Directions of the low-rank updates and statistics that are timed: what layers use."""
 
+REPEATS = 9
+"""Of each measurement, of which the median counts."""
+
 COLD = 1 << 25
 """Bytes that no core's own cache holds."""
 
@@ -93,21 +96,20 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_rates(device: torch.device, dim: int = 1024, *, repeats: int = 9) -> Rates:
+def measure_rates(device: torch.device, dim: int = 1024) -> Rates:
     """Measure, in about a second.
 
     Args:
         device: Where.
         dim: Of the products' matrices: near the widest of the model that is judged, since caches matter. A GPU has at
             least :data:`BUSY`.
-        repeats: Of each measurement, of which the median counts.
     """
 
     def seconds(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
         """The median; ``before`` runs ahead of each, untimed."""
         function()
         times = []
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             before()
             synchronise(device)
             start = time.perf_counter()

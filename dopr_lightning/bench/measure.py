@@ -22,7 +22,6 @@ from dopr_lightning.bench.workloads import Batch, Workload
 LEARNING_RATE = 1e-4
 """Small: the models train as usual, and none diverges."""
 
-
 WARM_UP = 4
 """Steps at least before any is timed: the low-rank solver refreshes at each of the first three."""
 

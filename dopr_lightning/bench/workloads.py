@@ -82,25 +82,24 @@ def _attention(*projections: Tensor, heads: int) -> Tensor:
 class GPT2Block(nn.Module):
     """A block of GPT-2 small: attention of twelve heads with its maps in one, and an MLP, all with biases."""
 
-    def __init__(self, width: int = 768, heads: int = 12) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
+        width = 768
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, width) to (B, T, width)."""
-        x = x + self.o(_attention(*self.qkv(self.norm1(x)).chunk(3, -1), heads=self.heads))
+        x = x + self.o(_attention(*self.qkv(self.norm1(x)).chunk(3, -1), heads=12))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
 class TransformerBlock(nn.Module):
     """A pre-norm block of Llama's kind: attention of eight heads with its own linear maps, and a gated MLP."""
 
-    def __init__(self, width: int, heads: int = 8) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate, self.up = (nn.Linear(width, 4 * width, bias=False) for _ in range(2))
@@ -109,7 +108,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, width) to (B, T, width)."""
         h = self.norm1(x)
-        x = x + self.o(_attention(self.q(h), self.k(h), self.v(h), heads=self.heads))
+        x = x + self.o(_attention(self.q(h), self.k(h), self.v(h), heads=8))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
