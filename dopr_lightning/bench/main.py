@@ -138,7 +138,6 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     """Everything about one workload."""
     import torch
 
-    from dopr_lightning.bench.cholesky import PlainCholesky
     from dopr_lightning.bench.machine import measure_rates
     from dopr_lightning.bench.measure import Limits, Quartiles, Variant, paired_intervals, peak_bytes, phases
     from dopr_lightning.bench.plan import held_bytes, observed
@@ -175,20 +174,8 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
     )
     del base, dopr, preconditioner
 
-    three = [
-        variant(None),
-        variant(PlainCholesky),
-        variant(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
-    ]
-    exact_times = []
     turn = min(turn, LONGEST_TURN)  # every step is a refresh
-    for triple in paired_intervals(three, batches, turn, replace(limits, most=10 * limits.most), turn=turn):
-        exact_times.append(triple)
-        advance()
-    exact = three[2].preconditioner
-    assert isinstance(exact, ActivationPreconditioner)
-    exact_plan = observed(exact)
-    columns = list(zip(*exact_times, strict=True))
+    exact = _exact(variant, batches, replace(limits, most=10 * limits.most), turn, advance)
     return {
         "model": workload.name,
         "batch": workload.batch_size,
@@ -212,16 +199,38 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
             "held_bytes": prediction.held,
         },
         "layers": [asdict(layer.size) | asdict(layer.method) for layer in planned],
-        "exact": {
-            "steps": len(exact_times),
-            "base_seconds": asdict(Quartiles.of(columns[0])),
-            "plain_seconds": asdict(Quartiles.of(columns[1])),
-            "exact_seconds": asdict(Quartiles.of(columns[2])),
-            "ratio": asdict(Quartiles.of([after / before for _, before, after in exact_times])),
-            "over_base": asdict(Quartiles.of([after / before for before, _, after in exact_times])),
-            "held_bytes": held_bytes(exact),
-            "goal_bytes": _goal_bytes(exact_plan),
-        },
+        "exact": exact,
+    }
+
+
+def _exact(variant: Any, batches: Sequence[Any], limits: Any, turn: int, advance: Any) -> dict[str, Any]:
+    """The exact solver at every step, beside plain Cholesky and beside nothing."""
+    from dopr_lightning.bench.cholesky import PlainCholesky
+    from dopr_lightning.bench.measure import Quartiles, paired_intervals
+    from dopr_lightning.bench.plan import held_bytes, observed
+    from dopr_lightning.preconditioner import ActivationPreconditioner
+
+    three = [
+        variant(None),
+        variant(PlainCholesky),
+        variant(lambda model: ActivationPreconditioner(model, solver="exact", update_every=1)),
+    ]
+    times = []
+    for triple in paired_intervals(three, batches, turn, limits, turn=turn):
+        times.append(triple)
+        advance()
+    exact = three[2].preconditioner
+    assert isinstance(exact, ActivationPreconditioner)
+    base, plain, own = zip(*times, strict=True)
+    return {
+        "steps": len(times),
+        "base_seconds": asdict(Quartiles.of(base)),
+        "plain_seconds": asdict(Quartiles.of(plain)),
+        "exact_seconds": asdict(Quartiles.of(own)),
+        "ratio": asdict(Quartiles.of([after / before for _, before, after in times])),
+        "over_base": asdict(Quartiles.of([after / before for before, _, after in times])),
+        "held_bytes": held_bytes(exact),
+        "goal_bytes": _goal_bytes(observed(exact)),
     }
 
 
