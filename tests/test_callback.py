@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from same import assert_same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -400,18 +401,6 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(
         assert_same(state, runs[0][0])
         for found, expected in zip(weights, runs[0][1], strict=True):
             assert torch.equal(found, expected)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert_same(found[name], value)
-    elif isinstance(expected, list):
-        for a, b in zip(found, expected, strict=True):
-            assert_same(a, b)
-    else:
-        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
 
 
 def test_a_short_last_window_of_accumulated_batches_counts_its_own_rows(tmp_path: Path) -> None:

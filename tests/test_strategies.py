@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from ranks import RANKS, outcomes_of, start
+from same import assert_same
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -193,18 +194,6 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
         difference = (found["weights"][name] - value).norm()
         assert difference <= 1e-5 * value.norm(), name
         assert difference < 1e-3 * (value - initial).norm(), name
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert_same(found[name], value)
-    elif isinstance(expected, list):
-        for a, b in zip(found, expected, strict=True):
-            assert_same(a, b)
-    else:
-        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
 
 
 def saved(folder: Path) -> dict[str, Any]:

@@ -70,10 +70,6 @@ def linear(d_in: int = 5, d_out: int = 4, seed: int = 0) -> nn.Linear:
     return nn.Linear(d_in, d_out).double()
 
 
-def sorted_rows(x: Tensor) -> Tensor:
-    return x[x[:, 0].argsort()]
-
-
 def test_a_backward_counts_each_row_once_and_the_gradient_is_what_it_was() -> None:
     model, x, rows = nn.Sequential(linear(), nn.Tanh(), linear(4, 3)), batch(2, 7, 5), Rows()
     plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))

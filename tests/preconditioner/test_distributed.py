@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import join_group, run_all
+from same import assert_same
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -247,18 +248,6 @@ def runs(folder: Path) -> dict[str, Callable[[], Any]]:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found."""
     return run_all(tmp_path_factory.mktemp("ranks"), runs, request.param)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert_same(found[name], value)
-    elif isinstance(expected, list):
-        for a, b in zip(found, expected, strict=True):
-            assert_same(a, b)
-    else:
-        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from same import assert_same
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -50,18 +51,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Bit for bit, whatever is nested."""
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if isinstance(value, dict):
-            assert_equal(found[key], value)
-        elif isinstance(value, Tensor):
-            assert torch.equal(found[key], value), key
-        else:
-            assert found[key] == value, key
-
-
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_some_inverses_take_effect_a_step_later_and_nothing_else_changes(name: str) -> None:
@@ -84,8 +73,8 @@ def test_some_inverses_take_effect_a_step_later_and_nothing_else_changes(name: s
             for parameter in later:
                 assert not torch.equal(old[parameter], expected[parameter])
                 expected[parameter] = old[parameter]
-        assert_equal(gradients(models[0]), expected)
-    assert_equal(ap.state_dict(), at_once.state_dict())
+        assert_same(gradients(models[0]), expected)
+    assert_same(ap.state_dict(), at_once.state_dict())
 
 
 @pytest.mark.usefixtures("place")
@@ -105,8 +94,8 @@ def test_a_resume_is_bit_identical_before_a_refresh_and_before_its_end(name: str
     resumed.load_state_dict(saved)
     end = stop + EVERY + 1
     found = run(other, resumed, range(stop, end))
-    assert_equal(found, run(straight, ActivationPreconditioner(straight, **options), range(end)))
-    assert_equal(gradients(other), gradients(straight))
+    assert_same(found, run(straight, ActivationPreconditioner(straight, **options), range(end)))
+    assert_same(gradients(other), gradients(straight))
 
 
 @pytest.mark.parametrize("at", [EVERY, EVERY + 1])
@@ -123,7 +112,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(at: int) -> None:
             backward(model, step)
             ap.step()
         states.append({**ap.state_dict(), "gradients": gradients(model)})
-    assert_equal(*states)
+    assert_same(*states)
 
 
 def test_where_every_step_refreshes_nothing_waits() -> None:
@@ -133,7 +122,7 @@ def test_where_every_step_refreshes_nothing_waits() -> None:
         for model, ap in zip(models, aps, strict=True):
             backward(model, step)
             ap.step()
-        assert_equal(gradients(models[0]), gradients(models[1]))
+        assert_same(gradients(models[0]), gradients(models[1]))
 
 
 class Sometimes(nn.Module):
@@ -220,7 +209,7 @@ def test_copies_are_made_of_what_is_finished() -> None:
     for m, preconditioner in (model, ap), (other, copied):
         backward_with(m, 5, "none")
         preconditioner.step()
-    assert_equal(copied.state_dict(), ap.state_dict())
+    assert_same(copied.state_dict(), ap.state_dict())
 
 
 def test_a_measured_step_leaves_nothing_for_one_rank_to_finish_alone() -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from same import assert_same
 from torch import Tensor, nn
 
 from dopr_lightning import ActivationPreconditioner
@@ -49,16 +50,6 @@ def step(model: nn.Module, ap: ActivationPreconditioner, loss: Tensor) -> tuple[
     before = gradients(model)
     ap.step()
     return before, gradients(model)
-
-
-def assert_same(found: object, expected: object) -> None:
-    if isinstance(expected, dict):
-        assert isinstance(found, dict)
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_same(found[key], value)
-    else:
-        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
 
 
 def rows(ap: ActivationPreconditioner) -> dict[str, int | None]:
