@@ -19,6 +19,7 @@ from dopr_lightning.mup.declared import declared_roles
 from dopr_lightning.mup.rules import MatrixGrowth
 from dopr_lightning.mup.shapes import DELTA, Kind, Shape, check_group_norms, check_module, read_shape
 from dopr_lightning.preconditioner.layers import public_name
+from dopr_lightning.preconditioner.sharding import local
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ def _is_torchs_draw(weight: Tensor) -> bool:
     bound's by one of 0.9 n^-1/2, on average: ten and five times that are allowed, and a hundredth for bfloat16.
     """
     bound = math.prod(weight.shape[1:]) ** -0.5
-    values = getattr(weight, "to_local", lambda: weight)().detach()  # of FSDP2's shards ours, without a collective
+    values = local(weight).detach()  # of FSDP2's shards ours, without a collective
     values = values.flatten()[:_MANY].float() / bound
     count = values.numel()
     if values.is_meta or count < _FEW:

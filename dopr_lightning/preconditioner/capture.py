@@ -25,7 +25,6 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -36,6 +35,7 @@ from dopr_lightning.preconditioner.engine import (
     tell_when_compiling,
     within_torch_func,
 )
+from dopr_lightning.preconditioner.sharding import local
 
 if TYPE_CHECKING:
     from dopr_lightning.preconditioner.audit import GradientAudit
@@ -182,8 +182,7 @@ class _Tap:
         # In the middle of a backward data and buffers may be filled anew by a checkpoint's recomputation, and FSDP2
         # frees the memory of parameters.
         lasts = x.requires_grad and not isinstance(x if x._base is None else x._base, nn.Parameter)
-        x = x.to_local() if isinstance(x, DTensor) else x
-        x = x.detach()
+        x = local(x).detach()
         if self.layer.rearranges and output.dtype in _LOW_PRECISION:
             # As autocast did: the weight multiplied a cast of x, and x itself may be overwritten.
             x = x.to(output.dtype)
@@ -226,7 +225,7 @@ class _CountRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if torch.compiler.is_compiling():
-            count_rows(gradient.to_local() if isinstance(gradient, DTensor) else gradient, *ctx.saved_tensors)
+            count_rows(local(gradient), *ctx.saved_tensors)
         else:
             (x,) = ctx.saved_tensors
             ctx.tap.capture.show_audit(ctx.tap.layer, x, gradient)
