@@ -62,19 +62,12 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     options, overrides = parse(_parser(project.command), arguments)
     arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
-    rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
-    if not all(0 < rate < math.inf for rate in rates):
-        raise UserError(f"--learning-rates {options.learning_rates}: a rate must be positive")
     if not 0 < options.damping < math.inf:
         raise UserError(f"--damping must be positive, got {options.damping}; 0.01 is a good start")
     for name in ("episodes", "workers", "tuning_seeds", "tuning_episodes"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    tuning_seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
-    if rates and (reported := sorted(set(seeds) & set(tuning_seeds))):
-        raise UserError(f"--seeds {reported[0]}: a run of that seed tunes the learning rate; report others")
-    if not rates and (options.tuning_seeds > 1 or options.tuning_episodes):
-        raise UserError("--tuning-seeds, --tuning-episodes: nothing is tuned; give --learning-rates too")
+    rates, tuning_seeds = _tuning_grid(options, seeds)
     refuse_reserved(overrides, RESERVED, "a comparison")
 
     from dopr_lightning.training import resolve
@@ -95,9 +88,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     _refuse_lost_results(output / "results.json", arms, seeds)
     note_settings(output, settings)
 
-    resolved = functools.cache(
-        functools.partial(resolve, project=project)
-    )  # the seeds of an arm share its configuration
+    resolved = functools.cache(functools.partial(resolve, project=project))  # the same for all seeds of an arm
 
     def trial(arm: Arm, lr: float | None, seed: int, folder: str, first_seed: int, episodes: int) -> Trial:
         chosen = (*base, *arm.arguments(lr, options.damping))
@@ -154,6 +145,23 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     print(
         f"plot: {output / 'compare.png'}   numbers: {output / 'results.json'}   curves: tensorboard --logdir {output}"
     )
+
+
+def _tuning_grid(options: Any, seeds: Sequence[int]) -> tuple[list[float], range]:
+    """The learning rates to choose from, if any, and the training seeds of the runs that do.
+
+    Raises:
+        UserError: A rate is not positive, a seed is reported too, or nothing is tuned.
+    """
+    rates = numbers("--learning-rates", options.learning_rates, float) if options.learning_rates else []
+    if not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--learning-rates {options.learning_rates}: a rate must be positive")
+    tuning_seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
+    if rates and (reported := sorted(set(seeds) & set(tuning_seeds))):
+        raise UserError(f"--seeds {reported[0]}: a run of that seed tunes the learning rate; report others")
+    if not rates and (options.tuning_seeds > 1 or options.tuning_episodes):
+        raise UserError("--tuning-seeds, --tuning-episodes: nothing is tuned; give --learning-rates too")
+    return rates, tuning_seeds
 
 
 def _refuse_lost_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
