@@ -159,8 +159,8 @@ class EMA(WeightAveraging):
         if average is not None and is_sharded(pl_module):
             checkpoint["state_dict"] = get_model_state_dict(average.module, options=_IN_ONE_FILE)
         if self._average_is_in_model:
-            average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
-            checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
+            swapped = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = swapped
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -72,11 +72,11 @@ class ActivationPreconditioner:
         update_every: Refresh statistics and inverses every this many :meth:`step` calls. Steps between refreshes
             capture nothing and send nothing. 1 is the paper's choice; 10 costs a fraction of it, and wants an ``ema``
             where a batch has few rows for the width (docs/results).
+        ema: Weight of past covariances at a refresh, in [0, 1). 0, this refresh's rows alone, is the paper's choice;
+            0.9 goes well with ``update_every=10``.
         overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other: low-rank layers
             (and Woodbury's) have new inverses a step later. Ignored where every step refreshes, in the first steps, and
             where a layer with a gradient has no inverse yet. The same on every device, but only GPUs gain.
-        ema: Weight of past covariances at a refresh, in [0, 1). 0, this refresh's rows alone, is the paper's choice;
-            0.9 goes well with ``update_every=10``.
         solver: ``"exact"``; ``"lowrank"``, whose share of a step does not grow with the width; or ``"auto"``, per size
             of layer the cheaper of the two that keeps to ``max_error``.
         max_error: Relative error of M that the low-rank solver's certificate may show; it takes as many directions as
