@@ -313,11 +313,11 @@ def test_what_was_found_one_by_one_is_said_if_it_lies_far_from_the_centre() -> N
         ([near, decay], False, []),
         ([far], False, []),
     ):
-        best = best_point(transfers, centre)
+        best = best_point(transfers, centre, "val_loss")
         assert best is not None
         assert apart(transfers, best, centre, together) == expected
     undecayed = replace(centre, weight_decay=0.0)
-    best = best_point([far, decay], undecayed)
+    best = best_point([far, decay], undecayed, "val_loss")
     assert best is not None
     assert apart([far, decay], best, undecayed, False) == ["lr", "weight_decay"]
 
@@ -325,11 +325,11 @@ def test_what_was_found_one_by_one_is_said_if_it_lies_far_from_the_centre() -> N
 def test_rollouts_that_would_choose_otherwise_are_said() -> None:
     by_loss = transfer("lr", 0.012, best_ci95=(0.010, 0.014))
     centre = Point(0.01, 0.1, None)
-    best = best_point([by_loss], centre)
+    best = best_point([by_loss], centre, "val_loss")
     assert best is not None
     for value, expected in ((0.013, []), (0.008, ["learning rate 0.008 at width 64, by return"])):
         by_return = transfer("lr", value) | {"metric": "return"}
-        assert judged_otherwise([by_loss, by_return], best) == expected
+        assert judged_otherwise([by_loss, by_return], best, "val_loss") == expected
     # And the other way round.
     transfers = [by_loss, transfer("lr", 0.008, best_ci95=(0.007, 0.009)) | {"metric": "return"}]
     best = best_point(transfers, centre, "return")

@@ -117,7 +117,7 @@ def _finite(value: Any) -> Any:
     return "inf" if value == math.inf else value
 
 
-def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point, metric: str = "val_loss") -> Point | None:
+def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point, metric: str) -> Point | None:
     """The best hyperparameters under muP by ``metric``, at the widest width that trained: nearest to wider runs.
 
     Those that were not swept are the centre's. None where muP trained at no width.
@@ -128,7 +128,7 @@ def best_point(transfers: Sequence[Mapping[str, Any]], centre: Point, metric: st
     return replace(centre, **{name: float(f"{rows[-1]['best']:.4g}") for name, rows in found.items()})
 
 
-def at_edge(transfers: Sequence[Mapping[str, Any]], metric: str = "val_loss") -> list[str]:
+def at_edge(transfers: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     """The hyperparameters of :func:`best_point` that lie at an end of their grid, of several values."""
     found = _trained(transfers, metric)
     return [name for name, rows in found.items() if rows[-1]["at_edge"] and len(rows[-1]["numbers"]) > 1]
@@ -136,12 +136,12 @@ def at_edge(transfers: Sequence[Mapping[str, Any]], metric: str = "val_loss") ->
 
 def apart(transfers: Sequence[Mapping[str, Any]], best: Point, centre: Point, product: bool) -> list[str]:
     """The hyperparameters of :func:`best_point`, if several lie far from the centre, where each was found by itself."""
-    pairs = {name: (getattr(best, name), getattr(centre, name)) for name in _trained(transfers)}
+    pairs = {name: (getattr(best, name), getattr(centre, name)) for name in _trained(transfers, "val_loss")}
     far = [name for name, (to, by) in pairs.items() if not by or abs(math.log2(to / by)) > FAR]
     return far if len(far) > 1 and not product else []
 
 
-def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point, metric: str = "val_loss") -> list[str]:
+def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point, metric: str) -> list[str]:
     """Which values another metric would choose that the interval of ``metric`` excludes, in words."""
     chosen, said = _trained(transfers, metric), []
     for other in dict.fromkeys(t["metric"] for t in transfers if t["metric"] != metric):
@@ -153,7 +153,7 @@ def judged_otherwise(transfers: Sequence[Mapping[str, Any]], best: Point, metric
     return said
 
 
-def _trained(transfers: Sequence[Mapping[str, Any]], metric: str = "val_loss") -> dict[str, list[Mapping[str, Any]]]:
+def _trained(transfers: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[Mapping[str, Any]]]:
     """What a metric says of each hyperparameter under muP, at the widths where it says something, narrowest first."""
     return {
         t["hyperparameter"]: [row for row in t["widths"] if row["best"] is not None]
