@@ -14,6 +14,7 @@ from dopr_lightning.proxy import dopr_of
 
 if TYPE_CHECKING:
     from dopr_lightning.data.environment import EnvironmentSpec
+    from dopr_lightning.project import Project
 
 T = TypeVar("T", int, float)
 
@@ -117,6 +118,13 @@ def quiet_building() -> None:
     quiet()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def build(arguments: Sequence[str], project: Project) -> Any:
+    """Policy, data and trainer of these arguments of ``dopr fit``: a CLI that runs nothing and logs nowhere."""
+    from dopr_lightning.training import CLI
+
+    return CLI([*arguments, "--trainer.logger=false"], run=False, project=project)
 
 
 def network_scales(class_path: str) -> Sequence[str]:

@@ -14,6 +14,7 @@ from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
+    build,
     check_task,
     numbers,
     options_parser,
@@ -258,12 +259,11 @@ def _check(base: Sequence[str], arms: Sequence[Arm], damping: float, project: Pr
     from dopr_lightning.callback import DoPr
     from dopr_lightning.preconditioner import ActivationPreconditioner
     from dopr_lightning.rollout.callback import SELECTION_OFFSET
-    from dopr_lightning.training import CLI
 
     # One arm per set of DoPr's options is enough: names and damping are checked, and all else they share.
     distinct = {(arm.dopr, arm.options): arm for arm in arms}
     for arm in distinct.values():
-        cli: Any = CLI([*base, *arm.arguments(None, damping), "--trainer.logger=false"], run=False, project=project)
+        cli = build([*base, *arm.arguments(None, damping)], project)
         for callback in cli.trainer.callbacks:
             if isinstance(callback, DoPr):  # whether its patterns match anything, only the policy can tell
                 ActivationPreconditioner(cli.model, **callback.options).remove()

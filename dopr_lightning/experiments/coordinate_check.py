@@ -19,6 +19,7 @@ from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import Parser, UserError, output_folder
 from dopr_lightning.experiments.arms import Arm, parse_arms
 from dopr_lightning.experiments.command import (
+    build,
     network_scales,
     numbers,
     options_parser,
@@ -146,20 +147,10 @@ class _Subject:
 
     def __init__(self, task: _Task, arm: Arm, parametrization: Parametrization, damping: float) -> None:
         from dopr_lightning.callback import DoPr
-        from dopr_lightning.training import CLI
 
         narrowest = next(iter(task.keywords.values()))
-        cli: Any = CLI(
-            [
-                *task.base,
-                *arm.arguments(None, damping),
-                *network_arguments(narrowest),
-                *mup_arguments(parametrization, narrowest),
-                "--trainer.logger=false",
-            ],
-            run=False,
-            project=task.project,
-        )
+        network = [*network_arguments(narrowest), *mup_arguments(parametrization, narrowest)]
+        cli = build([*task.base, *arm.arguments(None, damping), *network], task.project)
         self.keywords = task.keywords
         self._class = type(cli.model)
         self.dopr: Mapping[str, Any] | None = next(

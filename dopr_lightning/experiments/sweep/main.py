@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dopr_lightning.errors import UserError
-from dopr_lightning.experiments.command import check_task, parse, quiet_building
+from dopr_lightning.experiments.command import build, check_task, parse, quiet_building
 from dopr_lightning.experiments.runner import KILLED, attempt_all
 from dopr_lightning.experiments.sweep.grid import ROLES, Cell, Point, scaled
 from dopr_lightning.experiments.sweep.lost import refuse_lost_results
@@ -115,17 +115,11 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
 
 def _check(plan: Plan, rollouts: bool) -> dict[str, Any]:
     """Build every width, so that mistakes show before hours of training, and say what the task is."""
-    from dopr_lightning.training import CLI
-
     parameters = {}
     for width, keywords in plan.keywords.items():
         for parametrization in plan.parametrizations:
             try:
-                cli: Any = CLI(
-                    [*plan.arguments(keywords, parametrization, plan.centre), "--trainer.logger=false"],
-                    run=False,
-                    project=plan.project,
-                )
+                cli = build(plan.arguments(keywords, parametrization, plan.centre), plan.project)
             except UserError as error:
                 raise UserError(f"--widths {width}: {error}") from error
         parameters[width] = sum(p.numel() for p in cli.model.parameters())
