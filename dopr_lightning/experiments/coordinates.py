@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from dopr_lightning.preconditioner import ActivationPreconditioner
+from dopr_lightning.preconditioner.layers.parameters import join
 
 Quantity = Literal["initial", "spectral", "entries", "update", "change", "activation"]
 """What is measured, causes before effects.
@@ -409,8 +410,7 @@ def _measure(
 
 def _weights(model: nn.Module) -> dict[str, str]:
     """Parameters that are weights of layers of a known kind, whose inputs and outputs are known, and these layers."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _MATRICES)}
-    return {f"{name}.weight" if name else "weight": name for name in layers}
+    return {join(name, "weight"): name for name, module in model.named_modules() if isinstance(module, _MATRICES)}
 
 
 def _outputs(layer: str) -> str:
