@@ -34,7 +34,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from dopr_lightning.configuration import differences
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError, missing
+from dopr_lightning.errors import UserError, missing, one_line
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.versions import versions
@@ -113,7 +113,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file may be broken in any way
-        raise UserError(f"{path}: damaged, or not a checkpoint ({' '.join(str(error).split())[:100]})") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint ({one_line(error)[:100]})") from error
     record = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if record is None:
         raise UserError(

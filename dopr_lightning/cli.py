@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dopr_lightning.errors import UserError, did_you_mean
+from dopr_lightning.errors import UserError, did_you_mean, one_line
 from dopr_lightning.project import LIBRARY, Project
 
 HELP = """\
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, project: Project = LIBRARY) -> int:
     except Exception as error:
         if os.environ.get("DOPR_TRACEBACK") or not _is_users(error):
             raise
-        print(f"{project.command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
+        print(f"{project.command}: error: {one_line(_said(error))}", file=sys.stderr)
         return 2
 
 

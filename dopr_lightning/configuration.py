@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dopr_lightning.configs import available, locate
-from dopr_lightning.errors import UserError, did_you_mean
+from dopr_lightning.errors import UserError, did_you_mean, one_line
 
 CLASS = ("class_path", "init_args", "dict_kwargs")
 """Keys of a class in a configuration."""
@@ -63,7 +63,7 @@ def reason(error: Exception) -> str:
     while "Union subtypes" in str(cause) and cause.__cause__ is not None:
         cause = cause.__cause__
     key = re.match(r'Parser key "([^"]+)"', str(error))
-    text = " ".join(str(cause).split())
+    text = one_line(cause)
     for noise in (
         r'^Parser key "[^"]+":',
         r"Type \S.* callable class:",
@@ -120,7 +120,7 @@ def _check(path: Path) -> None:
         text = path.read_text()
         content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not YAML ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no settings; a configuration begins with data:, model: or trainer:")
     if again := next(_repeated(yaml.compose(text, yaml.SafeLoader)), None):

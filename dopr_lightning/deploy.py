@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dopr_lightning import checkpoint
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, one_line
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.rollout.evaluate import Policy, decide, first_window
 from dopr_lightning.rollout.slot import Observation
@@ -225,8 +225,7 @@ def rebuild(path: str | Path, held: Mapping[str, Any], device: str | torch.devic
     try:
         policy = cls.load_from_checkpoint(path, map_location=device, weights_only=True)
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: {cls.__name__} cannot be rebuilt from it ({reason[:200]})") from error
+        raise UserError(f"{path}: {cls.__name__} cannot be rebuilt from it ({one_line(error)[:200]})") from error
     return policy.to(device).eval()
 
 

@@ -34,6 +34,11 @@ def import_extra(module: str, extra: str) -> ModuleType:
         ) from error
 
 
+def one_line(said: object) -> str:
+    """A text, an exception's say, without its line breaks."""
+    return " ".join(str(said).split())
+
+
 def missing(path: Path) -> str:
     """Why a path is no file: ``"no such file"``, or that a folder is there."""
     return "a folder, not a file" if path.is_dir() else "no such file"

@@ -12,7 +12,7 @@ from dopr_lightning.data.demonstrations import Demonstrations
 from dopr_lightning.data.download import file_sha256
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.source import Source
-from dopr_lightning.errors import UserError, import_extra
+from dopr_lightning.errors import UserError, import_extra, one_line
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -129,8 +129,7 @@ class Minari(Source):
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())
         return UserError(
-            f"Minari dataset {self.dataset_id!r} cannot be read ({reason}); "
+            f"Minari dataset {self.dataset_id!r} cannot be read ({one_line(error)}); "
             f"fetch it again: minari download --force {self.dataset_id}"
         )

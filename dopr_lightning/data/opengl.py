@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, one_line
 
 VARIABLE = "MUJOCO_GL"
 
@@ -29,7 +29,7 @@ def no_opengl(error: BaseException) -> UserError:
         cause = cause.__cause__
     what = f"{VARIABLE}={chosen} does not work" if chosen else "off-screen rendering fails"
     return UserError(
-        f"{what} ({type(cause).__name__}: {' '.join(str(cause).split())}); set {VARIABLE}=egl, which needs: apt-get "
+        f"{what} ({type(cause).__name__}: {one_line(cause)}); set {VARIABLE}=egl, which needs: apt-get "
         f"install libegl1 libgl1-mesa-dri; or {VARIABLE}=osmesa, which needs: apt-get install libosmesa6"
     )
 

@@ -15,7 +15,7 @@ from queue import Empty
 from typing import Any
 
 from dopr_lightning.configuration import differences
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, one_line
 from dopr_lightning.experiments.display import Display
 from dopr_lightning.experiments.trial import DivergedError, Failure, Outcome, Report, Trial, load_outcome
 from dopr_lightning.versions import versions
@@ -91,7 +91,7 @@ def attempt(trial: Trial, report: Report) -> Outcome:
         trial.folder.mkdir(parents=True, exist_ok=True)
         with (trial.folder / "log.txt").open("a") as log:
             traceback.print_exc(file=log)
-        said = " ".join(str(error).split())
+        said = one_line(error)
         diverged = isinstance(error, DivergedError)
         return Failure(said if diverged else f"{type(error).__name__}: {said}", diverged)
 

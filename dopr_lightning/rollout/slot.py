@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.opengl import off_screen
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, one_line
 from dopr_lightning.rollout.environments import make
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def where(spec: EnvironmentSpec, seed: int, step: int) -> str:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _small(frame: Array) -> Array:
