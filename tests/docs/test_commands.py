@@ -49,7 +49,7 @@ SMALL = {
     "compare": [*SHORT, "--optimizers=adamw,dopr-muon", "--seeds=0", "--episodes=1", "--workers=1"],
     "coord-check": ["--optimizers=dopr-adamw", "--seeds=0"],
     "sweep": [*TRAIN[:-1], "--widths=16,32", "--seeds=0", "--parametrizations=mup", "--workers=1"],
-    "bench": ["--models=mlp-256", "--threads=1"],
+    "bench": ["--threads=1"],
     "demos": [],
     "new": [],
 }
@@ -105,6 +105,8 @@ def run_dopr(arguments: Sequence[str], page: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(runner, "_in_processes", in_this_process)
     if verb == "fit" and "--mup.from_sweep" not in options:
         resolve(options)  # as it stands; on this machine it might not run
+    if verb == "bench" and "--model" not in options:
+        small.append("--models=mlp-256")
     if verb == "sweep" and "--lr-octaves" in options:
         small.append("--lr-octaves=0.5")
     if "humanoid.yaml" in options:  # the users' dataset id is another one's twin in the development data
