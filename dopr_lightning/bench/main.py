@@ -88,14 +88,15 @@ def _measure(options: Any) -> None:
 
     from dopr_lightning.bench.report import plot, print_tables
     from dopr_lightning.bench.workloads import workloads
-    from dopr_lightning.experiments.trial import write_json
+    from dopr_lightning.experiments.trial import earlier_results, write_json
     from dopr_lightning.versions import versions
 
+    output: Path = options.output
+    earlier_results(output / "results.json", "rows")
     names = options.models.split(",") if options.models else QUICK if options.quick else None
     chosen = workloads(names, _sizes(options.batch) if options.batch else None)
     if options.quick:  # the smallest batch of each
         chosen = list({workload.name: workload for workload in reversed(chosen)}.values())[::-1]
-    output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "settings": {

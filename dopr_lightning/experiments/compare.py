@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from dopr_lightning.experiments.trial import (
     Trial,
     check_settings,
     common_steps,
+    earlier_results,
     note_settings,
     write_json,
 )
@@ -167,11 +167,9 @@ def _tuning_grid(options: Any, seeds: Sequence[int]) -> tuple[list[float], range
 
 def _refuse_lost_results(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Refuse to replace results by fewer."""
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())["arms"]
-    lost = {entry["name"] for entry in old} - {arm.name for arm in arms}
-    lost |= {f"seed {seed}" for entry in old for seed in entry["seeds"] if seed not in seeds}
+    old = earlier_results(path, "arms") or {"arms": []}
+    lost = {entry["name"] for entry in old["arms"]} - {arm.name for arm in arms}
+    lost |= {f"seed {seed}" for entry in old["arms"] for seed in entry["seeds"] if seed not in seeds}
     if lost:
         raise UserError(f"{path} also has {', '.join(sorted(lost))}; name them again too, or choose another --output")
 

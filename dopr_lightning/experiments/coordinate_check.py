@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from dopr_lightning.experiments.command import (
 from dopr_lightning.experiments.coordinate_plot import Checks, plot, print_table
 from dopr_lightning.experiments.coordinates import EXCEPTIONS, LEVELLING, TOLERANCE, coordinate_check
 from dopr_lightning.experiments.sweep.grid import Parametrization, mup_arguments, network_arguments, scaled, size
-from dopr_lightning.experiments.trial import write_json
+from dopr_lightning.experiments.trial import earlier_results, write_json
 from dopr_lightning.project import LIBRARY, Project
 from dopr_lightning.versions import versions
 
@@ -74,8 +73,9 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> int:
         "tolerance": options.tolerance,
         "standard": options.standard,
     }
-    if path.exists() and json.loads(path.read_text()).get("settings") != settings:
-        raise UserError(f"{path} is of another check, or of something else; choose another --output")
+    earlier = earlier_results(path, "checks")
+    if earlier is not None and earlier.get("settings") != settings:
+        raise UserError(f"{path} is of another check; choose another --output")
 
     parametrizations: list[Parametrization] = ["mup", "standard"] if options.standard else ["mup"]
     subjects = {

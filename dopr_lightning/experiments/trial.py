@@ -174,6 +174,27 @@ def _other_settings(folder: Path, changed: str) -> UserError:
     return UserError(f"{folder} holds a run with other settings ({changed}); choose another --output")
 
 
+def earlier_results(path: Path, part: str) -> dict[str, Any] | None:
+    """The results.json that new results will replace, or None where there is none.
+
+    Args:
+        path: Of the file.
+        part: What results of the same command have, and others have not.
+
+    Raises:
+        UserError: It is of something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # no JSON, or no text
+        found = None
+    if not isinstance(found, dict) or part not in found:
+        raise UserError(f"{path} holds other results, not of this command; choose another --output")
+    return found
+
+
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write at once or not at all."""
     part = path.with_suffix(".part")

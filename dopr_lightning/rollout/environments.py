@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def make(spec: EnvironmentSpec) -> gymnasium.Env[Any, Any]:
     import gymnasium
 
     if spec.module is not None:
-        import_extra(spec.module, spec.extra or "dev")
+        _register(spec.module, spec)
     try:
         # Gymnasium's checker warns about observations a hair out of bounds; we check what matters while rolling out.
         with mujoco_loads():
@@ -43,6 +44,20 @@ def make(spec: EnvironmentSpec) -> gymnasium.Env[Any, Any]:
         env.close()
         raise UserError(f"environment {spec.id!r}: {misfit}")
     return env
+
+
+def _register(module: str, spec: EnvironmentSpec) -> None:
+    """Import the module that makes the id known."""
+    if spec.extra:
+        import_extra(module, spec.extra)
+        return
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"environment {spec.id!r} is made known by the module {module!r}, and there is {error}; install it, or run "
+            "from the folder it is in"
+        ) from error
 
 
 def _misfit(spec: EnvironmentSpec, env: gymnasium.Env[Any, Any]) -> str:

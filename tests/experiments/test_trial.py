@@ -14,6 +14,7 @@ from toy_environment import Toy
 from toy_project import Manual, PassesOver
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS
 
+from dopr_lightning.cli import main
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.run_trial import run_trial
 from dopr_lightning.experiments.trial import DivergedError, Failure, Record, Trial, load_outcome
@@ -221,3 +222,26 @@ def test_an_error_that_divergence_causes_is_divergence(tmp_path: Path, monkeypat
         run(one)
     assert not isinstance(raised.value, DivergedError)
     assert load_outcome(one) is None
+
+
+WIDTHS = "--widths=16,32,64"
+
+
+@pytest.mark.parametrize("content", ['{"passed": true, "settings": {}}', "[]", "{"])
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("compare", ["--config", CONFIG, "--optimizers=adamw", "--seeds=0"]),
+        ("sweep", ["--config", CONFIG, "--optimizer=adamw", "--seeds=0", WIDTHS]),
+        ("coord-check", ["--config", CONFIG, "--optimizers=adamw", WIDTHS]),
+        ("bench", ["--quick"]),
+    ],
+)
+def test_no_command_replaces_results_of_something_else(
+    verb: str, options: list[str], content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.json"
+    results.write_text(content)
+    assert main([verb, *options, "--output", str(tmp_path)]) == 2
+    assert f"{results} holds other results, not of this command; choose another --output" in capsys.readouterr().err
+    assert results.read_text() == content

@@ -314,7 +314,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], start: n
     assert found.keys() == expected.keys()
     for name, initial in start.named_parameters():
         difference = (found[name] - expected[name]).norm()
-        assert difference <= 1e-5 * expected[name].norm(), name
+        # A bias of one entry may pass by 0, where rounding is still that of the values on its way.
+        assert difference <= 1e-5 * torch.maximum(expected[name].norm(), initial.norm()), name
         assert difference < 1e-3 * (expected[name] - initial).norm(), name
 
 

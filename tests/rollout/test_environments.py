@@ -28,6 +28,14 @@ def test_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         make(spec)
 
 
+def test_a_module_of_ones_own_is_in_no_extra() -> None:
+    spec = EnvironmentSpec("mine/Robot-v0", 10, "return", module="my_robot_env")
+    with pytest.raises(
+        UserError, match=r"'mine/Robot-v0' .* module 'my_robot_env', and there is No module named .*; ins"
+    ):
+        make(spec)
+
+
 @pytest.mark.parametrize("env_id", ["Hoper-v5", "Hopper-v99", "nobody/Here-v0", "not an id"])
 def test_unknown_ids(env_id: str) -> None:
     with pytest.raises(UserError, match=env_id) as caught:

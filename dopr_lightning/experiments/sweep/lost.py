@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.sweep.grid import ROLES, Point, points
 from dopr_lightning.experiments.sweep.plan import Plan
+from dopr_lightning.experiments.trial import earlier_results
 
 
 def refuse_lost_results(path: Path, plan: Plan) -> None:
@@ -21,12 +21,10 @@ def refuse_lost_results(path: Path, plan: Plan) -> None:
         plan: What is about to be swept.
 
     Raises:
-        UserError: Names what would be lost.
+        UserError: Names what would be lost; or they are not of a sweep.
     """
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())
-    if lost := _lost_values(old, plan) or _lost_combinations(old, plan):
+    old = earlier_results(path, "transfer")
+    if old is not None and (lost := _lost_values(old, plan) or _lost_combinations(old, plan)):
         more = f" and {len(lost) - 4} more" if lost[4:] else ""
         raise UserError(f"{path} also has {', '.join(lost[:4])}{more}; name them again too, or choose another --output")
 
