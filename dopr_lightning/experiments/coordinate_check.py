@@ -153,6 +153,7 @@ class _Subject:
         cli = build([*task.base, *arm.arguments(None, damping), *network], task.project)
         self.keywords = task.keywords
         self._class = type(cli.model)
+        self._algorithm = cli.model.algorithm
         self.dopr: Mapping[str, Any] | None = next(
             (callback.options for callback in cli.trainer.callbacks if isinstance(callback, DoPr)), None
         )
@@ -169,8 +170,8 @@ class _Subject:
         """
         for width in self.keywords:
             try:
-                with torch.device("meta"):
-                    self._policy(width, mup=None)
+                with torch.device("meta"):  # of the network: an algorithm may look at its numbers as it is made
+                    self._policy(width, mup=None, algorithm=self._algorithm)
             except (UserError, ValueError) as error:
                 raise UserError(f"--widths {width}: {error}") from error
 

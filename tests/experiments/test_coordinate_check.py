@@ -849,6 +849,12 @@ class TestCommand:
         assert "diverged at width 32; lower the learning rate" in capsys.readouterr().out
         assert (tmp_path / "hot" / "coord_check.png").exists()
 
+    def test_diffusion_is_checked_too(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        # Widths are tried on the meta device, and its schedule looks at numbers as it is made.
+        diffusion = "--model.algorithm=dopr_lightning.policies.algorithms.Diffusion"
+        assert main(command(tmp_path / "out", "--optimizers=dopr-adamw", diffusion)) == 0
+        assert capsys.readouterr().out.rstrip().endswith("dopr-adamw: passed")
+
     def test_a_base_may_have_bounds_of_its_own(self, tmp_path: Path) -> None:
         main(command(tmp_path / "out", "--optimizers=soap,adamw", "--steps=2"))
         soap, adamw = (
