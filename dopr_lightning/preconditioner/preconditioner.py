@@ -151,6 +151,10 @@ class ActivationPreconditioner:
             include=include,
             exclude=exclude,
         )
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a module, whose layers are looked at, got {type(model).__name__}; pass the model itself"
+            )
         self.bytes_sent = 0
         self._update_every = update_every
         self._solver: Solver = solver
@@ -240,8 +244,10 @@ class ActivationPreconditioner:
 
         Raises:
             RuntimeError: A covered layer has a gradient although no row reached it, so its inverse would be missing;
-                or its inverse has failed ``max_failures`` times in a row.
+                or its inverse has failed ``max_failures`` times in a row; or :meth:`remove` was called before.
         """
+        if self._removed:
+            raise RuntimeError("this preconditioner was removed, and sees no rows any more; make a new one")
         check_still_frozen(self._coverage.frozen)
         refreshed = self.collecting
         self.settle()

@@ -464,6 +464,23 @@ def test_remove_takes_the_hooks_off() -> None:
     assert not model[0]._forward_hooks
 
 
+@pytest.mark.parametrize("update_every", [1, 10])  # between refreshes the last inverse would go on rewriting
+def test_a_step_after_remove_is_refused(update_every: int) -> None:
+    model = mlp(5, 3)
+    ap = ActivationPreconditioner(model, update_every=update_every)
+    backward(model, torch.randn(8, 5, dtype=torch.double))
+    ap.step()
+    ap.remove()
+    with pytest.raises(RuntimeError, match=r"was removed.*; make a new one"):
+        ap.step()
+
+
+@pytest.mark.parametrize("model", [mlp(5, 3).parameters(), torch.optim.AdamW(mlp(5, 3).parameters()), None])
+def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
+    with pytest.raises(TypeError, match=f"model must be a module.*got {type(model).__name__}; pass the model itself"):
+        ActivationPreconditioner(model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
