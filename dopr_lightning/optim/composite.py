@@ -125,5 +125,8 @@ class CompositeOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while building: a group added later would belong to no part and never be stepped."""
         if self._bound:
-            raise TypeError("CompositeOptimizer's groups are fixed; add the group to the part it belongs to, before")
+            raise TypeError(
+                "CompositeOptimizer's groups are fixed: no part would step one that is added later. Make it when all "
+                "that it is to train is unfrozen, in a new fit, or take an optimizer of torch's"
+            )
         super().add_param_group(param_group)

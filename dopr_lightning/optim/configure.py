@@ -197,6 +197,8 @@ def configure_optimizers(
     trainer: Trainer | None = getattr(module, "_trainer", None)  # a submodule has none, nor what Fabric runs
     if mup is not None and trainer is not None:
         _check_clipping(module, trainer, base, mup)
+    if trainer is not None:
+        _say_unfreezing(module, trainer)
     if mup is None and roles is None and (lr_by_role or resolve(base).roles):
         _say_guesses(module, trainer)
     if schedule == "constant" and warmup_steps == 0:
@@ -219,6 +221,20 @@ def _say_guesses(module: nn.Module, trainer: Trainer | None) -> None:
             "so: roles={%s}",
             " and ".join(f"{name} is the {role}" for name, role in ends.items()),
             ", ".join(f'"{name}": "{role}"' for name, role in ends.items()),
+        )
+
+
+def _say_unfreezing(module: nn.Module, trainer: Trainer) -> None:
+    """Point out who may add groups in the middle of the fit, before it is lost."""
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    tuners = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]
+    if tuners and trainer.is_global_zero and not all(p.requires_grad for p in module.parameters()):
+        log.warning(
+            "%s may unfreeze layers in the middle of the fit, and add their group to this optimizer, whose groups are "
+            "fixed: the fit then stops. Return an optimizer of torch's from configure_optimizers, or unfreeze them in "
+            "a fit of their own",
+            type(tuners[0]).__name__,
         )
 
 

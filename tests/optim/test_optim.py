@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+)
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -432,6 +437,31 @@ def test_a_cosine_whose_end_a_callback_moves_is_refused(callback: Callback) -> N
     assert configure_optimizers(model, **options, total_steps=8)
     model._trainer.max_epochs = -1  # as it is in a fit of so many steps
     assert configure_optimizers(model, **options)
+
+
+def test_gradual_unfreezing_is_pointed_out_before_it_ends_the_fit(caplog: pytest.LogCaptureFixture) -> None:
+    class Gradual(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.backbone(x))
+
+        def configure_optimizers(self) -> Any:
+            return configure_optimizers(self, lr=0.1)
+
+    def fit(*callbacks: Callback) -> None:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        Trainer(max_epochs=2, limit_train_batches=1, accelerator="cpu", callbacks=[*callbacks], **quiet).fit(Gradual())
+
+    with pytest.raises(TypeError, match=r"groups are fixed: .* in a new fit, or take an optimizer of torch's"):
+        fit(BackboneFinetuning(unfreeze_backbone_at_epoch=1))
+    (said,) = [message for message in caplog.messages if "unfreeze" in message]
+    assert said.startswith("BackboneFinetuning may unfreeze layers in the middle of the fit, and add their group to")
+    caplog.clear()
+    fit()
+    assert not any("unfreeze" in message for message in caplog.messages)
 
 
 def test_a_fast_dev_run_may_be_shorter_than_the_warm_up() -> None:
