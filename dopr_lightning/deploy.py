@@ -198,7 +198,8 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Deploye
         device: Where it shall compute.
 
     Raises:
-        UserError: The file is missing, damaged, without a record, or of a class that cannot be imported.
+        UserError: The file is missing, damaged, without a record, or of a class that cannot be imported; or there is no
+            such device here.
     """
     held = checkpoint.read(path)
     policy = rebuild(path, held, device)
@@ -214,7 +215,7 @@ def rebuild(path: str | Path, held: Mapping[str, Any], device: str | torch.devic
         device: Where it shall compute.
 
     Raises:
-        UserError: It cannot be rebuilt.
+        UserError: It cannot be rebuilt, or there is no such device here.
     """
     if "_instantiator" not in held.get("hyper_parameters", {}):
         raise UserError(
@@ -223,10 +224,13 @@ def rebuild(path: str | Path, held: Mapping[str, Any], device: str | torch.devic
         )
     cls = checkpoint.class_of(held[checkpoint.KEY], "policy")
     try:
-        policy = cls.load_from_checkpoint(path, map_location=device, weights_only=True)
+        policy = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: {cls.__name__} cannot be rebuilt from it ({one_line(error)[:200]})") from error
-    return policy.to(device).eval()
+    try:
+        return policy.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
+        raise UserError(f"device={str(device)!r}: {str(error).splitlines()[0]}; device='cpu' is everywhere") from error
 
 
 def image_sizes(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

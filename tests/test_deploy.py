@@ -206,6 +206,12 @@ def test_its_speed_is_said(images: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_not_the_checkpoints_fault(device: str, state: Path) -> None:
+    with pytest.raises(UserError, match=f"^device='{device}': .*; device='cpu' is everywhere"):
+        load_policy(state, device)
+
+
 def test_what_is_no_checkpoint_of_ours_is_refused(state: Path, tmp_path: Path) -> None:
     held = torch.load(state, weights_only=True)
     other = tmp_path / "other.ckpt"
