@@ -61,7 +61,6 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
         UserError: A mistake in the arguments, found before anything is trained; or runs that failed.
     """
     options, overrides = parse(_parser(project.command), arguments)
-    arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
     if not 0 < options.damping < math.inf:
         raise UserError(f"--damping must be positive, got {options.damping}; 0.01 is a good start")
@@ -77,6 +76,7 @@ def main(arguments: Sequence[str], project: Project = LIBRARY) -> None:
     base = [*(f"--config={find_config(name)}" for name in options.config), *overrides]
     config = resolve(base, project)
     refuse_dopr(config)
+    arms = parse_arms(options.optimizers)  # modules that the configuration names may have added to BASES
     task = _check(base, arms, options.damping, project)
     output: Path = options.output
     settings = {

@@ -204,7 +204,6 @@ def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
     """Everything that can be wrong without building anything."""
     from dopr_lightning.training import resolve
 
-    arms = parse_arms(options.optimizers)
     seeds = seed_numbers(options.seeds)
     if options.steps < 1 or options.windows < 1:
         raise UserError(f"--steps and --windows must be at least 1, got {options.steps} and {options.windows}")
@@ -220,6 +219,7 @@ def _task(options: Any, overrides: Sequence[str], project: Project) -> _Task:
     )
     config = resolve([*base, "--model.mup=null"], project)
     refuse_dopr(config)
+    arms = parse_arms(options.optimizers)  # modules that the configuration names may have added to BASES
     network = config["model"]["network"]
     scales = network_scales(network["class_path"])
     configured = size(network["init_args"][scales[0]])

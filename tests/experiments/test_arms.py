@@ -1,9 +1,15 @@
 """What ``--optimizers`` may say."""
 
-import pytest
+import sys
+from pathlib import Path
 
+import pytest
+from toy_task import CONFIG
+
+from dopr_lightning.cli import main
 from dopr_lightning.errors import UserError
 from dopr_lightning.experiments.arms import Arm, parse_arms
+from dopr_lightning.optim import BASES
 
 
 def test_arms_may_carry_options_of_dopr() -> None:
@@ -40,3 +46,28 @@ def test_arms_may_carry_options_of_dopr() -> None:
 def test_mistakes_are_named(names: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_arms(names)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["compare --optimizers", "coord-check --widths=8,16,32 --optimizers", "sweep --widths=8,16 --optimizer"],
+)
+def test_bases_may_be_those_of_a_module_that_the_configuration_names(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_pieces.py").write_text(
+        "import torch\n"
+        "from dopr_lightning.mup.rules import sign\n"
+        "from dopr_lightning.optim import BASES, Base\n"
+        "from dopr_lightning.policies.networks import ResidualMLP\n"
+        "class Network(ResidualMLP): pass\n"
+        "BASES['own'] = Base(torch.optim.NAdam, growth=sign)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_pieces", raising=False)
+    monkeypatch.setitem(BASES, "own", BASES["adamw"])
+    del BASES["own"]  # and afterwards again
+    task = ["--config", CONFIG, "--output", str(tmp_path / "out"), "--model.network=own_pieces.Network"]
+    # What DoPr refuses is found next, when the arms are tried.
+    assert main([*command.split(), "dopr-own+update_every=0", *task]) == 2
+    assert "update_every must be at least 1" in capsys.readouterr().err

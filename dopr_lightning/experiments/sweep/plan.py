@@ -130,9 +130,8 @@ def make_plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     for name in parametrizations:
         if name not in get_args(Parametrization) or parametrizations.count(name) > 1:
             raise UserError(f"--parametrizations {options.parametrizations}: mup, standard, or mup,standard")
-    arm = _arm(options.optimizer)
     refuse_reserved(overrides, RESERVED, "a sweep")
-    if arm and any(override.partition("=")[0] == "--model.optimizer.base" for override in overrides):
+    if options.optimizer and any(override.partition("=")[0] == "--model.optimizer.base" for override in overrides):
         raise UserError("--model.optimizer.base and --optimizer are the same thing; give one")
 
     # The rollouts of a sweep judge its runs when they end; on the way they would only cost time.
@@ -140,6 +139,7 @@ def make_plan(options: Any, overrides: Sequence[str], project: Project) -> Plan:
     base = (*configs, "--rollout.episodes=0", *overrides)
     # Without muP: what it is based on is not known yet.
     config = resolve([*base, "--model.mup=null"], project)
+    arm = _arm(options.optimizer)  # modules that the configuration names may have added to BASES
     if arm:
         refuse_dopr(config, "--optimizer")
         base = (*base, *arm.arguments(None, 0.01))
