@@ -168,6 +168,13 @@ def test_licences(tmp_path: Path, licence: str, begins: str) -> None:
     assert re.search(r"Copyright (\(c\) )?20\d\d,? Somebody", text)
 
 
+@pytest.mark.parametrize(("base", "mup", "clips"), [("sgd", True, False), ("sgd", False, True), ("adamw", True, True)])
+def test_nothing_is_clipped_where_the_library_refuses_it(base: str, mup: bool, clips: bool, tmp_path: Path) -> None:
+    project = bake(tmp_path, base=base, mup=mup)
+    experiment = yaml.safe_load((project / "configs" / "experiment.yaml").read_text())
+    assert ("gradient_clip_val" in experiment["trainer"]) is clips
+
+
 def test_the_bases_are_the_librarys() -> None:
     assert set(CHOICES["base"]) == set(BASES)
 
