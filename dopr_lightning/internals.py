@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import BatchSizeFinder
+    from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
@@ -25,6 +25,11 @@ def skips_backward(trainer: Trainer) -> bool:
 def finds_batch_size(callback: BatchSizeFinder) -> bool:
     """Whether training goes on after its search: the Tuner's own finder ends with it."""
     return not callback._early_exit
+
+
+def averaging_rates(callback: StochasticWeightAveraging) -> float | list[float]:
+    """The learning rates that it anneals to: one for all groups, or one for each."""
+    return callback._swa_lrs
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:

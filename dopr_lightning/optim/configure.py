@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dopr_lightning.internals import finds_batch_size
+from dopr_lightning.internals import averaging_rates, finds_batch_size
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import Choice, resolve
 from dopr_lightning.optim.composite import CompositeOptimizer
@@ -176,7 +176,7 @@ def configure_optimizers(
         TypeError: As :func:`make_optimizer`.
         ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative or fractional warm-up, or a cosine
             whose end is not known; or under muP a Trainer that clips the gradients of SGD by their norm, beyond the
-            base width.
+            base width, or averages weights at one rate.
 
     Example:
         >>> class Model(LightningModule):  # doctest: +SKIP
@@ -198,6 +198,7 @@ def configure_optimizers(
     if mup is not None and trainer is not None:
         _check_clipping(module, trainer, base, mup)
     if trainer is not None:
+        _check_averaging(trainer, optimizer)
         _say_unfreezing(module, trainer)
     if mup is None and roles is None and (lr_by_role or resolve(base).roles):
         _say_guesses(module, trainer)
@@ -236,6 +237,25 @@ def _say_unfreezing(module: nn.Module, trainer: Trainer) -> None:
             "a fit of their own",
             type(tuners[0]).__name__,
         )
+
+
+def _check_averaging(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuse one rate for all groups now: the averaging would set it late in the fit, and that would be lost.
+
+    Raises:
+        ValueError: It is one, and they have multipliers of their own.
+    """
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    if len({group.get("lr_mult", 1.0) for group in optimizer.param_groups}) == 1:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) and isinstance(rate := averaging_rates(callback), float):
+            raise ValueError(
+                f"StochasticWeightAveraging(swa_lrs={rate:g}) gives all groups one rate, and muP, or lr_by_role, gave "
+                f"each its own; give it a list: swa_lrs=[{rate:g} * group['lr_mult'] for group in "
+                "make_optimizer(...).param_groups]"
+            )
 
 
 def _check_clipping(module: nn.Module, trainer: Trainer, base: Choice, mup: MupSpec) -> None:

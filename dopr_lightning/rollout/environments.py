@@ -55,8 +55,8 @@ def _register(module: str, spec: EnvironmentSpec) -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"environment {spec.id!r} is made known by the module {module!r}, and there is {error}; install it, or run "
-            "from the folder it is in"
+            f"environment {spec.id!r} is made known by the module {module!r}, and there is {error}; install it, or "
+            "put its folder into PYTHONPATH"
         ) from error
 
 
