@@ -79,7 +79,12 @@ class DemonstrationData(L.LightningDataModule):
 
     @cached_property
     def _split(self) -> tuple[Demonstrations, Demonstrations]:
-        train, validation = self.source.load().split(self.validation_episodes, _SPLIT_SEED)
+        held = self.source.load()
+        if not isinstance(held, Demonstrations):
+            raise UserError(
+                f"{type(self.source).__name__}.load() returned a {type(held).__name__}, and must return Demonstrations"
+            )
+        train, validation = held.split(self.validation_episodes, _SPLIT_SEED)
         return (train if self.episodes is None else train.take(self.episodes)), validation
 
     @property

@@ -177,6 +177,15 @@ def test_dimensions_and_environment_load_once() -> None:
     assert source.loads == 1
 
 
+def test_a_source_that_returns_no_demonstrations_is_named() -> None:
+    class Forgetful(Numbered):
+        def load(self) -> Demonstrations:
+            return super().load().observations  # type: ignore[return-value]
+
+    with pytest.raises(UserError, match=r"Forgetful\.load\(\) returned a ndarray, and must return Demonstrations"):
+        DemonstrationData(Forgetful()).train_dataloader()
+
+
 def test_a_held_out_episode_that_is_too_short_is_said_before_training() -> None:
     class Short(Numbered):
         def load(self) -> Demonstrations:
