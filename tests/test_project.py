@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_project import Data, Policy
+import yaml
+from toy_project import Data, Policy, Regresses
 from toy_task import CONFIG
 
 from dopr_lightning.cli import main
@@ -113,6 +114,14 @@ def test_coordinate_check_measures_it(here: Path) -> None:
     assert main(["coord-check", *ARGUMENTS, *check], OWN) == 0
     settings = json.loads((here / "out/results.json").read_text())["settings"]
     assert settings["config"]["model"]["weight"] == 0.5
+
+
+def test_coordinate_check_of_a_policy_that_leaves_no_choice_of_its_algorithm(here: Path) -> None:
+    config = yaml.safe_load(Path(CONFIG).read_text())
+    del config["model"]["algorithm"]
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    check = ["--optimizers=adamw", "--widths=16,32,64,128", "--seeds=0", "--steps=2", "--output=out", "--tolerance=9"]
+    assert main(["coord-check", "--config=config.yaml", *check], Project(Regresses)) == 0
 
 
 def test_its_options_are_not_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,11 +153,12 @@ class _Subject:
         cli = build([*task.base, *arm.arguments(None, damping), *network], task.project)
         self.keywords = task.keywords
         self._class = type(cli.model)
-        self._algorithm = cli.model.algorithm
         self.dopr: Mapping[str, Any] | None = next(
             (callback.options for callback in cli.trainer.callbacks if isinstance(callback, DoPr)), None
         )
         self._config = {key: value for key, value in cli.model.hparams.items() if key != "_instantiator"}
+        # Beside the network: an algorithm may look at its numbers as it is made. A project's policy may have its own.
+        self._made = {key: cli.model.algorithm for key in ("algorithm",) if key in self._config}
         self._device = cli.trainer.strategy.root_device
         self._statistics = cli.datamodule.statistics()
         self._batch = next(iter(cli.datamodule.train_dataloader()))
@@ -170,8 +171,8 @@ class _Subject:
         """
         for width in self.keywords:
             try:
-                with torch.device("meta"):  # of the network: an algorithm may look at its numbers as it is made
-                    self._policy(width, mup=None, algorithm=self._algorithm)
+                with torch.device("meta"):
+                    self._policy(width, mup=None, **self._made)
             except (UserError, ValueError) as error:
                 raise UserError(f"--widths {width}: {error}") from error
 

@@ -11,6 +11,7 @@ from toy_task import ToyTask
 from dopr_lightning.cli import main
 from dopr_lightning.data import Source
 from dopr_lightning.data.module import DemonstrationData
+from dopr_lightning.policies.algorithms import Regression
 from dopr_lightning.policies.module import Batch, PolicyModule
 from dopr_lightning.project import Project
 
@@ -40,6 +41,13 @@ class PassesOver(PolicyModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
         return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+class Regresses(PolicyModule):
+    """Leaves no choice of its algorithm."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(algorithm=Regression(), **arguments)
 
 
 class Manual(PolicyModule):
