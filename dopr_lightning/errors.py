@@ -50,12 +50,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def is_remote(place: str | Path) -> bool:
+    """Whether a place is on a remote store (``s3://...``), where Lightning can read and write, and we cannot."""
+    return "://" in str(place)
+
+
 def output_folder(text: str) -> Path:
     """Where results will be written: an argument's type, which refuses what they could not be written to.
 
     Raises:
-        UserError: A file is in the way, or nothing may be written there.
+        UserError: It is on a remote store, a file is in the way, or nothing may be written there.
     """
+    if is_remote(text):
+        raise UserError(f"{text}: results are written to local files; choose a local folder")
     path = Path(text)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -69,8 +76,10 @@ def output_file(text: str) -> Path:
     """A file to be written, which may be there: as `output_folder`.
 
     Raises:
-        UserError: It is a folder, or its own folder will not do.
+        UserError: It is on a remote store or a folder, or its own folder will not do.
     """
+    if is_remote(text):
+        raise UserError(f"{text}: a local file is written; choose another")
     path = Path(text)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")

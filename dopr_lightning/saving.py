@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from dopr_lightning.errors import UserError
+from dopr_lightning.errors import UserError, is_remote
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -29,7 +29,7 @@ def run_folder(trainer: Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         root = str(logger.save_dir or trainer.default_root_dir)
         folder = trainer.strategy.broadcast(os.path.join(root, str(logger.name), version))
-    if "://" in folder:
+    if is_remote(folder):
         raise UserError(
             f"{folder}: a run's configuration and rollouts are written to local files; choose a local "
             "--trainer.default_root_dir or save_dir of the logger (--checkpoint.dirpath may be remote)"

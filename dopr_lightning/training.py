@@ -25,7 +25,7 @@ from dopr_lightning import checkpoint, proxy
 from dopr_lightning.configuration import NOTHING_TO_JUDGE, packaged_configs, reason, reason_with_place
 from dopr_lightning.console import Narrator, StepBar
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError, output_folder
+from dopr_lightning.errors import UserError, is_remote, output_folder
 from dopr_lightning.internals import preempted_checkpoint
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
@@ -107,11 +107,13 @@ class CLI(LightningCLI):
         # A run's checkpoints are first written at its first validation; who judges one only reads where they lie.
         written = ["trainer.default_root_dir", *(["checkpoint.dirpath"] if subcommand in (None, "fit") else [])]
         for place in filter(None, map(config.get, written)):
-            output_folder(place)
+            if not is_remote(place):  # checkpoints may be, and `run_folder` looks where the rest goes
+                output_folder(place)
         if subcommand:
             self._choose_what_is_shown(config["trainer"])
         path = config.get("ckpt_path")
-        if path not in (None, "best", "last", "hpc"):  # Lightning's own words for what it finds
+        # Lightning has words of its own for what it finds, and reads what is remote.
+        if path not in (None, "best", "last", "hpc") and not is_remote(path):
             checkpoint.require_file(path, "--ckpt_path")
         elif path is None and subcommand in ("validate", "test"):
             raise UserError(NOTHING_TO_JUDGE)

@@ -105,6 +105,9 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (["coord-check", "--config", CONFIG, "--output", "broken.yaml/out"], ["broken.yaml/out", "a folder is needed"]),
     (["bench", "--quick", "--output", "broken.yaml"], ["a folder is needed"]),
+    # What is remote would become a local folder of an odd name.
+    (["bench", "--quick", "--output", "s3://b/out"], ["s3://b/out: results are written to local files; choose a"]),
+    (["demos", "lift", "--scripted", "1", "--output", "s3://b/x.hdf5"], ["s3://b/x.hdf5: a local file is written"]),
     (["demos", "lift", "--scripted", "1", "--output", "broken.yaml/x.hdf5"], ["a folder is needed"]),
     (
         [*COMPARE, "--model.optimizer.warmup_steps=20"],

@@ -17,6 +17,7 @@ from toy_environment import Toy
 from toy_task import CONFIG, DOPR, FIRST_SEED, STEPS, train
 
 from dopr_lightning import configs
+from dopr_lightning.cli import main
 from dopr_lightning.configuration import find_config
 from dopr_lightning.errors import UserError
 from dopr_lightning.policies.ema import EMA
@@ -262,6 +263,10 @@ def test_a_remote_store_takes_checkpoints_but_no_results(tmp_path: Path) -> None
     memory = fsspec.filesystem("memory")
     with memory.open(f"{tmp_path}/last.ckpt") as file:
         assert torch.load(file, weights_only=True)["global_step"] == 4
+    resume = [f"--ckpt_path={remote}/last.ckpt", f"--trainer.default_root_dir={tmp_path / 'resumed'}"]
+    assert main(["fit", f"--config={CONFIG}", *resume, f"--checkpoint.dirpath={remote}", "--trainer.max_steps=6"]) == 0
+    with memory.open(f"{tmp_path}/last.ckpt") as file:
+        assert torch.load(file, weights_only=True)["global_step"] == 6
     memory.rm(str(tmp_path), recursive=True)
 
 
