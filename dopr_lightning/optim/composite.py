@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_RATIO_TOLERANCE = 1e-6
+RATIO_TOLERANCE = 1e-6
 """How far, relative to the peak rate, groups may stray from their ratios: far above rounding, far below a mistake."""
 
 
@@ -83,7 +83,7 @@ class CompositeOptimizer(Optimizer):
         """Two parameters whose groups' values have another ratio than their multipliers; empty where all have it."""
         groups = [group for group in self.param_groups if multiplier in group and not isinstance(group[key], Tensor)]
         values = [group[key] / group[multiplier] for group in groups]
-        if not values or max(values) - min(values) <= _RATIO_TOLERANCE * max(peak, *values, 0.0):
+        if not values or max(values) - min(values) <= RATIO_TOLERANCE * max(peak, *values, 0.0):
             return ""
         low, high = (groups[values.index(end(values))]["param_names"][0] for end in (min, max))
         return f"{low} and {high}"

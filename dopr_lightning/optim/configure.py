@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dopr_lightning.internals import averaging_rates, finds_batch_size
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import Choice, resolve
-from dopr_lightning.optim.composite import CompositeOptimizer
+from dopr_lightning.optim.composite import RATIO_TOLERANCE, CompositeOptimizer
 from dopr_lightning.optim.plan import Assignment, is_positive, plan
 from dopr_lightning.optim.roles import guessed_ends
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
@@ -176,7 +176,7 @@ def configure_optimizers(
         TypeError: As :func:`make_optimizer`.
         ValueError: As :func:`make_optimizer`; or an unknown schedule, a negative or fractional warm-up, or a cosine
             whose end is not known; or under muP a Trainer that clips the gradients of SGD by their norm, beyond the
-            base width, or averages weights at one rate.
+            base width; or one that averages weights at rates of another ratio than muP's, or ``lr_by_role``'s.
 
     Example:
         >>> class Model(LightningModule):  # doctest: +SKIP
@@ -240,21 +240,28 @@ def _say_unfreezing(module: nn.Module, trainer: Trainer) -> None:
 
 
 def _check_averaging(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse one rate for all groups now: the averaging would set it late in the fit, and that would be lost.
+    """Refuse rates of another ratio now: the averaging would set them late in the fit, and that would be lost.
 
     Raises:
-        ValueError: It is one, and they have multipliers of their own.
+        ValueError: They are, one for all groups say, and the groups have multipliers of their own.
     """
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-    if len({group.get("lr_mult", 1.0) for group in optimizer.param_groups}) == 1:
+    multipliers = [group.get("lr_mult", 1.0) for group in optimizer.param_groups]
+    if len(set(multipliers)) == 1:
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging) and isinstance(rate := averaging_rates(callback), float):
+        if not isinstance(callback, StochasticWeightAveraging):
+            continue
+        rates = averaging_rates(callback)
+        each = rates if isinstance(rates, list) else [rates] * len(multipliers)
+        bases = [rate / multiplier for rate, multiplier in zip(each, multipliers, strict=False)]
+        peak = optimizer.param_groups[0]["lr"] / multipliers[0]
+        if len(each) != len(multipliers) or max(bases) - min(bases) > RATIO_TOLERANCE * max(peak, *bases):
             raise ValueError(
-                f"StochasticWeightAveraging(swa_lrs={rate:g}) gives all groups one rate, and muP, or lr_by_role, gave "
-                f"each its own; give it a list: swa_lrs=[{rate:g} * group['lr_mult'] for group in "
-                "make_optimizer(...).param_groups]"
+                f"StochasticWeightAveraging(swa_lrs={rates}) does not keep the ratio that muP, or lr_by_role, gave the "
+                f"rates of the {len(multipliers)} groups; give it a list: swa_lrs=[{each[0]:g} * group['lr_mult'] for "
+                "group in make_optimizer(...).param_groups]"
             )
 
 

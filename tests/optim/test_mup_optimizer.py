@@ -534,17 +534,21 @@ def test_lightnings_rate_finder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightnings_weight_averaging_with_one_rate_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [lambda n: 0.001, lambda n: [0.001] * n, lambda n: [0.001]])
+def test_lightnings_weight_averaging_with_one_rate_is_refused(given: Callable[[int], Any], tmp_path: Path) -> None:
     """Before the first step, not where it sets the rate."""
-    averaging = StochasticWeightAveraging(swa_lrs=0.001, swa_epoch_start=1)
-    fit = trainer(tmp_path, callbacks=[averaging])
+    groups = make_optimizer(Trained(), "adamw", lr=0.01, mup=SPEC).param_groups
+    fit = trainer(tmp_path, callbacks=[StochasticWeightAveraging(swa_lrs=given(len(groups)), swa_epoch_start=1)])
     with pytest.raises(
-        ValueError, match=r"\(swa_lrs=0.001\) gives all groups one rate, .* a list: swa_lrs=\[0.001 \* gr"
+        ValueError, match=r"does not keep the ratio .* the 5 groups; give it a list: swa_lrs=\[0.001 \* gr"
     ):
         fit.fit(Trained())
     assert fit.global_step == 0
 
-    trainer(tmp_path, callbacks=[averaging]).fit(Trained(spec=None))
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_weight_averaging_may_keep_the_ratio(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[StochasticWeightAveraging(swa_lrs=0.001, swa_epoch_start=1)]).fit(Trained(spec=None))
     rates = [0.001 * group["lr_mult"] for group in make_optimizer(Trained(), "adamw", lr=0.01, mup=SPEC).param_groups]
     assert len(set(rates)) > 1
     fit = trainer(tmp_path, callbacks=[StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1)])
