@@ -48,6 +48,10 @@ H100_MODEL_SPEED = 400e12
 """FLOP/s of the model's own bfloat16 forward and backward, assumed: 40 % of the peak."""
 
 
+ROWS = 8192
+"""Per step and rank, of a model whose batch is not known."""
+
+
 class Llama8B(nn.Module):
     """The weights of Llama-3.1-8B (arXiv 2407.21783, Table 3), without a forward: sizes are all that is asked of it."""
 
@@ -71,10 +75,10 @@ class Llama8B(nn.Module):
 
 
 def main(options: Any) -> None:
-    """Predict for ``options.model`` with each solver; print, and write results.json and a plot.
+    """Predict for ``options.model`` with each solver; print, and write prediction.json and a plot.
 
     Raises:
-        UserError: The model cannot be found or made.
+        UserError: The model cannot be found or made, or has rows of its own.
     """
     from dopr_lightning.experiments.trial import write_json
 
@@ -119,17 +123,18 @@ def main(options: Any) -> None:
     print(f"plot: {output / 'prediction.png'}   numbers: {output / 'prediction.json'}")
 
 
-def resolve(name: str, rows: int) -> tuple[nn.Module, Mapping[str, int] | int, float]:
+def resolve(name: str, rows: int | None) -> tuple[nn.Module, Mapping[str, int] | int, float]:
     """A model on the meta device, its rows per step, and the FLOPs of its forward and backward.
 
     Args:
         name: ``"llama-3.1-8b"``, the name of a workload, or ``"package.module:function"``.
-        rows: Per step and rank, its batch's tokens, say. A workload has a batch of its own.
+        rows: Per step and rank, its batch's tokens, say; None for :data:`ROWS`. A workload has a batch of its own.
 
     Raises:
-        UserError: There is no such model.
+        UserError: There is no such model, or it is a workload and rows are given.
     """
     if name == LLAMA or ":" in name:
+        rows = rows or ROWS
         with torch.device("meta"):
             model = Llama8B() if ":" not in name else _call(name)
         planned = plan(model, rows)
@@ -138,6 +143,8 @@ def resolve(name: str, rows: int) -> tuple[nn.Module, Mapping[str, int] | int, f
         raise UserError(
             f"unknown model {name!r}; choose from {LLAMA}, {', '.join(known())}, or package.module:function"
         )
+    if rows is not None:
+        raise UserError(f"--rows: {name} has a batch of its own; leave it out")
     workload = workloads([name], None)[0]
     model = workload.model("meta")
     ((inputs, target),) = workload.batches(1, "meta")

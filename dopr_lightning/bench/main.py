@@ -325,8 +325,7 @@ def _parser(command: str) -> Parser:
     prediction.add_argument(
         "--rows",
         type=int,
-        default=8192,
-        help="per rank and step, tokens say, of a model that is not one of --models; default: %(default)s",
+        help="per rank and step, tokens say, of a model that is not one of --models; default: 8192",
     )
     prediction.add_argument(
         "--shards", type=int, default=1, help="ranks that share each gradient; default: %(default)s"

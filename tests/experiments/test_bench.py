@@ -335,6 +335,7 @@ def test_a_prediction_says_what_it_was_made_from(tmp_path: Path, monkeypatch: py
         (["--threads", "0"], "--threads must be at least 1"),
         (["--model", "mlp-256", "--max-rows", "64"], "--max-rows is for measurements, --model predicts; leave one"),
         (["--model", "mlp-256", "--quick"], "--quick is for measurements"),
+        (["--model", "mlp-256", "--rates", "h100", "--rows", "64"], "--rows: mlp-256 has a batch of its own; leave it"),
         (["--models", "mlp-256", "--shards", "8"], "--shards is for predictions; add --model, or leave it out"),
         (["--model", "mlp-3"], "unknown model 'mlp-3'; choose from llama-3.1-8b, mlp-256, "),
         (["--model", "mlp-3"], "resnet18, or package.module:function"),
