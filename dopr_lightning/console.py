@@ -48,7 +48,7 @@ class Narrator(Callback):
         dopr = any(isinstance(callback, DoPr) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         limits = (trainer.max_steps, "steps"), (trainer.max_epochs or -1, "epochs")
         # max_time alone may end it.
-        length = next((f"{limit} {unit}" for limit, unit in limits if limit > 0), "steps without a limit")
+        length = next((f"{limit} {unit}" for limit, unit in limits if limit > 0), "any number of steps")
         devices = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
         judged = (
             f"{task.title}, judged by {METRIC_LABELS[task.metric]} over at most {task.max_steps} steps"
