@@ -29,7 +29,8 @@ def run_folder(trainer: Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         root = str(logger.save_dir or trainer.default_root_dir)
         folder = trainer.strategy.broadcast(os.path.join(root, str(logger.name), version))
-    if is_remote(folder):
+    # A fast_dev_run has no logger, whose folder may be a local one, and writes nothing.
+    if is_remote(folder) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
             f"{folder}: a run's configuration and rollouts are written to local files; choose a local "
             "--trainer.default_root_dir or save_dir of the logger (--checkpoint.dirpath may be remote)"

@@ -257,6 +257,8 @@ def test_a_remote_store_takes_checkpoints_but_no_results(tmp_path: Path) -> None
     with pytest.raises(UserError, match=f"{remote}: .*written to local files; choose a local"):
         train(tmp_path / "local", f"--trainer.default_root_dir={remote}")
     assert not list(tmp_path.rglob("*.*"))
+    logs = f"--trainer.default_root_dir={remote}", "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"
+    assert main(["fit", f"--config={CONFIG}", *logs, "--trainer.fast_dev_run=true"]) == 0
     train(tmp_path / "local", f"--checkpoint.dirpath={remote}", "--trainer.max_steps=4")
     with pytest.raises(UserError, match=f"{remote}/last.ckpt is of another run"):
         train(tmp_path / "other", f"--checkpoint.dirpath={remote}", "--trainer.max_steps=4")
