@@ -34,7 +34,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from dopr_lightning.configuration import differences
 from dopr_lightning.data.environment import EnvironmentSpec
 from dopr_lightning.data.module import DemonstrationData
-from dopr_lightning.errors import UserError, missing, one_line
+from dopr_lightning.errors import UserError, is_remote, missing, one_line
 from dopr_lightning.policies.ema import EMA
 from dopr_lightning.policies.module import PolicyModule
 from dopr_lightning.versions import versions
@@ -139,6 +139,8 @@ def require_file(path: str | Path, flag: str = "") -> None:
     Raises:
         UserError: Says what it is.
     """
+    if is_remote(path):
+        raise UserError(f"{flag} {path}".lstrip() + ": on a remote store; copy it to a local file first")
     said = f"{flag} {Path(path)}".lstrip()  # nothing, of an unset variable, is this folder
     if not Path(path).is_file():
         raise UserError(f"{said}: {missing(Path(path))}")

@@ -95,6 +95,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["validate", "--config", CONFIG], ["Give --ckpt FILE, or --ckpt_path FILE"]),
     (["test", "--ckpt"], ["argument --ckpt: expected one argument; see: dopr test --help"]),
     (["test", "--config", CONFIG, "--ckpt_path", "folder"], ["--ckpt_path folder: a folder, not a file"]),
+    (["test", "--ckpt", "s3://b/last.ckpt"], ["s3://b/last.ckpt: on a remote store; copy it to a local file first"]),
     # Found before the work that could not be written down.
     ([*FIT, "--trainer.default_root_dir", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
     ([*FIT, "--checkpoint.dirpath", "broken.yaml"], ["broken.yaml is a file, and a folder is needed"]),
