@@ -47,7 +47,6 @@ millisecond per collective of 512 ranks."""
 H100_MODEL_SPEED = 400e12
 """FLOP/s of the model's own bfloat16 forward and backward, assumed: 40 % of the peak."""
 
-
 ROWS = 8192
 """Per step and rank, of a model whose batch is not known."""
 

@@ -158,7 +158,7 @@ class _Subject:
         )
         self._config = {key: value for key, value in cli.model.hparams.items() if key != "_instantiator"}
         # Beside the network: an algorithm may look at its numbers as it is made. A project's policy may have its own.
-        self._made = {key: cli.model.algorithm for key in ("algorithm",) if key in self._config}
+        self._made = {"algorithm": cli.model.algorithm} if "algorithm" in self._config else {}
         self._device = cli.trainer.strategy.root_device
         self._statistics = cli.datamodule.statistics()
         self._batch = next(iter(cli.datamodule.train_dataloader()))

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-RATIO_TOLERANCE = 1e-6
+_RATIO_TOLERANCE = 1e-6
 """How far, relative to the peak rate, groups may stray from their ratios: far above rounding, far below a mistake."""
+
+
+def apart(values: Sequence[float], peak: float) -> bool:
+    """Whether the groups' values, each divided by its multiplier, are not one: they have lost their ratios."""
+    return max(values) - min(values) > _RATIO_TOLERANCE * max(peak, *values, 0.0)
 
 
 class CompositeOptimizer(Optimizer):
@@ -83,7 +88,7 @@ class CompositeOptimizer(Optimizer):
         """Two parameters whose groups' values have another ratio than their multipliers; empty where all have it."""
         groups = [group for group in self.param_groups if multiplier in group and not isinstance(group[key], Tensor)]
         values = [group[key] / group[multiplier] for group in groups]
-        if not values or max(values) - min(values) <= RATIO_TOLERANCE * max(peak, *values, 0.0):
+        if not values or not apart(values, peak):
             return ""
         low, high = (groups[values.index(end(values))]["param_names"][0] for end in (min, max))
         return f"{low} and {high}"

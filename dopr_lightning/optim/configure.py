@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dopr_lightning.internals import averaging_rates, finds_batch_size
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import Choice, resolve
-from dopr_lightning.optim.composite import RATIO_TOLERANCE, CompositeOptimizer
+from dopr_lightning.optim.composite import CompositeOptimizer, apart
 from dopr_lightning.optim.plan import Assignment, is_positive, plan
 from dopr_lightning.optim.roles import guessed_ends
 from dopr_lightning.optim.schedules import Schedule, make_scheduler
@@ -257,7 +257,7 @@ def _check_averaging(trainer: Trainer, optimizer: Optimizer) -> None:
         each = rates if isinstance(rates, list) else [rates] * len(multipliers)
         bases = [rate / multiplier for rate, multiplier in zip(each, multipliers, strict=False)]
         peak = optimizer.param_groups[0]["lr"] / multipliers[0]
-        if len(each) != len(multipliers) or max(bases) - min(bases) > RATIO_TOLERANCE * max(peak, *bases):
+        if len(each) != len(multipliers) or apart(bases, peak):
             raise ValueError(
                 f"StochasticWeightAveraging(swa_lrs={rates}) does not keep the ratio that muP, or lr_by_role, gave the "
                 f"rates of the {len(multipliers)} groups; give it a list: swa_lrs=[{each[0]:g} * group['lr_mult'] for "
