@@ -172,7 +172,7 @@ class DoPr(pl.Callback):
             self._state, self._last = {}, []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the model: before a compiled one runs first; not in ``setup``, where an EMA callback would copy it.
+        """Hook the model; not in ``setup``, where an EMA callback would copy it.
 
         Raises:
             ValueError: Nothing in the model is left to cover, or another DoPr covers some of it too; or the strategy

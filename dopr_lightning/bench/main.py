@@ -32,7 +32,7 @@ LONGEST_TURN = 10
 QUICK = ("mlp-256", "mlp-512")
 """What ``--quick`` measures unless told otherwise, at the first of their batch sizes."""
 
-MEASURING = ("models", "batch", "solver", "max_rows", "autocast", "quick")
+MEASURING = ("models", "batch", "solver", "max_rows", "autocast", "compile", "quick")
 """Options that say nothing of a prediction, which is of one model, with every solver and all rows."""
 
 PREDICTING = ("rows", "shards", "rates")
@@ -108,6 +108,7 @@ def _measure(options: Any) -> None:
             "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "autocast": options.autocast,
             "tf32": options.tf32,
+            "compile": options.compile,
             "quick": options.quick,
         },
         "versions": versions(),
@@ -153,8 +154,8 @@ def _row(workload: Any, options: Any, advance: Any) -> dict[str, Any]:
 
     every = options.update_every
     given = {"solver": options.solver, "update_every": every, "max_rows": options.max_rows, "overlap": options.overlap}
-    dopr = variant(lambda model: ActivationPreconditioner(model, **given))
-    base = variant(None)
+    dopr = variant(lambda model: ActivationPreconditioner(model, **given), options.compile)
+    base = variant(None, options.compile)
     host_share = base.host_share(batches)
     times = []
     turn = _turn(device, every, host_share)
@@ -312,6 +313,11 @@ def _parser(command: str) -> Parser:
         "--tf32",
         action="store_true",
         help="let products of float32 matrices use a GPU's tensor cores, as torch.set_float32_matmul_precision('high')",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("default", "reduce-overhead"),
+        help="torch.compile the model, in this mode; exact beside plain Cholesky is measured without",
     )
     parser.add_argument("--quick", action="store_true", help="small models, few intervals: seconds, and noisy")
     parser.add_argument(

@@ -40,6 +40,7 @@ class Variant:
         device: Where it is trained.
         autocast: Dtype of its forward, None for its own.
         precondition: Makes the preconditioner; None for plain AdamW.
+        mode: ``torch.compile``'s; None for a model that is not compiled.
     """
 
     def __init__(
@@ -48,11 +49,14 @@ class Variant:
         device: torch.device,
         autocast: torch.dtype | None,
         precondition: Callable[[nn.Module], Preconditioner] | None,
+        mode: str | None = None,
     ) -> None:
         self.model = workload.model(device)
         self.device, self.autocast = device, autocast
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE)
         self.preconditioner = None if precondition is None else precondition(self.model)
+        if mode is not None:
+            self.model.compile(mode=mode)
 
     def step(self, batch: Batch) -> None:
         """One training step."""
@@ -124,8 +128,8 @@ def paired_intervals(
     """Mean seconds per step of each variant, interval after interval.
 
     All variants make the same steps before any makes the next, in an order that rotates. Up to five intervals are made
-    beforehand and not timed, within the budget: they hold the solvers' warm-up, the first allocations, and most of the
-    time in which the low-rank solver finds out how many directions the data needs.
+    beforehand and not timed, within the budget but for the first: they hold compilations, the solvers' warm-up, the
+    first allocations, and most of the time in which the low-rank solver finds out how many directions the data needs.
 
     Args:
         variants: To compare.
@@ -145,6 +149,8 @@ def paired_intervals(
             batch = next(source)
             for variant in variants:
                 variant.step(batch)
+        if interval == 0:
+            start = time.perf_counter()
     start = time.perf_counter()
     for interval in range(limits.most):
         if interval >= limits.least and time.perf_counter() - start > limits.budget:

@@ -147,9 +147,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 def _setting(settings: Mapping[str, Any]) -> str:
     overlap = ", overlap" * settings["overlap"]
-    return (
-        f"solver={settings['solver']}, update_every={settings['update_every']}{overlap}, {settings['threads']} threads"
-    )
+    compiled = f", torch.compile {settings['compile']}" if settings["compile"] else ""
+    every = settings["update_every"]
+    return f"solver={settings['solver']}, update_every={every}{overlap}{compiled}, {settings['threads']} threads"
 
 
 def _name(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,9 +8,9 @@ are they in a backward that leaves the weight out, unless it is compiled.
 Between refreshes the hooks are off: a module with a hook takes PyTorch's slow way to its forward, 1.5 us on one host
 and 10 on another.
 
-``torch.compile`` traces the hooks into its graphs, without graph breaks. There the node's backward is the opaque
-operator ``dopr_lightning::count_rows``, so that whatever changes from step to step is asked when the graph runs. It
-does not look for hooks again, so they are put back when it begins with anything, and stay from then on.
+``torch.compile`` traces the hooks into its graphs, without graph breaks, and has two of them: one of the steps that
+refresh, and one of all others, in which nothing is left of the hooks. In the former the node's backward is the opaque
+operator ``dopr_lightning::count_rows``, so that whatever changes from refresh to refresh is asked when the graph runs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from torch.utils.hooks import RemovableHandle
 from dopr_lightning.preconditioner.engine import (
     ORDERED,
     gets_gradient,
+    hooks_numbered_from,
     keep_out_of_cuda_graphs,
-    tell_when_compiling,
     within_torch_func,
 )
 from dopr_lightning.preconditioner.sharding import local
@@ -47,16 +47,11 @@ OPERATOR = "dopr_lightning::count_rows"
 class Capture:
     """Hands the inputs of ``layers`` to ``sink``, once per training row.
 
-    Make it before the first run of a compiled model: hooks that ``torch.compile`` did not see when it traced never
-    fire, and it does not look again.
-
     Args:
         layers: What to watch; every module of a layer is hooked.
         sink: Called in backward as ``sink(layer, x, mask, lasts)``, without gradients and outside the user's autocast,
             with the input ``x`` as the weight multiplied it, rounded by autocast (of a DTensor this rank's part), the
             :meth:`mask` of its forward, and whether ``x`` lasts until the backward's end.
-        active: Whether rows are wanted now. Asked in the forward, where a no lets it be as it is (except under
-            ``torch.compile``), and again in the backward.
         audit: Is shown the gradients of the layers' outputs as long as it wants them.
     """
 
@@ -64,37 +59,28 @@ class Capture:
         self,
         layers: Sequence[Layer],
         sink: Callable[[Layer, Tensor, Tensor | None, bool], None],
-        active: Callable[[], bool],
         audit: GradientAudit | None = None,
     ) -> None:
         keep_out_of_cuda_graphs(OPERATOR)
-        self.active = active
         self.current_mask: Tensor | None = None
         self._sink = sink
         self._audit = audit
         self._taps = [_Tap(self, layer) for layer in layers]
         self._handles: list[RemovableHandle] = []
-        self._compiled = False
+        self._first_number = RemovableHandle.next_id
         self.listen(True)
-        tell_when_compiling(self)
 
     def listen(self, wanted: bool) -> None:
-        """Take the hooks off as long as no rows are wanted, unless something was compiled, or put them back.
-
-        Args:
-            wanted: Whether ``active`` will say yes before the next call of this.
-        """
-        if not (wanted or self._compiled):
-            self._unhook()
+        """Say whether rows are wanted from now on, as they are at first; else the hooks are off."""
+        if not wanted:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
         elif not self._handles:
-            for tap in self._taps:
-                for module in tap.layer.modules:
-                    self._hook(tap, module)
-
-    def compiling(self) -> None:
-        """Something is about to be compiled: leave the hooks on from now on."""
-        self._compiled = True
-        self.listen(True)
+            with hooks_numbered_from(self._first_number):
+                for tap in self._taps:
+                    for module in tap.layer.modules:
+                        self._hook(tap, module)
 
     @contextmanager
     def mask(self, mask: Tensor) -> Iterator[None]:
@@ -111,13 +97,12 @@ class Capture:
 
     def remove(self) -> None:
         """Take the hooks off the modules; graphs already built or compiled count no more."""
-        self._unhook()
         self._taps.clear()
-        self.active = lambda: False
+        self.listen(False)
 
     def count(self, layer: Layer, x: Tensor, mask: Tensor | None, *, lasts: bool) -> None:
         """Take the input of one call of ``layer`` from the backward, to whose end it lasts or not."""
-        if not self.active():
+        if not self._handles:  # the step is over that the forward belonged to
             return
         # Entering these contexts takes longer than a small layer's statistics, and backward seldom needs them.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
@@ -128,13 +113,8 @@ class Capture:
 
     def show_audit(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         """Show the audit the input of one call of ``layer`` and the gradient of its output."""
-        if self._audit is not None and self.active():
+        if self._audit is not None and self._handles:
             self._audit.captured(layer, x, gradient)
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _hook(self, tap: _Tap, module: nn.Module) -> None:
         # Next to the module's own forward, whatever hooks others add: so it is the same when it is put back.
@@ -160,9 +140,6 @@ class _Tap:
 
     def wanted(self, module: nn.Module) -> bool:
         """Whether this call of the module may be of a training step that wants rows."""
-        # In order of what most calls fail at: where hooks stay on, every forward of every layer asks between refreshes.
-        if not (torch.compiler.is_compiling() or self.capture.active()):
-            return False
         if not (module.training and torch.is_grad_enabled()):
             return False
         # Within torch.func tensors are wrapped. Its gradients are values; where they become a weight's .grad all the

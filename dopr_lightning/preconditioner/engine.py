@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
-from weakref import WeakSet
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-import torch._dynamo
+import torch._dynamo.config
 import torch._inductor.config
 from torch import nn
 from torch._library.effects import EffectType
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 ORDERED = EffectType.ORDERED
 """The effect of operators that must be neither dropped nor swapped."""
+
+# Hooks come and go with refreshes. So torch.compile is to ask at every call whether its modules have those that it
+# traced; else it would go on with what it saw first, of another model of the same class too. Set here and not where
+# hooks are made, so that it holds for a model that was compiled and run before.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
+# So there are two graphs where there was one, in training as in evaluation, and for each kind of size.
+torch._dynamo.config.recompile_limit *= 2
 
 
 def current_backward() -> int:
@@ -47,33 +54,14 @@ def within_torch_func() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-class Listener(Protocol):
-    """What is to be told when a compilation begins."""
-
-    def compiling(self) -> None: ...
-
-
-_waiting: WeakSet[Listener] = WeakSet()
-
-
-def tell_when_compiling(listener: Listener) -> None:
-    """Let the listener's ``compiling`` be called, once, when ``torch.compile`` begins with anything."""
-    _waiting.add(listener)
-    handler = torch._dynamo.callback_handler
-    if not isinstance(handler.start_callbacks, _Callbacks):
-        handler.start_callbacks = _Callbacks([*handler.start_callbacks, _on_compile_start])
-
-
-class _Callbacks(list[Callable[[Any], None]]):
-    """Called when a compilation starts; one of them also after ``torch._dynamo.reset()``, which clears the others."""
-
-    def clear(self) -> None:
-        self[:] = [_on_compile_start]
-
-
-def _on_compile_start(_: Any) -> None:
-    while _waiting:
-        _waiting.pop().compiling()
+@contextmanager
+def hooks_numbered_from(number: int) -> Iterator[None]:
+    """Within this, hooks have consecutive numbers: compiled graphs ask for those that are always called by number."""
+    following, RemovableHandle.next_id = RemovableHandle.next_id, number
+    try:
+        yield
+    finally:
+        RemovableHandle.next_id = max(following, RemovableHandle.next_id)
 
 
 def keep_out_of_cuda_graphs(operator: str) -> None:

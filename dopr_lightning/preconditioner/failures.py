@@ -36,8 +36,9 @@ def unseen(layer: Layer, others: Sequence[Layer], *, masked: bool, before: bool)
         )
     else:
         cause = (
-            "Was the backward, or the first run of the compiled model, before the preconditioner was made? Or is "
-            "the gradient of torch.func or a functional call on the weight? Mend that, or exclude the module."
+            "Was the backward before the preconditioner was made? Was a model of this class compiled before "
+            "dopr_lightning was imported (torch._dynamo.reset() forgets that)? Or is the gradient of torch.func or a "
+            "functional call on the weight? Mend that, or exclude the module."
         )
     named = [other.name for other in others[:5]]
     if len(others) > len(named):

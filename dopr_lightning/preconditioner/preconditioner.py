@@ -201,7 +201,7 @@ class ActivationPreconditioner:
         self._joining = Joining(self._stack_of, self._count)
         self._replay = Replay()
         self._audit = GradientAudit(self._coverage.layers)
-        self._capture = Capture(self._coverage.layers, self._take, lambda: self.collecting, self._audit)
+        self._capture = Capture(self._coverage.layers, self._take, self._audit)
         self._lock = RLock()  # of a model on several devices each has a thread in the backward
 
     @property

@@ -128,6 +128,16 @@ def test_plain_cholesky_makes_the_same_update() -> None:
         torch.testing.assert_close(plain.grad, ours.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_variant_takes_the_same_steps() -> None:
+    plain, compiled = (Variant(small(), CPU, None, ActivationPreconditioner, mode) for mode in (None, "default"))
+    for batch in small().batches(3, CPU):
+        plain.step(batch)
+        compiled.step(batch)
+    assert compiled.model._compiled_call_impl is not None
+    for one, other in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 class Clock(Variant):
     """A variant whose step takes as many seconds as said, and which notes when it was made."""
 
@@ -335,6 +345,7 @@ def test_a_prediction_says_what_it_was_made_from(tmp_path: Path, monkeypatch: py
         (["--threads", "0"], "--threads must be at least 1"),
         (["--model", "mlp-256", "--max-rows", "64"], "--max-rows is for measurements, --model predicts; leave one"),
         (["--model", "mlp-256", "--quick"], "--quick is for measurements"),
+        (["--model", "mlp-256", "--compile", "default"], "--compile is for measurements"),
         (["--model", "mlp-256", "--rates", "h100", "--rows", "64"], "--rows: mlp-256 has a batch of its own; leave it"),
         (["--models", "mlp-256", "--shards", "8"], "--shards is for predictions; add --model, or leave it out"),
         (["--model", "mlp-3"], "unknown model 'mlp-3'; choose from llama-3.1-8b, mlp-256, "),

@@ -51,10 +51,9 @@ class Rows:
     """A sink that keeps what it gets."""
 
     calls: list[tuple[Watched, Tensor, Tensor | None]] = field(default_factory=list)
-    active: bool = True
 
     def capture(self, *layers: Watched, audit: GradientAudit | None = None) -> Capture:
-        return Capture(layers, lambda *call: self.calls.append(call[:3]), lambda: self.active, audit)  # type: ignore[arg-type]
+        return Capture(layers, lambda *call: self.calls.append(call[:3]), audit)  # type: ignore[arg-type]
 
     def of(self, layer: Watched) -> Tensor:
         found = [x.reshape(-1, x.shape[-1]) for owner, x, _ in self.calls if owner is layer]
@@ -168,13 +167,14 @@ def test_only_forwards_of_training_backwards_count() -> None:
 
 
 def test_inactive_steps_put_nothing_into_the_graph() -> None:
-    layer, rows = Watched([linear()]), Rows(active=False)
-    rows.capture(layer)
+    layer, rows = Watched([linear()]), Rows()
+    capture = rows.capture(layer)
+    capture.listen(False)
     module = layer.modules[0]
     assert type(module(batch(6, 5)).grad_fn) is type(F.linear(batch(6, 5), module.weight, module.bias).grad_fn)
-    rows.active = True
+    capture.listen(True)
     y = module(batch(6, 5))
-    rows.active = False
+    capture.listen(False)
     y.sum().backward()
     assert not rows.calls
 
@@ -332,7 +332,7 @@ def test_the_sink_runs_without_autocast_and_gradients() -> None:
     def sink(layer: Watched, x: Tensor, mask: Tensor | None, lasts: bool) -> None:
         seen.append((x.dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
 
-    Capture([Watched([module])], sink, lambda: True)  # type: ignore[list-item, arg-type]
+    Capture([Watched([module])], sink)  # type: ignore[list-item, arg-type]
     with torch.autocast("cpu", torch.bfloat16):
         module(torch.randn(3, 4)).sum().backward(create_graph=True)
     assert seen == [(torch.bfloat16, False, False)]
