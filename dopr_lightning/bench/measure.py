@@ -169,7 +169,7 @@ def phases(variant: Variant, batches: Sequence[Batch], *, length: int) -> dict[s
     activities = [ProfilerActivity.CPU]
     if variant.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _, batch in zip(range(length), itertools.cycle(batches), strict=False):
             variant.step(batch)
         synchronise(variant.device)
@@ -205,7 +205,7 @@ def peak_bytes(variant: Variant, batch: Batch, held: int) -> int:
         return torch.cuda.max_memory_allocated(variant.device)
     tensors: list[Any] = [*variant.model.parameters(), *variant.model.buffers()]
     tensors += [x for state in variant.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         variant.step(batch)
     results = profiler.profiler
     assert results is not None
