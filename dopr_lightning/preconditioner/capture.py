@@ -65,7 +65,10 @@ class Capture:
         self.current_mask: Tensor | None = None
         self._sink = sink
         self._audit = audit
-        self._taps = [_Tap(self, layer) for layer in layers]
+        self._taps: dict[nn.Module, list[_Tap]] = {}
+        for tap in [_Tap(self, layer) for layer in layers]:
+            for module in tap.layer.modules:
+                self._taps.setdefault(module, []).append(tap)
         self._handles: list[RemovableHandle] = []
         self._first_number = RemovableHandle.next_id
         self.listen(True)
@@ -77,9 +80,10 @@ class Capture:
                 handle.remove()
             self._handles.clear()
         elif not self._handles:
-            with hooks_numbered_from(self._first_number):
-                for tap in self._taps:
-                    for module in tap.layer.modules:
+            for module, taps in self._taps.items():
+                # The same in each module, so that blocks that share code share one graph.
+                with hooks_numbered_from(self._first_number):
+                    for tap in taps:
                         self._hook(tap, module)
 
     @contextmanager

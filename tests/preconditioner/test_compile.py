@@ -211,6 +211,19 @@ def test_blocks_compiled_one_by_one_share_a_graph_and_keep_their_rows_apart() ->
     assert graphs() == 1
 
 
+def test_attention_blocks_compiled_one_by_one_share_their_graphs() -> None:
+    model = nn.Sequential(*(encoder()[0] for _ in range(4)))
+    layers, rows = [layer for block in model for layer in attention_layers(block.self_attn)], Rows()
+    capture = rows.capture(*layers)
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for wanted in (True, False, True):
+        capture.listen(wanted)
+        x = torch.randn(7, 3, 6, dtype=torch.double, requires_grad=True)
+        assert len(step(model, rows, x)) == len(layers) * wanted
+    assert graphs() == 2
+
+
 def test_micro_batches_that_are_alive_together_and_changing_sizes() -> None:
     model, layers = mlp()
     rows = Rows()
