@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,10 @@ LEARNING_RATE = 1e-4
 
 WARM_UP = 4
 """Steps at least before any is timed: the low-rank solver refreshes at each of the first three."""
+
+
+_profile = partial(profile, acc_events=True)
+"""Of one cycle, so the events are the same; without it torch 2.11 warns."""
 
 
 class Preconditioner(Protocol):
@@ -169,7 +174,7 @@ def phases(variant: Variant, batches: Sequence[Batch], *, length: int) -> dict[s
     activities = [ProfilerActivity.CPU]
     if variant.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, acc_events=True) as profiler:
+    with _profile(activities=activities) as profiler:
         for _, batch in zip(range(length), itertools.cycle(batches), strict=False):
             variant.step(batch)
         synchronise(variant.device)
@@ -205,7 +210,7 @@ def peak_bytes(variant: Variant, batch: Batch, held: int) -> int:
         return torch.cuda.max_memory_allocated(variant.device)
     tensors: list[Any] = [*variant.model.parameters(), *variant.model.buffers()]
     tensors += [x for state in variant.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with _profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         variant.step(batch)
     results = profiler.profiler
     assert results is not None

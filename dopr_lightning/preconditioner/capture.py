@@ -33,6 +33,7 @@ from dopr_lightning.preconditioner.engine import (
     gets_gradient,
     hooks_numbered_from,
     keep_out_of_cuda_graphs,
+    let_the_compiler_see_hooks,
     within_torch_func,
 )
 from dopr_lightning.preconditioner.sharding import local
@@ -61,6 +62,7 @@ class Capture:
         sink: Callable[[Layer, Tensor, Tensor | None, bool], None],
         audit: GradientAudit | None = None,
     ) -> None:
+        let_the_compiler_see_hooks()
         keep_out_of_cuda_graphs(OPERATOR)
         self.current_mask: Tensor | None = None
         self._sink = sink
@@ -81,7 +83,7 @@ class Capture:
             self._handles.clear()
         elif not self._handles:
             for module, taps in self._taps.items():
-                # The same in each module, so that blocks that share code share one graph.
+                # Numbered alike in each module, so that blocks that share code share one graph.
                 with hooks_numbered_from(self._first_number):
                     for tap in taps:
                         self._hook(tap, module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo.config
@@ -16,12 +17,21 @@ from torch.utils.hooks import RemovableHandle
 ORDERED = EffectType.ORDERED
 """The effect of operators that must be neither dropped nor swapped."""
 
-# Hooks come and go with refreshes. So torch.compile is to ask at every call whether its modules have those that it
-# traced; else it would go on with what it saw first, of another model of the same class too. Set here and not where
-# hooks are made, so that it holds for a model that was compiled and run before.
-torch._dynamo.config.skip_nnmodule_hook_guards = False
-# So there are two graphs where there was one, in training as in evaluation, and for each kind of size.
-torch._dynamo.config.recompile_limit *= 2
+
+def let_the_compiler_see_hooks() -> None:
+    """Let ``torch.compile`` ask at every call whether its modules have the hooks that it traced, which come and go.
+
+    Else it would go on with what it saw first, of another model of the same class too. To be called in each thread that
+    compiles: torch's settings are a thread's own.
+    """
+    config = torch._dynamo.config
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        # There are two graphs where there was one, in training as in evaluation, and for each kind of size.
+        config.recompile_limit *= 2
+
+
+let_the_compiler_see_hooks()  # so that a model may be compiled and run before it has a preconditioner
 
 
 def current_backward() -> int:
@@ -70,6 +80,10 @@ def keep_out_of_cuda_graphs(operator: str) -> None:
     Recorded in a CUDA graph (``mode="reduce-overhead"``) it would make its buffers in the graph's memory, and never
     run again.
     """
-    config = torch._inductor.config
+    config: Any = torch._inductor.config
     if operator not in config.custom_should_partition_ops:
         config.custom_should_partition_ops = [*config.custom_should_partition_ops, operator]
+    # Backwards are compiled when they first run, on a GPU by a thread of autograd's; a new thread has the defaults.
+    default = config._config["custom_should_partition_ops"].default
+    if operator not in default:
+        default.append(operator)

@@ -31,14 +31,15 @@ def unseen(layer: Layer, others: Sequence[Layer], *, masked: bool, before: bool)
         cause = "Did the mask leave all of its rows out? It must keep those of which the loss is made."
     elif before:
         cause = (
-            "Earlier ones were: is this a second step() after one backward, without zero_grad()? Or is the "
-            "gradient of torch.func or a functional call on the weight?"
+            "Earlier ones were: is this a second step() after one backward, without zero_grad()? Was the model "
+            "compiled and run before DoPr was imported (torch._dynamo.reset() forgets that)? Or is the gradient of "
+            "torch.func or a functional call on the weight?"
         )
     else:
         cause = (
-            "Was the backward before the preconditioner was made? Was a model of this class compiled before "
-            "dopr_lightning was imported (torch._dynamo.reset() forgets that)? Or is the gradient of torch.func or a "
-            "functional call on the weight? Mend that, or exclude the module."
+            "Was the backward before the preconditioner was made? Was a model of this class compiled and run before "
+            "DoPr was imported (torch._dynamo.reset() forgets that)? Or is the gradient of torch.func or a functional "
+            "call on the weight? Mend that, or exclude the module."
         )
     named = [other.name for other in others[:5]]
     if len(others) > len(named):

@@ -179,6 +179,20 @@ def test_inactive_steps_put_nothing_into_the_graph() -> None:
     assert not rows.calls
 
 
+def test_hooks_of_others_that_come_while_ours_are_off_stay() -> None:
+    layer, rows, seen = Watched([linear()]), Rows(), []
+    capture, module = rows.capture(layer), layer.modules[0]
+    for wanted in (False, True):
+        capture.listen(wanted)
+        for _ in range(3):
+            module.register_forward_hook(lambda *_: seen.append(0))
+    module(batch(6, 5)).sum().backward()
+    assert (len(rows.calls), len(seen)) == (1, 6)
+    capture.listen(False)
+    module(batch(6, 5))
+    assert len(seen) == 12
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
 def test_what_follows_may_work_in_place(shape: tuple[int, ...]) -> None:
     gradients = []

@@ -1,7 +1,8 @@
-"""torch.compile counts the rows that eager counts, in whole graphs, and compiles no more often."""
+"""torch.compile counts the rows that eager counts, in whole graphs: one of refreshes, and one of all other steps."""
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -27,6 +28,12 @@ def _fresh_compiler() -> Iterator[None]:
 
 def compiled(function: Callable, backend: str = "aot_eager") -> Callable:
     return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def in_a_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
 
 
 def graphs() -> int:
@@ -102,7 +109,8 @@ def test_the_default_backend_counts_the_same_rows() -> None:
         torch.testing.assert_close(rows.of(layers[1]), plain[:2](x))
 
 
-def test_cuda_graphs_leave_the_counting_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threaded", [False, True])
+def test_cuda_graphs_leave_the_counting_out(threaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's decision, asked as on a GPU; tests/preconditioner/test_cuda.py runs what follows from it there."""
     reasons: dict[str, str | None] = {}
     decide = Scheduler.should_partition
@@ -117,8 +125,19 @@ def test_cuda_graphs_leave_the_counting_out(monkeypatch: pytest.MonkeyPatch) -> 
     model, layers = mlp()
     rows = Rows()
     rows.capture(*layers)
-    with torch._inductor.config.patch({"triton.cudagraphs": True, "fx_graph_cache": False}):
-        step(compiled(model, backend="inductor"), rows, torch.randn(7, 5, dtype=torch.double))
+    options = {"triton.cudagraphs": True, "fx_graph_cache": False}
+    with torch._inductor.config.patch(options):
+        loss = compiled(model, backend="inductor")(torch.randn(7, 5, dtype=torch.double)).square().sum()
+
+    def backward() -> None:
+        with torch._inductor.config.patch(options):
+            loss.backward()
+
+    if threaded:  # as on a GPU
+        in_a_thread(backward)
+    else:
+        backward()
+    assert len(rows.calls) == 2
     counting = reasons.pop("dopr_lightning.count_rows.default")
     assert counting is not None
     assert "custom partition op" in counting
@@ -398,9 +417,30 @@ def test_a_model_that_was_compiled_and_run_before(name: str) -> None:
     ap, plain_ap = ActivationPreconditioner(forward), ActivationPreconditioner(plain)
     x = data(8)
     torch.testing.assert_close(train(forward, model, ap, x), train(plain, plain, plain_ap, x))
-    model.zero_grad()
-    ap.remove()
+    for one, its in ((model, ap), (plain, plain_ap)):
+        its.remove()
+        one.zero_grad()
     forward(x).sum().backward()
+    plain(x).sum().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert graphs() == 2  # the first one serves again
+
+
+def test_hooks_are_seen_in_another_thread_than_the_one_that_imported_the_package() -> None:
+    model, layers = mlp()
+    rows, x, seen = Rows(), torch.randn(3, 5, dtype=torch.double), []
+
+    def run() -> None:
+        capture = rows.capture(*layers)
+        capture.listen(False)
+        forward = compiled(model)
+        seen.append(len(step(forward, rows, x)))
+        capture.listen(True)
+        seen.append(len(step(forward, rows, x)))
+
+    in_a_thread(run)
+    assert seen == [0, 2]
 
 
 def test_what_was_compiled_before_the_package_was_imported_is_an_error_that_says_what_to_do() -> None:
