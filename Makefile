@@ -13,8 +13,9 @@ INSTALLED := $(VENV)/installed
 quickstart: $(INSTALLED)
 	$(BIN)/dopr compare --config walker2d.yaml --optimizers adamw,dopr-adamw --seeds 0,1 --output runs/quickstart
 
+# The longest tests come last: without stealing, one worker is left with most of them.
 test: quickstart lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

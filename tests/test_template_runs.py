@@ -93,7 +93,7 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
     assert (results["recommended"] is not None) == answers["mup"]
     assert len(results["trials"]) == 2
     assert results["identity"]["classes"] == {"policy": "arm.module.Policy", "data": "arm.data.Data"}
-    if answers["mup"]:
+    if answers["mup"] and answers["network"] != "mlp":  # of an MLP the library's own tests train what is recommended
         narrow = ["--mup.from_sweep=runs/sweep", "--trainer.max_steps=2", "--checkpoint.dirpath=recommended"]
         narrow += ["--rollout.report_episodes=2"]
         run(project, "-m", "arm", "fit", *configs, "--config=dopr.yaml", *small, *narrow, **environment)
