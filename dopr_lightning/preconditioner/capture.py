@@ -33,7 +33,6 @@ from dopr_lightning.preconditioner.engine import (
     gets_gradient,
     hooks_numbered_from,
     keep_out_of_cuda_graphs,
-    let_the_compiler_see_hooks,
     within_torch_func,
 )
 from dopr_lightning.preconditioner.sharding import local
@@ -62,7 +61,6 @@ class Capture:
         sink: Callable[[Layer, Tensor, Tensor | None, bool], None],
         audit: GradientAudit | None = None,
     ) -> None:
-        let_the_compiler_see_hooks()
         keep_out_of_cuda_graphs(OPERATOR)
         self.current_mask: Tensor | None = None
         self._sink = sink

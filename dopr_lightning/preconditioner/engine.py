@@ -18,20 +18,18 @@ ORDERED = EffectType.ORDERED
 """The effect of operators that must be neither dropped nor swapped."""
 
 
-def let_the_compiler_see_hooks() -> None:
-    """Let ``torch.compile`` ask at every call whether its modules have the hooks that it traced, which come and go.
-
-    Else it would go on with what it saw first, of another model of the same class too. To be called in each thread that
-    compiles: torch's settings are a thread's own.
-    """
-    config = torch._dynamo.config
-    if config.skip_nnmodule_hook_guards:
-        config.skip_nnmodule_hook_guards = False
-        # There are two graphs where there was one, in training as in evaluation, and for each kind of size.
-        config.recompile_limit *= 2
+def _set_for_all_threads(config: Any, name: str, value: Any) -> None:
+    """Change one of the compiler's settings: from torch 2.14 on they are a thread's own, and a new one has the defaults."""
+    setattr(config, name, value)
+    config._config[name].default = value
 
 
-let_the_compiler_see_hooks()  # so that a model may be compiled and run before it has a preconditioner
+# Hooks come and go with refreshes. So torch.compile is to ask at every call whether its modules have those that it
+# traced; else it would go on with what it saw first, of another model of the same class too. Set here and not where
+# hooks are made, so that it holds for a model that was compiled and run before.
+_set_for_all_threads(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+# So there are two graphs where there was one, in training as in evaluation, and for each kind of size.
+_set_for_all_threads(torch._dynamo.config, "recompile_limit", 2 * torch._dynamo.config.recompile_limit)
 
 
 def current_backward() -> int:
@@ -80,10 +78,7 @@ def keep_out_of_cuda_graphs(operator: str) -> None:
     Recorded in a CUDA graph (``mode="reduce-overhead"``) it would make its buffers in the graph's memory, and never
     run again.
     """
-    config: Any = torch._inductor.config
+    # Of all threads: a backward is compiled when it first runs, on a GPU by a thread of autograd's.
+    config = torch._inductor.config
     if operator not in config.custom_should_partition_ops:
-        config.custom_should_partition_ops = [*config.custom_should_partition_ops, operator]
-    # Backwards are compiled when they first run, on a GPU by a thread of autograd's; a new thread has the defaults.
-    default = config._config["custom_should_partition_ops"].default
-    if operator not in default:
-        default.append(operator)
+        _set_for_all_threads(config, "custom_should_partition_ops", [*config.custom_should_partition_ops, operator])
