@@ -19,7 +19,7 @@ ORDERED = EffectType.ORDERED
 
 
 def _set_for_all_threads(config: Any, name: str, value: Any) -> None:
-    """Change one of the compiler's settings: from torch 2.14 on they are a thread's own, and a new one has the defaults."""
+    """Change a setting of the compiler's: in torch 2.14 they are a thread's own, and a new one has the defaults."""
     setattr(config, name, value)
     config._config[name].default = value
 
