@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dopr_lightning.callback import DoPr as DoPr
     from dopr_lightning.deploy import load_policy as load_policy
+    from dopr_lightning.experiments.coordinates import coordinate_check as coordinate_check
     from dopr_lightning.mup import MupSpec as MupSpec
     from dopr_lightning.optim import configure_optimizers as configure_optimizers
     from dopr_lightning.optim import mup_table as mup_table
@@ -24,6 +25,7 @@ _HOME = {
     "DoPr": "dopr_lightning.callback",
     "MupSpec": "dopr_lightning.mup",
     "configure_optimizers": "dopr_lightning.optim",
+    "coordinate_check": "dopr_lightning.experiments.coordinates",
     "load_policy": "dopr_lightning.deploy",
     "mup_table": "dopr_lightning.optim",
     "register_layer": "dopr_lightning.preconditioner",
@@ -34,6 +36,7 @@ __all__ = [
     "DoPr",
     "MupSpec",
     "configure_optimizers",
+    "coordinate_check",
     "load_policy",
     "mup_table",
     "register_layer",

@@ -208,7 +208,7 @@ def coordinate_check(
     """Train a few steps at every width, and find how sizes in the model depend on the width: under muP, not at all.
 
     Every ``Linear``, convolution and embedding is measured, every module that holds parameters of its own, every
-    parameter, and what the model returns; see :data:`Quantity`. The standard deviation of activations alone would not
+    parameter, and what the model returns; see ``Quantity``. The standard deviation of activations alone would not
     do: torch's Muon with ``adjust_lr_fn="match_rms_adamw"`` and no muP passes it for a while, with hidden updates that
     grow like sqrt(width). Nor would the first step: gradients of a network at its initial values do not yet know what
     its later ones know.
@@ -218,7 +218,7 @@ def coordinate_check(
     weights start is not judged twice, as they show in ``activation``), and ``activation`` where the number of outputs
     does not grow (a readout's, and so the network's, begin at size width^-1/2, on top of which training adds what is
     judged as ``change``). What is 0 at every width is right, zero initial values say, but for a parameter that no
-    gradient moves. One that the loss does not use, or whose gradient is but rounding (:data:`ROUNDING`), is not judged.
+    gradient moves. One that the loss does not use, or whose gradient is but rounding (``ROUNDING``), is not judged.
 
     Args:
         build: Width to a model of that width and its optimizer, without schedule or warm-up. Called under
@@ -232,7 +232,7 @@ def coordinate_check(
             step. None: the optimizer alone.
         tolerance: Of the exponents, 0.15: an error of parametrisation makes one of at least 1/2, finite widths and
             random initial values make up to 0.1.
-        least: Exponents of quantities that may fall further than ``tolerance`` allows, see :data:`EXCEPTIONS`.
+        least: Exponents of quantities that may fall further than ``tolerance`` allows, see ``EXCEPTIONS``.
 
     Raises:
         ValueError: Fewer than three widths, no seed or step, or exponents of no quantity; layers that differ between

@@ -50,9 +50,9 @@ class Shape:
         fan_out: Dimension of the outputs.
         fan_in: Dimension of the inputs; None for a vector.
         drawn_by: Dimensions, the inverse square root of whose sum scales the initial values; none: they do not depend
-            on the width.
-        drawn_like: For a bias that torch draws like its weight: that weight's name. For a magnitude of weight_norm,
-            with which the weight scales: the name of its direction.
+            on the width. For a bias that torch draws like its weight: of that weight.
+        drawn_like: For such a bias: that weight's name. For a magnitude of weight_norm, with which the weight scales:
+            the name of its direction.
     """
 
     base: tuple[int, ...]
@@ -205,8 +205,11 @@ def read_shape(
         )
     if seen[0].fan_in is not None:
         return replace(seen[0], drawn_like=_direction(model, name))
-    like = next(filter(None, (_drawn_like(model, *owner) for owner in _owners(model, name))), None)
-    return replace(seen[0], drawn_like=like)
+    for path, attribute in _owners(model, name):
+        if like := _drawn_like(model, path, attribute):
+            recurrent = isinstance(model.get_submodule(path), _RECURRENT)
+            return replace(seen[0], drawn_like=like, drawn_by=(0,) if recurrent else (1,))
+    return seen[0]
 
 
 def _owned(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from dopr_lightning.mup import rules
 from dopr_lightning.mup.declared import declared_roles
+from dopr_lightning.mup.draws import as_drawn, noted_draws
 from dopr_lightning.mup.rules import MatrixGrowth
 from dopr_lightning.mup.shapes import DELTA, Kind, Shape, check_group_norms, check_module, read_shape
 from dopr_lightning.preconditioner.layers import public_name
@@ -52,8 +53,9 @@ class MupSpec:
     ) -> MupSpec:
         """Read the shapes off two models, at the base width and at twice that, built on the meta device.
 
-        The model must draw its weights with the usual scale, fan_in^-1/2, and the biases of Linear and convolutions
-        likewise or as zeros, as torch's layers do by themselves; a coordinate check tells if it does not.
+        How the spread of initial values follows the width is seen as the factory draws them: by any of
+        ``torch.nn.init``, or with a spread of one's own that stays (``std=0.02``) or falls like an inverse square root.
+        What is drawn later, outside the factory, is not seen; a coordinate check tells if muP then goes wrong.
 
         Args:
             factory: Builds a model; called with ``base`` and with every number in it doubled.
@@ -66,10 +68,10 @@ class MupSpec:
         Raises:
             TypeError: The factory is a module, or returns none.
             ValueError: A keyword is no positive whole number, nor several. The factory asks for values or leaves shapes
-                open; nothing scales; or something scales in a way that muP has no rule for: a dimension that is part
-                fixed, part scaling; three scaling dimensions, or two beside a fixed one; an embedding tied to a
-                readout; a readout whose weight is normalised, or weight_norm that is not by outputs; an embedding's
-                max_norm; torch's attention with growing heads; mup's MuReadout.
+                open; nothing scales; or something scales in a way that muP has no rule for: initial values that follow
+                no inverse square root; a dimension that is part fixed, part scaling; three scaling dimensions, or two
+                beside a fixed one; an embedding tied to a readout; a readout whose weight is normalised, or weight_norm
+                that is not by outputs; an embedding's max_norm; torch's attention with growing heads; mup's MuReadout.
         """
         if not base:
             raise ValueError(
@@ -81,8 +83,9 @@ class MupSpec:
                 "its class, or functools.partial of it"
             )
         base = {key: _times(key, value, 1) for key, value in base.items()}
-        narrow = _on_meta(factory, base)
-        wide = _on_meta(factory, {key: _times(key, value, DELTA) for key, value in base.items()})
+        with noted_draws() as draws:
+            narrow = _on_meta(factory, base)
+            wide = _on_meta(factory, {key: _times(key, value, DELTA) for key, value in base.items()})
         _check_alike(narrow, wide)
         wider = dict(wide.named_modules())
         for name, module in narrow.named_modules():
@@ -101,7 +104,11 @@ class MupSpec:
                     )
             scales = tuple(dim.isinf() for dim in infshape)
             plain = public_name(name)  # the factory may compile or checkpoint parts
-            shapes[plain] = read_shape(narrow, wide, name, sizes, scales, (roles or {}).get(plain))
+            shape = read_shape(narrow, wide, name, sizes, scales, (roles or {}).get(plain))
+            base_spread, spread = (draws.spread(model.get_parameter(name)) for model in (narrow, wide))
+            if base_spread and spread:
+                shape = as_drawn(name, shape, tuple(wide.get_parameter(name).shape), spread / base_spread)
+            shapes[plain] = shape
         if unknown := [name for name in roles or {} if name not in shapes]:
             raise ValueError(f"roles name {_some(unknown)}, which {type(narrow).__name__} does not have")
         if not any(any(shape.scales) for shape in shapes.values()):
@@ -142,7 +149,7 @@ class MupSpec:
                 if like is None or self.shapes[name].fan_in is not None:
                     parameter.mul_(factor)
                 else:
-                    parameter.mul_(torch.where(self._drawn_bias(parameter, like, parameters[like]), factor, 1.0))
+                    parameter.mul_(torch.where(self._drawn_bias(name, parameter, parameters[like]), factor, 1.0))
         for module in model.modules():  # of which any may be handed over, alone or in a wrapper
             setattr(module, _DONE, True)
         return model
@@ -228,16 +235,14 @@ class MupSpec:
         shape = self.shapes[name]
         return parameter.shape[dim] / shape.base[dim] if dim < len(shape.scales) and shape.scales[dim] else 1.0
 
-    def _drawn(self, name: str, parameter: Tensor) -> float:
-        shape = self.shapes[name]
-        if not shape.drawn_by:
-            return 1.0
-        return sum(parameter.shape[dim] for dim in shape.drawn_by) / sum(shape.base[dim] for dim in shape.drawn_by)
+    def _drawn(self, name: str, parameter: Tensor, dims: Sequence[int]) -> float:
+        base = self.shapes[name].base
+        return sum(parameter.shape[dim] for dim in dims) / sum(base[dim] for dim in dims) if dims else 1.0
 
-    def _drawn_bias(self, bias: Tensor, like: str, weight: Tensor) -> Tensor:
+    def _drawn_bias(self, name: str, bias: Tensor, weight: Tensor) -> Tensor:
         """Which entries of a bias may be from torch's draw, within the inverse square root of some size."""
         # Of recurrent layers it is the hidden state's, of which the rows are up to four times as many.
-        size = weight.shape[0] / 4 if self.shapes[like].drawn_by == (0,) else weight[0].numel()
+        size = weight.shape[0] / 4 if self.shapes[name].drawn_by == (0,) else weight[0].numel()
         constant = bias.numel() > 1 and bool((bias == bias.flatten()[0]).all())
         return (bias.abs() <= 1.01 * size**-0.5) & (not constant)  # a hundredth for rounding, to bfloat16 say
 
@@ -246,12 +251,15 @@ class MupSpec:
         if shape.drawn_like is not None and shape.fan_in is not None:
             return self._initial(shape.drawn_like, parameters)  # a magnitude: as its weight
         if shape.drawn_like is not None:
-            return rules.initial_bias(self._drawn(shape.drawn_like, parameters[shape.drawn_like]))
-        if shape.fan_in is None or not shape.drawn_by:
-            return 1.0  # as large in the base model: norms, embeddings
+            like = shape.drawn_like
+            return rules.initial_bias(self._drawn(like, parameters[like], shape.drawn_by))
+        if shape.fan_in is None:
+            return 1.0  # as large in the base model: norms
         parameter = parameters[name]
         return rules.initial_weight(
-            self._grown(name, parameter, shape.fan_in), self._drawn(name, parameter), readout=shape.role == "readout"
+            1.0 if shape.role == "embedding" else self._grown(name, parameter, shape.fan_in),
+            self._drawn(name, parameter, shape.drawn_by),
+            readout=shape.role == "readout",
         )
 
     def _match(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:

@@ -234,7 +234,7 @@ class PolicyModule(L.LightningModule):
                     f"the checkpoint is not of this policy: {name} has shape {tuple(saved[name].shape)} in it and "
                     f"{tuple(value.shape)} here; give the data and the configuration that it was trained with"
                 )
-        if theirs != ours:
+        if theirs and ours and _trained_as(theirs) != _trained_as(ours):
             raise UserError(
                 f"the checkpoint is not of this policy: at the muP base {base} its network has other shapes; give "
                 "the configuration that it was trained with"
@@ -329,6 +329,14 @@ class PolicyModule(L.LightningModule):
 def _generator(*stream: int) -> torch.Generator:
     """Of a stream of its own."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0]))
+
+
+def _trained_as(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a MupSpec's state what training goes by; how initial values were drawn is past."""
+    return {
+        name: {key: value for key, value in shape.items() if not key.startswith("drawn_")}
+        for name, shape in spec["shapes"].items()
+    }
 
 
 def _spec(factory: Callable[..., ActionNetwork], base: Mapping[str, Any]) -> MupSpec:

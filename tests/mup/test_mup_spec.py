@@ -226,8 +226,8 @@ def test_a_bare_parameter_is_what_it_is_told_to_be(
     growth = spec.growth(make(32))["table"]
     assert spec.roles(make(32)) == {"table": role}
     assert (growth.fan_out_growth, growth.fan_in_growth) == expected
-    # Drawn like fan_in^-1/2, a readout must fall like 1/fan_in.
-    assert spec.multiplier_of_initial_values(make(32))["table"] == (0.5 if role == "readout" else 1)
+    # Drawn with a spread that stays, a readout must fall like 1/fan_in.
+    assert spec.multiplier_of_initial_values(make(32))["table"] == (0.25 if role == "readout" else 1)
 
 
 SIZES = (5, 2, 2, 4, True)  # observation, action, observations, horizon; it denoises
