@@ -10,12 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dopr_lightning.internals import skips_backward, steps_logged, will_skip
+from dopr_lightning.internals import is_lightnings, skips_backward, steps_logged, will_skip
 from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, check_still_frozen
@@ -178,7 +176,7 @@ class DoPr(pl.Callback):
             ValueError: Nothing in the model is left to cover, or another DoPr covers some of it too; or the strategy
                 keeps gradients where they cannot be rewritten.
         """
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+        if is_lightnings(trainer.strategy, "DeepSpeedStrategy", "FSDPStrategy"):
             raise ValueError(
                 f"DoPr cannot rewrite gradients under {type(trainer.strategy).__name__}, which keeps them in a form of "
                 "its own; take strategy='ddp', or FSDP2 (docs/multi-gpu.md)"
@@ -305,7 +303,7 @@ class DoPr(pl.Callback):
                         f"{shared[0]}: two DoPr callbacks cover it, and would precondition its gradient twice; give "
                         "each an include of its own"
                     )
-        tuners = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+        tuners = [callback for callback in callbacks if is_lightnings(callback, "BaseFinetuning")]
         if tuners and preconditioner.frozen:
             exclude = [*self.options["exclude"], *_frozen_globs(preconditioner, pl_module)]
             log.warning(

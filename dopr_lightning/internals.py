@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
+_PACKAGES = frozenset({"lightning", "pytorch_lightning"})
+
+
+def is_lightnings(thing: object, *names: str) -> bool:
+    """Whether it is of a class of Lightning's, by name: ``pytorch_lightning`` has classes of its own."""
+    return any(kind.__name__ in names and kind.__module__.split(".")[0] in _PACKAGES for kind in type(thing).__mro__)
+
 
 def steps_logged(trainer: Trainer) -> int:
     """The x axis of all that Lightning logs: batches that ended with a step, whatever the number of optimizers."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 import lightning as L
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -914,7 +915,11 @@ def test_steps_that_a_scaler_skips_are_no_such_case(tmp_path: Path, caplog: pyte
     assert "rewrote no gradient" not in caplog.text
 
 
-@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
+@pytest.mark.parametrize(
+    "strategy",
+    [DeepSpeedStrategy, FSDPStrategy, pytorch_lightning.strategies.FSDPStrategy],
+    ids=["deepspeed", "fsdp", "fsdp of pytorch_lightning"],
+)
 def test_strategies_that_keep_gradients_elsewhere_are_refused(strategy: type[Strategy]) -> None:
     trainer = L.Trainer(logger=False, enable_checkpointing=False)
     trainer._accelerator_connector.strategy = strategy.__new__(strategy)
@@ -923,6 +928,40 @@ def test_strategies_that_keep_gradients_elsewhere_are_refused(strategy: type[Str
 
 
 # Beside other callbacks and loggers.
+
+
+def test_under_the_package_of_the_other_name_a_fit_is_the_same(tmp_path: Path) -> None:
+    """Its Trainer, its module, and a checkpoint in the middle of the fit."""
+
+    def weights(package: Any) -> dict[str, Tensor]:
+        class Module(package.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+            def training_step(self, batch: Tensor, index: int) -> Tensor:
+                return self.net(batch).square().mean()
+
+            def configure_optimizers(self) -> Any:
+                return configure_optimizers(self, "muon", lr=0.01, schedule="cosine", total_steps=6)
+
+        def fit(model: Any, steps: int, ckpt: Path | None = None) -> Any:
+            trainer = package.Trainer(
+                max_steps=steps, callbacks=[DoPr(ema=0.5)], logger=False, enable_checkpointing=False, accelerator="cpu"
+            )
+            batches = [draw(step, 9, 6) for step in range(6)]
+            trainer.fit(model, DataLoader(batches, batch_size=None), ckpt_path=ckpt, weights_only=False)
+            return trainer
+
+        torch.manual_seed(0)
+        path = tmp_path / f"{package.__name__}.ckpt"
+        fit(Module(), 3).save_checkpoint(path)
+        resumed = Module()
+        fit(resumed, 6, path)
+        return resumed.state_dict()
+
+    ours, other = weights(L), weights(pytorch_lightning)
+    assert all(torch.equal(value, other[name]) for name, value in ours.items())
 
 
 def test_validation_and_weight_averaging_leave_the_statistics_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dopr_lightning.internals import averaging_rates, finds_batch_size
+from dopr_lightning.internals import averaging_rates, finds_batch_size, is_lightnings
 from dopr_lightning.mup import MupSpec, WeightDecayRule, rules
 from dopr_lightning.optim.bases import Choice, resolve
 from dopr_lightning.optim.composite import CompositeOptimizer, apart
@@ -201,7 +201,7 @@ def configure_optimizers(
         _check_averaging(trainer, optimizer)
         _say_unfreezing(module, trainer)
     if mup is None and roles is None and (lr_by_role or resolve(base).roles):
-        _say_guesses(module, trainer)
+        _say_guesses(module)
     if schedule == "constant" and warmup_steps == 0:
         return optimizer
     end: float = math.inf if total_steps is None else total_steps
@@ -213,23 +213,23 @@ def configure_optimizers(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _say_guesses(module: nn.Module, trainer: Trainer | None) -> None:
+def _say_guesses(module: nn.Module) -> None:
     """Which matrices are taken for ends of the network by no more than their place, where something hangs on it."""
+    from lightning.pytorch.utilities import rank_zero_info
+
     ends = guessed_ends(module)
-    if ends and (trainer is None or trainer.is_global_zero):
-        log.info(
-            "roles by order of registration: %s. If the network begins and ends elsewhere, or there are several, say "
-            "so: roles={%s}",
-            " and ".join(f"{name} is the {role}" for name, role in ends.items()),
-            ", ".join(f'"{name}": "{role}"' for name, role in ends.items()),
+    if ends:
+        taken = " and ".join(f"{name} is the {role}" for name, role in ends.items())
+        roles = ", ".join(f'"{name}": "{role}"' for name, role in ends.items())
+        rank_zero_info(  # which Lightning shows by itself
+            f"roles by order of registration: {taken}. If the network begins and ends elsewhere, or there are several, "
+            f"say so: roles={{{roles}}}"
         )
 
 
 def _say_unfreezing(module: nn.Module, trainer: Trainer) -> None:
     """Point out who may add groups in the middle of the fit, before it is lost."""
-    from lightning.pytorch.callbacks import BaseFinetuning
-
-    tuners = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]
+    tuners = [callback for callback in trainer.callbacks if is_lightnings(callback, "BaseFinetuning")]  # type: ignore[attr-defined]
     if tuners and trainer.is_global_zero and not all(p.requires_grad for p in module.parameters()):
         log.warning(
             "%s may unfreeze layers in the middle of the fit, and add their group to this optimizer, whose groups are "
@@ -245,13 +245,11 @@ def _check_averaging(trainer: Trainer, optimizer: Optimizer) -> None:
     Raises:
         ValueError: They are, one for all groups say, and the groups have multipliers of their own.
     """
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-
     multipliers = [group.get("lr_mult", 1.0) for group in optimizer.param_groups]
     if len(set(multipliers)) == 1:
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, StochasticWeightAveraging):
+        if not is_lightnings(callback, "StochasticWeightAveraging"):
             continue
         rates = averaging_rates(callback)
         each = rates if isinstance(rates, list) else [rates] * len(multipliers)
@@ -313,8 +311,6 @@ def _estimate(module: nn.Module, trainer: Trainer | None) -> float:
     Raises:
         ValueError: There is none, or a callback changes the batches of a step, or of an epoch, after this.
     """
-    from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
-
     if trainer is None:
         raise ValueError(
             f"a cosine schedule must know its end, and {type(module).__name__} has no Trainer that tells it; give "
@@ -322,8 +318,8 @@ def _estimate(module: nn.Module, trainer: Trainer | None) -> float:
         )
     if trainer.max_epochs != -1:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            searches = isinstance(callback, BatchSizeFinder) and finds_batch_size(callback)
-            if searches or isinstance(callback, GradientAccumulationScheduler):
+            searches = is_lightnings(callback, "BatchSizeFinder") and finds_batch_size(callback)
+            if searches or is_lightnings(callback, "GradientAccumulationScheduler"):
                 raise ValueError(
                     f"a cosine schedule must know its end, and {type(callback).__name__} moves it; set "
                     "Trainer(max_steps=...) without max_epochs, or total_steps"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -247,7 +248,7 @@ def test_what_is_guessed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     own = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     own.parameter_roles = lambda: {"1.weight": "readout"}
     told = {"actor.1.weight": "readout", "critic.0.weight": "input"}
-    with caplog.at_level(logging.INFO, "dopr_lightning"):
+    with caplog.at_level(logging.INFO, "lightning"):
         configure_optimizers(model, "adamw", lr=0.1)
         configure_optimizers(own, "muon", lr=0.1)
         configure_optimizers(model, "muon", lr=0.1, roles=told)
@@ -426,7 +427,14 @@ def test_a_constant_rate_is_left_to_whoever_sets_it() -> None:
     assert isinstance(configure_optimizers(Net(), lr=0.1), CompositeOptimizer)
 
 
-@pytest.mark.parametrize("callback", [GradientAccumulationScheduler({0: 8}), BatchSizeFinder()])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        GradientAccumulationScheduler({0: 8}),
+        BatchSizeFinder(),
+        pytorch_lightning.callbacks.GradientAccumulationScheduler({0: 8}),
+    ],
+)
 def test_a_cosine_whose_end_a_callback_moves_is_refused(callback: Callback) -> None:
     model, options = Net(), {"lr": 0.1, "schedule": "cosine"}
     model._trainer = SimpleNamespace(
