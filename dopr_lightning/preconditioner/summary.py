@@ -23,7 +23,8 @@ class SummaryRow:
     Attributes:
         parameter: Public name.
         kind: Layer type.
-        solver: How its covariance is inverted.
+        solver: How its covariance is inverted: ``"exact"``; ``"woodbury"``, the same by the rows themselves, while a
+            batch has less than half as many as the layer has inputs; ``"lowrank"``; ``"diagonal"``, of embeddings.
         d_in: Size of the covariance.
         rows: Rows behind it at the last refresh, over all ranks.
         condition_number: Largest eigenvalue over the smallest, the worst block's; infinite where rank-deficient. Of
