@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal
 
 
 class NotCoveredError(Exception):
@@ -52,9 +53,9 @@ def locate(module: nn.Module, path: str, shape: tuple[int, ...]) -> Location:
     r"""Find the parameter that is, or that determines, a weight.
 
     A parametrized weight W = f(V, ...) (``weight_norm``, ``spectral_norm``, in their old and new versions, pruning and
-    any other parametrization) is covered through V, its only original tensor of W's shape. For them the rows of
-    :math:`\nabla_V` are rows of :math:`\nabla_W` times a scale, plus a share of V's own rows: they live in the space of
-    the layer's inputs, as V does, so :math:`M = \nabla_V (\Sigma + \lambda I)^{-1}`.
+    others) is covered through V, its only original tensor of W's shape. For them the rows of :math:`\nabla_V` are rows
+    of :math:`\nabla_W` times a scale, plus a share of V's own rows: they live in the space of the layer's inputs, as V
+    does, so :math:`M = \nabla_V (\Sigma + \lambda I)^{-1}`. Not so for ``orthogonal``, which mixes rows and columns.
 
     Args:
         module: The covered module.
@@ -62,13 +63,17 @@ def locate(module: nn.Module, path: str, shape: tuple[int, ...]) -> Location:
         shape: The weight's shape. Not read off the weight: computing a parametrized one may have side effects.
 
     Raises:
-        NotCoveredError: No such parameter, or one that is not initialised, not of this shape, or of a dtype in which
-            M cannot be kept.
+        NotCoveredError: No such parameter, or one that is not initialised, not of this shape, behind ``orthogonal``,
+            or of a dtype in which M cannot be kept.
     """
     found = _candidates(module, path)
     names = [location.name for location in found]
     if any(isinstance(location.get(), nn.UninitializedParameter) for location in found):
         raise NotCoveredError(names, "lazy and not initialised yet; run a forward before making the preconditioner")
+    for location in found:
+        behind = location.owner if isinstance(location.owner, parametrize.ParametrizationList) else ()
+        if any(isinstance(kind, _Orthogonal) for kind in behind):
+            raise NotCoveredError(names, "orthogonal() makes the weight of it, and mixes its rows and columns")
     plain = names == [path]
     found = [location for location in found if location.get().shape == shape]
     if len(found) != 1:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner.layers import Layer, layers_of, named_modules, not_covered
 
 
@@ -101,6 +102,13 @@ def test_a_weight_that_is_computed_only_later_stays_covered(wrap, name: str, att
         expected = damped_solve(weight.grad, x)
         preconditioner.step()
         torch.testing.assert_close(weight.grad, expected)
+
+
+def test_the_parameter_behind_an_orthogonal_weight_is_left_alone() -> None:
+    """What an orthogonal matrix is computed from mixes rows and columns: its gradient's rows are no input space's."""
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))
+    reasons = {row.parameter: row.reason for row in ActivationPreconditioner(model).summary() if not row.covered}
+    assert reasons["0.parametrizations.weight.original"].startswith("orthogonal() makes the weight of it")
 
 
 @pytest.mark.parametrize("kind", ["conv", "embedding", "attention"])
