@@ -41,6 +41,7 @@ COMMON = [
     "Makefile",
     "README.md",
     "configs/debug.yaml",
+    "configs/dopr.yaml",
     "configs/experiment.yaml",
     "configs/sweep.yaml",
     "configs/trainer.yaml",

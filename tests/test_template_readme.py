@@ -22,7 +22,7 @@ def snippets(project: Path, language: str) -> list[str]:
 def fit(project: Path, overlay: str) -> str:
     (project / "overlay.yaml").write_text(overlay)
     configs = [f"--config=configs/{name}.yaml" for name in ("experiment", "debug")]
-    return run(project, "-m", "arm", "fit", *configs, "--config=dopr.yaml", "--config=overlay.yaml", *SMALL)
+    return run(project, "-m", "arm", "fit", *configs, "--config=configs/dopr.yaml", "--config=overlay.yaml", *SMALL)
 
 
 def test_own_data_and_then_an_environment(tmp_path: Path) -> None:

@@ -66,7 +66,12 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
     configs = [f"--config=configs/{name}.yaml" for name in ("experiment", "debug")]
 
     # On two processes, as configs/trainer.yaml has it where it has several, and then on from there.
-    two = ["--config=configs/trainer.yaml", "--config=dopr.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    two = [
+        "--config=configs/trainer.yaml",
+        "--config=configs/dopr.yaml",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+    ]
     two += ["--trainer.precision=32-true", "--trainer.num_nodes=1", "--checkpoint.dirpath=checkpoints"]
     two += ["--rollout.report_episodes=2"]
     several = answers["trainer"] not in ("cpu", "gpu")
@@ -96,7 +101,7 @@ def test_it_works(answers: dict[str, Any], tmp_path: Path) -> None:
     if answers["mup"] and answers["network"] != "mlp":  # of an MLP the library's own tests train what is recommended
         narrow = ["--mup.from_sweep=runs/sweep", "--trainer.max_steps=2", "--checkpoint.dirpath=recommended"]
         narrow += ["--rollout.report_episodes=2"]
-        run(project, "-m", "arm", "fit", *configs, "--config=dopr.yaml", *small, *narrow, **environment)
+        run(project, "-m", "arm", "fit", *configs, "--config=configs/dopr.yaml", *small, *narrow, **environment)
         kept = torch.load(project / "recommended" / "last.ckpt", weights_only=True)
         assert kept["hyper_parameters"]["optimizer"]["lr"] == results["recommended"]["lr"]
 

@@ -62,7 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch{{ ", demonstrations: Pat
     small = [
         f"--config={CONFIGS / 'experiment.yaml'}",
         f"--config={CONFIGS / 'debug.yaml'}",
-        "--config=dopr.yaml",
+        f"--config={CONFIGS / 'dopr.yaml'}",
 {%- if c.task == "gymnasium" %}
         "--data.source.init_args.episodes=3",
 {%- elif c.task == "pusht" %}
