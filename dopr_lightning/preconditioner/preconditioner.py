@@ -278,6 +278,7 @@ class ActivationPreconditioner:
             stack.discard()
         self._masks.clear()
 
+    @torch.inference_mode(False)  # what a validation's end makes, training changes in place
     @torch.no_grad()
     def settle(self) -> None:
         """Finish a refresh that overlaps with the next step, now instead of then; otherwise do nothing.
@@ -367,6 +368,8 @@ class ActivationPreconditioner:
         layers = {name: state for stack in self._stacks for name, state in stack.state_dict().items()}
         return {"steps": self.steps, "due": self._due, "unused": sorted(self._unused), "layers": layers}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Rows counted since the last step are forgotten, and a refresh under way.
 

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner import renewal
-from dopr_lightning.preconditioner.lowrank import WARM_UP
+from dopr_lightning.preconditioner.lowrank import FIRST_RANK, WARM_UP
 from dopr_lightning.preconditioner.threads import in_background
 
 EVERY = 4
@@ -96,6 +96,27 @@ def test_a_resume_is_bit_identical_before_a_refresh_and_before_its_end(name: str
     found = run(other, resumed, range(stop, end))
     assert_same(found, run(straight, ActivationPreconditioner(straight, **options), range(end)))
     assert_same(gradients(other), gradients(straight))
+
+
+@pytest.mark.usefixtures("place")
+def test_a_refresh_may_be_finished_in_inference_mode() -> None:
+    """As where a checkpoint is saved at a validation's end; here with a refresh that asks for more directions."""
+    states = []
+    for inference in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 8, bias=False))
+        ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True, solver="lowrank", max_error=0.05)
+        for step in range(STEPS):
+            model.zero_grad()
+            x = torch.randn(300, 256, generator=torch.Generator().manual_seed(step))
+            x[:, (3 if step < EVERY else 256) :] = 0
+            model(x).square().sum().backward()
+            ap.step()
+            with torch.inference_mode(inference):
+                ap.state_dict()
+        assert ap._stacks[0].tracked > FIRST_RANK
+        states.append({**ap.state_dict(), "gradients": gradients(model)})
+    assert_same(*states)
 
 
 @pytest.mark.parametrize("at", [EVERY, EVERY + 1])

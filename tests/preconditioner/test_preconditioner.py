@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
+from same import assert_same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -211,6 +212,23 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         models[1](torch.randn(64, 16)).sum().backward()
         other.step()
     assert other.steps == 6
+
+
+@pytest.mark.parametrize("options", [{"solver": "exact"}, {"solver": "exact", "ema": 0.5}, {"solver": "lowrank"}])
+def test_a_state_may_be_loaded_in_inference_mode(options: dict[str, Any]) -> None:
+    """What is saved there is of inference tensors itself."""
+    model, other = (nn.Linear(16, 4) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    saved, loaded = (ActivationPreconditioner(m, **options) for m in (model, other))
+    backward(model, batch(0, d=16).float())
+    saved.step()
+    with torch.inference_mode():
+        loaded.load_state_dict(saved.state_dict())
+    for seed in range(1, 3):
+        for m, ap in (model, saved), (other, loaded):
+            backward(m, batch(seed, d=16).float())
+            ap.step()
+        assert_same(weight_gradients(other), weight_gradients(model))
 
 
 @pytest.mark.parametrize("solver", ["exact", "lowrank"])
