@@ -376,7 +376,6 @@ class ActivationPreconditioner:
         Raises:
             ValueError: The state was saved for other layers, shapes or solvers.
         """
-        self._pending = None
         saved = state["layers"]
         known = {layer.name for layer in self._stack_of}
         if saved and saved.keys() != known:
@@ -392,6 +391,7 @@ class ActivationPreconditioner:
             options, pooled = self._stacks[0].options, world_size(self._group) > 1
             loaded = make_stacks(self._coverage.layers, options, self._solver, pooled=pooled)
         self.steps, self._due, self._unused = state["steps"], state["due"], set(state["unused"])
+        self._pending = None
         self.discard()
         self._replay.forget()
         self._stacks = loaded

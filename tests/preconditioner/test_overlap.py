@@ -119,6 +119,16 @@ def test_a_refresh_may_be_finished_in_inference_mode() -> None:
     assert_same(*states)
 
 
+def test_a_state_that_is_refused_leaves_the_refresh_under_way() -> None:
+    _model, ap = steps_with(*BEFORE, "module")
+    pending = ap._pending
+    assert pending is not None
+    state = ActivationPreconditioner(nn.Linear(2, 2)).state_dict()
+    with pytest.raises(ValueError, match="saved for other layers"):
+        ap.load_state_dict({**state, "layers": {"other.weight": {}}})
+    assert ap._pending is pending
+
+
 @pytest.mark.parametrize("at", [EVERY, EVERY + 1])
 def test_a_step_that_is_skipped_leaves_no_trace(at: int) -> None:
     """Instead of one that refreshes, or of one in which the refresh is to be finished."""
