@@ -40,7 +40,7 @@ class GradientAudit:
 
     Covers Linear, Embedding, Conv1-3d and the functional linears within a module, compiled or not. Not transposed
     convolutions, packed projections, parametrized weights, ``scale_grad_by_freq``, DTensors and layers differentiated
-    twice (``create_graph``).
+    twice (``create_graph``) or forwards.
 
     Args:
         layers: The layers to look at.
@@ -66,8 +66,7 @@ class GradientAudit:
             )
         # create_graph: a gradient penalty's part of the gradient has rows of its own
         if agrees is None or torch.is_grad_enabled():
-            probe.remove()
-            del self._probes[layer]
+            self.leave(layer)
             return
         with torch.autocast(x.device.type, enabled=False):
             probe.add(x, gradient)
@@ -81,8 +80,7 @@ class GradientAudit:
             verdict = probe.verdict()
             if verdict is None:
                 continue
-            probe.remove()
-            del self._probes[layer]
+            self.leave(layer)
             if not verdict:
                 log.warning(
                     "%s: its gradient is not explained by the inputs of its module, so it is preconditioned with the "
@@ -91,11 +89,15 @@ class GradientAudit:
                     layer.name,
                 )
 
+    def leave(self, layer: Layer) -> None:
+        """Look no more at a layer."""
+        if (probe := self._probes.pop(layer, None)) is not None:
+            probe.remove()
+
     def remove(self) -> None:
         """Take all hooks off."""
-        for probe in self._probes.values():
-            probe.remove()
-        self._probes.clear()
+        for layer in list(self._probes):
+            self.leave(layer)
 
 
 def _auditable(layer: Layer) -> bool:

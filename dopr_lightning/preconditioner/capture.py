@@ -120,6 +120,11 @@ class Capture:
         if self._audit is not None and self._handles:
             self._audit.captured(layer, x, gradient)
 
+    def end_audit(self, layer: Layer) -> None:
+        """Show the audit no more of ``layer``."""
+        if self._audit is not None:
+            self._audit.leave(layer)
+
     def _hook(self, tap: _Tap, module: nn.Module) -> None:
         # Next to the module's own forward, whatever hooks others add: so it is the same when it is put back.
         if tap.layer.functional:
@@ -167,7 +172,8 @@ class _Tap:
         if self.layer.rearranges and output.dtype in _LOW_PRECISION:
             # As autocast did: the weight multiplied a cast of x, and x itself may be overwritten.
             x = x.to(output.dtype)
-        return _CountRows.apply(output, x, self.capture.current_mask, self.key, self, lasts)
+        counting = _CountRows if torch.compiler.is_compiling() else _CountRowsEagerly
+        return counting.apply(output, x, self.capture.current_mask, self.key, self, lasts)
 
 
 def _describe(value: Any) -> str:
@@ -214,6 +220,16 @@ class _CountRows(torch.autograd.Function):
                 ctx.counted = True
                 ctx.tap.capture.count(ctx.tap.layer, x, ctx.mask, lasts=ctx.lasts)
         return gradient, None, None, None, None, None
+
+
+class _CountRowsEagerly(_CountRows):
+    """With forward-mode differentiation, which torch.compile takes no function for."""
+
+    @staticmethod
+    def jvp(ctx: Any, output: Tensor, *others: None) -> Tensor:
+        # The tangent's part of a weight's gradient has rows of its own, as that of a gradient penalty.
+        ctx.tap.capture.end_audit(ctx.tap.layer)
+        return output.view_as(output)  # autograd refuses the very tensor
 
 
 @torch.library.custom_op(OPERATOR, mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils.checkpoint import checkpoint
 
@@ -372,6 +373,50 @@ def test_functional_transforms_are_left_alone() -> None:
     gradient = torch.func.grad(lambda p: torch.func.functional_call(module, p, batch(3, 5)).sum())(parameters)
     assert torch.equal(gradient["weight"], batch(3, 5).sum(0).expand(4, 5))
     assert not rows.calls
+
+
+def directional(model: nn.Module, x: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's output, and its derivative by forward-mode differentiation."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, along)))
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_forward_mode_gives_what_it_did_and_the_rows_count(detached: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, x, along = nn.Sequential(linear(), nn.Tanh(), linear(4, 3)), batch(6, 5), batch(6, 5, seed=1)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        y, slope = directional(model, x, along)
+        (y - (slope.detach() if detached else slope)).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients()
+    ap = ActivationPreconditioner(model)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+    ap.step()
+    assert [row.rows for row in ap.summary() if row.covered] == [6, 6]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda model, x: torch.func.jvp(model, (x,), (x,))[1],
+        lambda model, x: torch.func.jacfwd(model)(x),
+        lambda model, x: torch.autograd.functional.jvp(model, x, x)[1],
+        lambda model, x: torch.autograd.functional.jacobian(model, x, strategy="forward-mode", vectorize=True),
+        lambda model, x: torch.autograd.functional.hessian(lambda x: model(x).square().sum(), x, vectorize=True),
+        lambda model, x: torch.autograd.functional.hessian(
+            lambda x: model(x).square().sum(), x, vectorize=True, outer_jacobian_strategy="forward-mode"
+        ),
+    ],
+)
+def test_derivatives_of_a_hooked_model_are_what_they_were(derivative: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model, x = nn.Sequential(linear(), nn.Tanh(), linear(4, 3)), batch(2, 5)
+    expected = derivative(model, x)
+    ActivationPreconditioner(model)
+    torch.testing.assert_close(derivative(model, x), expected)
 
 
 def attention_layers(module: nn.MultiheadAttention) -> list[Watched]:
