@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from dopr_lightning.preconditioner.engine import current_backward
+from dopr_lightning.preconditioner.engine import current_backward, is_batched
 
 if TYPE_CHECKING:
     from dopr_lightning.preconditioner.layers import Layer
@@ -56,7 +56,7 @@ class GradientAudit:
             TypeError: A subclass's input is not what the weight multiplies, by their sizes.
         """
         probe = self._probes.get(layer)
-        if probe is None:
+        if probe is None or is_batched(gradient):  # whose entries cannot be had
             return
         agrees = probe.agrees(x, gradient)
         if agrees is False:

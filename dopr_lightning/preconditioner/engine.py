@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 import torch._inductor.config
-from torch import nn
+from torch import Tensor, nn
 from torch._library.effects import EffectType
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -55,6 +55,11 @@ def gets_gradient(weight: nn.Parameter) -> bool:
         return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:  # torch.autograd.grad of the weight itself, or the weight was frozen after the forward
         return True
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it is of many backwards in one (``torch.autograd.grad(..., is_grads_batched=True)``)."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def within_torch_func() -> bool:

@@ -406,6 +406,7 @@ def test_forward_mode_gives_what_it_did_and_the_rows_count(detached: bool, caplo
         lambda model, x: torch.func.jacfwd(model)(x),
         lambda model, x: torch.autograd.functional.jvp(model, x, x)[1],
         lambda model, x: torch.autograd.functional.jacobian(model, x, strategy="forward-mode", vectorize=True),
+        lambda model, x: torch.autograd.functional.jacobian(model, x, vectorize=True),
         lambda model, x: torch.autograd.functional.hessian(lambda x: model(x).square().sum(), x, vectorize=True),
         lambda model, x: torch.autograd.functional.hessian(
             lambda x: model(x).square().sum(), x, vectorize=True, outer_jacobian_strategy="forward-mode"
@@ -731,6 +732,26 @@ def test_a_weight_behind_a_parametrization_is_not_audited() -> None:
     module = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))
     layer = Watched([module], attribute="parametrizations.weight.original1")
     assert not GradientAudit([layer])._probes  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 4).double(), nn.Embedding(5, 4).double(), nn.Conv1d(5, 4, 1).double()])
+def test_many_backwards_in_one_are_left_to_the_next(module: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.arange(5) if isinstance(module, nn.Embedding) else batch(5, 5)
+
+    def jacobian() -> Tensor:
+        y = module(x)
+        basis = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+        return torch.autograd.grad(y, module.weight, basis, is_grads_batched=True)[0]
+
+    expected = jacobian()
+    ap = ActivationPreconditioner(module)
+    torch.testing.assert_close(jacobian(), expected)
+    ap.discard()
+    assert ap._audit._probes
+    module(x).square().sum().backward()
+    ap.step()
+    assert not ap._audit._probes
+    assert not caplog.records
 
 
 def test_a_gradient_penalty_ends_the_audit_of_its_layers(caplog: pytest.LogCaptureFixture) -> None:
