@@ -258,7 +258,14 @@ class DoPr(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hooks off: Lightning skips ``teardown`` after an exception."""
-        self._stop()
+        try:
+            try:
+                for preconditioner in self._made:
+                    preconditioner.settle()
+            finally:  # a state without that refresh
+                self._stop()
+        except RuntimeError as error:  # must not take the place of the one that ended the fit
+            log.warning("after the exception that ended the fit, DoPr's own end failed too: %s", error)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

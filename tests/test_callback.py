@@ -193,6 +193,31 @@ def test_nothing_is_left_on_the_model_after_an_exception(tmp_path: Path) -> None
     assert not model.layer._forward_hooks
 
 
+def test_an_exception_is_told_though_the_refresh_under_way_fails_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Overflows(Boring):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if batch_idx == 5:
+                raise KeyError("the user's own mistake")
+            return self.layer(batch * torch.nan if batch_idx == 4 else batch).nan_to_num().square().mean()
+
+    class Last(L.Callback):
+        told = False
+
+        def on_exception(self, *args: Any) -> None:
+            self.told = True
+
+    last, dopr = Last(), DoPr(solver="lowrank", overlap=True, update_every=2, max_failures=1)
+    failing = trainer(tmp_path, dopr, max_steps=8, enable_checkpointing=False)
+    failing.callbacks.append(last)
+    with pytest.raises(KeyError, match="the user's own mistake"):
+        failing.fit(Overflows())
+    assert last.told
+    assert "DoPr's own end failed too: layer.weight" in caplog.text
+    assert [state["steps"] for state in dopr.state_dict()["preconditioners"]] == [5]
+
+
 def test_hooks_that_an_exception_left_behind_go_with_the_next_fit(tmp_path: Path) -> None:
     class Raises(L.Callback):
         def on_exception(self, *args: Any) -> None:
