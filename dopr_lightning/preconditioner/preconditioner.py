@@ -499,7 +499,7 @@ class ActivationPreconditioner:
         outcomes = refreshed.outcomes
         if deferred:
             suspects = [layer for stack in stacks for layer in stack.without_rows() if layer.has_gradient]
-            found = [layer.gradient().any().to(self._stacks[0].device) for layer in suspects]
+            found = [_has_entries(layer).to(self._stacks[0].device) for layer in suspects]
             gradients = torch.stack(found) if found else torch.zeros(0, device="cpu")
             download = ToHost(*outcomes.values(), gradients)
             self._pending = _Pending(
@@ -510,7 +510,7 @@ class ActivationPreconditioner:
         without = [
             layer
             for layer, record in self._records()
-            if record.rows_seen == 0 and layer.has_gradient and bool(layer.gradient().any())
+            if record.rows_seen == 0 and layer.has_gradient and bool(_has_entries(layer))
         ]
         self._raise_unseen(without, self._masks.fitted)
 
@@ -545,6 +545,12 @@ class ActivationPreconditioner:
         elif not stack.warned:
             stack.warned = True
             log.warning("%s", too_inexact(stack, "raise max_error or damping, or take solver='auto'"))
+
+
+def _has_entries(layer: Layer) -> Tensor:
+    """Whether the gradient is other than 0 here, on its device; without a copy of it, as its matrix may be."""
+    gradient = layer.gradient() if layer.homogeneous else layer.weight_gradient
+    return (gradient._values() if gradient.is_sparse else gradient).any()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from dopr_lightning import ActivationPreconditioner
 from dopr_lightning.preconditioner import renewal
+from dopr_lightning.preconditioner.layers.embedding import Embedding
 from dopr_lightning.preconditioner.lowrank import FIRST_RANK, WARM_UP
 from dopr_lightning.preconditioner.threads import in_background
 
@@ -231,6 +232,29 @@ def test_rows_counted_on_the_device_are_rows(sparse: bool) -> None:
             model["linear"](model["embedding"](tokens)).square().sum().backward()
         ap.step()
     assert [[record.refreshed_at for record in stack.records] for stack in ap._stacks] == [[EVERY]] * 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_refresh_makes_no_sparse_gradient_dense(overlap: bool, counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To see whether a layer without rows has learnt; of an embedding the host always knows none."""
+
+    def dense(layer: Embedding) -> Tensor:
+        raise AssertionError(f"{layer.name} was asked for its gradient's matrix")
+
+    monkeypatch.setattr(Embedding, "gradient", dense)
+    torch.manual_seed(0)
+    model = nn.Embedding(5, 8, sparse=True)
+    ap = ActivationPreconditioner(model, update_every=EVERY, overlap=overlap)
+    for step in range(2 * EVERY):
+        model.zero_grad()
+        tokens = torch.randint(5, (6, 4), generator=torch.Generator().manual_seed(step))
+        (model(tokens) * (counts or step < EVERY)).square().sum().backward()
+        if step == EVERY and not counts:
+            ap.discard()
+        ap.step()
+    (stack,) = ap._stacks
+    assert [record.refreshed_at for record in stack.records] == [EVERY if counts else 0]
 
 
 def test_copies_are_made_of_what_is_finished() -> None:
