@@ -153,7 +153,11 @@ class Stack(ABC):
         self.begin()
         first, last = self.index_of[layers[0]], self.index_of[layers[-1]]
         part = slice(self.slices[first].start, self.slices[last].stop)
-        rows = self._add(layers, part, x, mask)
+        try:
+            rows = self._add(layers, part, x, mask)
+        except BaseException:  # out of memory, say: the sums may hold rows that no count does
+            self.discard()
+            raise
         # A mask's rows are counted on the device; others here, where it takes no kernel.
         if isinstance(rows, Tensor):
             self.counts[part] += rows

@@ -291,6 +291,32 @@ def test_a_gradient_without_captured_rows_is_an_error_that_names_the_layer() -> 
         ap.step()
 
 
+@pytest.mark.parametrize("options", [{"solver": "exact", "ema": 0.5}, {"solver": "exact"}, {"solver": "lowrank"}])
+def test_rows_of_a_count_that_failed_on_its_way_are_forgotten(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a batch that is too large for the device is skipped, and the next one stepped with."""
+    models = [nn.Linear(24, 4, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    aps = [ActivationPreconditioner(model, **options) for model in models]
+    kind = type(aps[0]._stacks[0])
+    add = kind._add
+
+    def fails(self: Any, *args: Any) -> None:
+        add(self, *args)
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "_add", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            backward(models[0], batch(0, d=24).float())
+    for model, ap in zip(models, aps, strict=True):
+        backward(model, batch(1, d=24).float())
+        ap.step()
+    assert_same(weight_gradients(models[0]), weight_gradients(models[1]))
+    assert_same(aps[0].state_dict(), aps[1].state_dict())
+
+
 def test_an_unused_layer_is_left_alone() -> None:
     model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)}).double()
     ap = ActivationPreconditioner(model)
