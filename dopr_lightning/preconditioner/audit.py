@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,10 @@ class GradientAudit:
         for layer, probe in list(self._probes.items()):
             verdict = probe.verdict()
             if verdict is None:
+                if probe.weight() is not layer.weight:  # load_state_dict(assign=True) replaced it
+                    self.leave(layer)
+                    if _auditable(layer):
+                        self._probes[layer] = _Probe(layer)
                 continue
             self.leave(layer)
             if not verdict:
@@ -121,6 +126,7 @@ class _Probe:
         self.module = layer.modules[0]
         self.patches = getattr(getattr(layer, "layer", layer), "conv", None) == "patch"
         weight = layer.weight
+        self.weight = ref(weight)
         self.shape = weight.shape
         if isinstance(self.module, CONVOLUTIONS):
             shape: tuple[int, ...] = (PROBES * self.module.groups, *weight.shape[1:])

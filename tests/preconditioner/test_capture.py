@@ -728,6 +728,23 @@ def test_what_cannot_be_judged_is_looked_at_again(caplog: pytest.LogCaptureFixtu
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_weight_that_was_replaced_is_looked_at_all_the_same(trained: bool, caplog: pytest.LogCaptureFixture) -> None:
+    class Squared(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.square())
+
+    model = nn.Sequential(linear(), Squared(4, 3).double())
+    ap = ActivationPreconditioner(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model[1].requires_grad_(trained)
+    for _ in range(2):
+        model(batch(6, 5)).square().sum().backward()
+        ap.step()
+    assert not ap._audit._probes
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["1.weight"] * trained
+
+
 def test_a_weight_behind_a_parametrization_is_not_audited() -> None:
     module = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))
     layer = Watched([module], attribute="parametrizations.weight.original1")
