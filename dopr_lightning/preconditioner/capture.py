@@ -260,9 +260,12 @@ class _Hook:
     @property
     def __name__(self) -> str:
         """Asked by ``torch.jit.script``, which compiles hooks; it cannot compile these."""
-        raise AttributeError(
-            "torch.jit.script compiles no model with a preconditioner, nor a copy of one: call its remove() first"
-        )
+        if self.tap is None:
+            raise AttributeError(
+                "torch.jit.script compiles no copy of a model with a preconditioner: load the copy's state_dict into a "
+                "model made afresh"
+            )
+        raise AttributeError("torch.jit.script compiles no model with a preconditioner: call its remove() first")
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return type(self), ()

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -328,16 +329,19 @@ def test_an_input_that_is_no_plain_tensor_is_refused_by_name() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("module", [nn.Linear(4, 2), nn.MultiheadAttention(4, 2)])
-def test_scripting_a_hooked_model_is_refused_with_the_way_out(module: nn.Module) -> None:
+@pytest.mark.parametrize("make", [partial(nn.Linear, 4, 2), partial(nn.MultiheadAttention, 4, 2)])
+def test_scripting_a_hooked_model_is_refused_with_the_way_out(make: Callable[[], nn.Module]) -> None:
+    module = make()
     ap = ActivationPreconditioner(module)
-    for model in (module, copy.deepcopy(module)):
-        with pytest.raises(
-            AttributeError, match=r"compiles no model with a preconditioner.* call its remove\(\) first"
-        ):
-            torch.jit.script(model)
+    twin, afresh = copy.deepcopy(module), make()
+    with pytest.raises(AttributeError, match=r"compiles no model with a preconditioner: call its remove\(\) first"):
+        torch.jit.script(module)
     ap.remove()
     torch.jit.script(module)
+    with pytest.raises(AttributeError, match=r"no copy of .*: load the copy's state_dict into a model made afresh"):
+        torch.jit.script(twin)
+    afresh.load_state_dict(twin.state_dict())
+    torch.jit.script(afresh)
 
 
 def test_the_sink_runs_without_autocast_and_gradients() -> None:
