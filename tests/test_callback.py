@@ -952,6 +952,22 @@ def test_strategies_that_keep_gradients_elsewhere_are_refused(strategy: type[Str
         DoPr().on_fit_start(trainer, TwoLayers())
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+def test_an_optimizer_that_compares_gradients_with_losses_is_refused(automatic: bool, tmp_path: Path) -> None:
+    class Searches(Boring):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = automatic
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters())
+
+    model = Searches()
+    with pytest.raises(ValueError, match=r"^LBFGS evaluates the loss several times.*take an optimizer .* adamw, "):
+        trainer(tmp_path, DoPr(), max_epochs=1, enable_checkpointing=False).fit(model)
+    assert not model.layer._forward_hooks
+
+
 # Beside other callbacks and loggers.
 
 
