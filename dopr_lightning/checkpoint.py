@@ -114,7 +114,7 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file may be broken in any way
         raise UserError(f"{path}: damaged, or not a checkpoint ({one_line(error)[:100]})") from error
-    record = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    record = _record_of(checkpoint) if isinstance(checkpoint, dict) else None
     if record is None:
         raise UserError(
             f"{path} does not say which configuration, data and environment it is of: it was not written by dopr fit; "
@@ -298,13 +298,19 @@ class SelfDescription(Callback):
         Raises:
             UserError: The checkpoint is of other data, another environment, or another version of it.
         """
-        record = checkpoint.get(KEY)
+        record = _record_of(checkpoint)
         if record is None:  # not written by dopr fit: its shapes have been compared
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         check_versions(record, self.accept_versions)
         check_environment(record, data.environment)
         check_data(record, data)
+
+
+def _record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A checkpoint's record; None where there is none, or something of another's under its key."""
+    record = checkpoint.get(KEY)
+    return record if isinstance(record, dict) and {"format", "versions"} <= record.keys() else None
 
 
 def _of_type(trainer: Trainer, kind: type[Any]) -> list[Any]:
@@ -320,7 +326,8 @@ def _plain(value: Any, whose: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, whose) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(inner, whose) for inner in value)
+        kind = list if isinstance(value, list) else tuple  # not a class of its own, which weights_only=True refuses
+        return kind(_plain(inner, whose) for inner in value)
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if value is None or isinstance(value, str | int | float | bool):

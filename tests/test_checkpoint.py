@@ -8,11 +8,12 @@ import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from toy_task import CONFIG, DOPR, ToyTask, train
 from toy_views import SIDE, VIEWS
 
@@ -276,6 +277,24 @@ def test_a_checkpoint_without_a_record(trained: Path, tmp_path: Path, capsys: py
     assert "does not say which configuration, data and environment" in line
     assert f"what still works: --config FILES --ckpt_path {old}" in line
     assert main(commands(old)["test --config"]) == 0
+
+
+@pytest.mark.parametrize("foreign", ["theirs", ["theirs"], {"format": 1}])
+def test_something_of_anothers_under_its_key_is_no_record(foreign: Any, tmp_path: Path) -> None:
+    held = {"dopr": foreign, "state_dict": {}}
+    torch.save(held, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="does not say which configuration, data and environment"):
+        checkpoint.read(tmp_path / "foreign.ckpt")
+    checkpoint.SelfDescription({}).on_load_checkpoint(Trainer(logger=False), LightningModule(), held)
+
+
+def test_named_tuples_are_tuples_in_a_record(tmp_path: Path) -> None:
+    class Camera(NamedTuple):
+        name: str
+        size: tuple[int, int]
+
+    torch.save(checkpoint._plain([Camera("wrist", (84, 84))], "a test"), tmp_path / "plain.pt")
+    assert torch.load(tmp_path / "plain.pt", weights_only=True) == [("wrist", (84, 84))]
 
 
 def test_weights_alone_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
