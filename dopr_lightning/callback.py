@@ -151,8 +151,7 @@ class DoPr(pl.Callback):
         """One row per parameter: covered, with the size and spectrum of its covariance, or why not. Prints as a table.
 
         Of the fit that runs, or of the last one, whose statistics stay on its device until the next. Costs an
-        eigenvalue decomposition per exactly solved layer. With ``overlap`` it finishes a refresh, so that all ranks
-        must call it where one does in the middle of a fit.
+        eigenvalue decomposition per exactly solved layer. One rank may call it alone.
 
         Raises:
             RuntimeError: No fit with this very callback has begun in this process.

@@ -262,7 +262,6 @@ class ActivationPreconditioner:
                 self._replay.apply(self._stacks)
             if measure:
                 self._alignment = self._compare(before)
-                self.settle()  # on all ranks, for one may ask for a summary
         self._plan(refreshed)
         self.steps += 1
         self._capture.listen(self.collecting)

@@ -212,6 +212,25 @@ def early(rank: int, world: int) -> list[Tensor]:
     return gradients
 
 
+def asked(rank: int, world: int) -> dict[str, Any]:
+    """The first rank alone asks for a summary while refreshes are under way; state and gradients, step by step."""
+    torch.manual_seed(0)
+    model = nn.Linear(256, 4, bias=False)
+    ap = ActivationPreconditioner(model, solver="auto", overlap=True, update_every=2, max_error=1e-3)
+    results: dict[str, Any] = {"asked": 0}
+    for step in range(10):
+        model.zero_grad()
+        model(torch.randn(90, 256, generator=torch.Generator().manual_seed(2 * step + rank))).square().sum().backward()
+        dist.all_reduce(model.weight.grad)
+        ap.step(measure=True)
+        if ap._pending is not None:
+            results["asked"] += 1
+            if rank == 0:
+                ap.summary()
+        results[f"gradient {step}"] = model.weight.grad.clone()
+    return results | {"state": ap.state_dict()}
+
+
 def made_before_the_process_group() -> tuple[nn.Linear, ActivationPreconditioner]:
     """Few rows for the width: on one process it would keep these rather than a covariance."""
     torch.manual_seed(0)
@@ -240,6 +259,7 @@ def runs(folder: Path) -> dict[str, Callable[[], Any]]:
         "counted": lambda: counted(rank, world),
         "failing": lambda: failing(rank, world),
         "early": lambda: early(rank, world),
+        "asked": lambda: asked(rank, world),
         "old": lambda: of_one_process(*old, rank),
     }
 
@@ -341,6 +361,12 @@ def test_nan_on_one_rank_keeps_the_last_good_inverse_on_all(ranks: list[dict[str
             torch.testing.assert_close(found, torch.ones(3, 6, dtype=torch.double) @ inverse)
         assert rank["failing"]["rows"] == [8 * world, 0]
         assert rank["failing"]["failures"] == [1, 0]
+
+
+def test_one_rank_may_ask_for_a_summary_alone(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["asked"]["asked"] > 0
+    for other in ranks[1:]:
+        assert_same(other["asked"], ranks[0]["asked"])
 
 
 def test_a_layer_first_used_by_one_rank_between_refreshes_has_an_inverse_on_all_at_the_next_step(

@@ -267,13 +267,6 @@ def test_copies_are_made_of_what_is_finished() -> None:
     assert_same(copied.state_dict(), ap.state_dict())
 
 
-def test_a_measured_step_leaves_nothing_for_one_rank_to_finish_alone() -> None:
-    model, ap = steps_with(*BEFORE)
-    backward_with(model, EVERY, "module")
-    ap.step(measure=True)
-    assert ap._pending is None
-
-
 def test_removing_the_hooks_raises_nothing() -> None:
     model, ap = steps_with(*BEFORE, max_failures=1)
     backward_with(model, EVERY, "module")
