@@ -32,8 +32,8 @@ class DoPr(pl.Callback):
     The rewrite happens in ``on_before_optimizer_step``. There gradients are averaged over ranks and unscaled (but for
     fused optimizers, which unscale in their step; M scales along), and the window of accumulated batches is complete.
     Gradient clipping comes after and sees what the optimizer will see. Under data parallelism covariances are pooled
-    over ranks, so ranks stay bit-identical. The state travels in Lightning's checkpoints. A step that a gradient scaler
-    skips (``precision="16-mixed"``) leaves no trace.
+    over ranks, so ranks stay bit-identical, with the low-rank solver on CPUs of one kind (docs/multi-gpu.md). The state
+    travels in Lightning's checkpoints. A step that a gradient scaler skips (``precision="16-mixed"``) leaves no trace.
 
     Layers whose weights no optimizer holds are left alone. With several optimizers (manual optimization) each has
     statistics and a cadence of its own, for the layers whose weights it holds. Use ``toggle_optimizer``, or rows that
