@@ -58,7 +58,10 @@ def too_inexact(stack: LowRankStack, consequence: str) -> str:
 
 
 def report(failure: Failure, most: int) -> None:
-    """Warn of a refresh that gave no inverse, once per layer; raise RuntimeError after ``most`` in a row."""
+    """Warn of a refresh that gave no inverse, once per layer; raise RuntimeError after ``most`` in a row.
+
+    But never for inputs that are all 0: the gradient is 0 then, so there is nothing to rewrite.
+    """
     record, name = failure.record, failure.layer.name
     if not math.isfinite(failure.trace):
         problem = "has NaN or infinity"
@@ -69,7 +72,7 @@ def report(failure: Failure, most: int) -> None:
     else:
         problem = "is not positive definite, raise the damping"
     problem = f"{name}: covariance {problem} (rows {record.rows_seen})"
-    if record.failures_in_a_row >= most:
+    if failure.trace != 0 and record.failures_in_a_row >= most:
         raise RuntimeError(
             f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
         )

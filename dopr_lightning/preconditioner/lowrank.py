@@ -122,7 +122,7 @@ class LowRankStack(Stack):
         most, enough = 0, max(self.ranks)
         for index, part in enumerate(self.slices):
             if self.records[index].refreshed_at == step:
-                self.errors[index] = max(errors[part])
+                self.errors[index] = worst(errors[part])
                 most, enough = max(most, int(max(needed[part]))), max(enough, int(max(ample[part])))
         if self.refreshes >= WARM_UP:
             self._fit_tracked(most, enough)
@@ -258,7 +258,8 @@ class LowRankStack(Stack):
         super().load_state_dict(state)
         self._rederive()
         self._scales = (1 / self._fields.floor).tolist()
-        self.errors = [float(self._fields.error[part].max()) for part in self.slices]
+        errors = self._fields.error.tolist()
+        self.errors = [worst(errors[part]) for part in self.slices]
         ranks = self._fields.coefficients.count_nonzero(-1).tolist()
         self.ranks = [max(ranks[part]) for part in self.slices]
         self._updates = [self._update(index) for index in range(len(self.layers))]
@@ -276,6 +277,11 @@ class LowRankStack(Stack):
         if self.options.ema:
             tensors["weight"] = self._fields.weight
         return {name: tensor[part] for name, tensor in tensors.items()}
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest of a layer's blocks; NaN are those that never had an inverse."""
+    return max((error for error in errors if not math.isnan(error)), default=math.nan)
 
 
 def begin_refresh(stacks: Sequence[LowRankStack], *, deferred: bool = False) -> Callable[[], dict[Stack, Tensor]]:

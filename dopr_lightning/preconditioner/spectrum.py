@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ class Spectrum:
     Attributes:
         condition_number: Largest eigenvalue over the smallest, the worst block's; infinite where rank-deficient.
         effective_rank: exp of the entropy of the normalised eigenvalues (Roy & Vetterli, 2007), mean over blocks.
+
+    Blocks that are 0 say nothing and are left out; NaN if all are.
     """
 
     condition_number: float
@@ -24,6 +27,9 @@ class Spectrum:
 def spectrum_of_eigenvalues(eigenvalues: Tensor) -> Spectrum:
     """Of eigenvalues (blocks, d), ascending."""
     eigenvalues = eigenvalues.double()
+    eigenvalues = eigenvalues[eigenvalues[:, -1] != 0]
+    if not len(eigenvalues):
+        return Spectrum(math.nan, math.nan)
     # Below the rounding error of the fp32 sums an eigenvalue is zero.
     largest = eigenvalues[:, -1:]
     floor = largest * eigenvalues.shape[1] * torch.finfo(torch.float32).eps

@@ -49,7 +49,7 @@ class LayerRecord:
         rows_seen: Rows of the last refresh over all ranks.
         refreshed_at: Step of the last good inverse, None before the first.
         failures: Refreshes that gave no usable inverse.
-        failures_in_a_row: How many of them since the last that did.
+        failures_in_a_row: How many of them since the last that did, without those of inputs that were all 0.
     """
 
     rows_seen: int = 0
@@ -216,7 +216,8 @@ class Stack(ABC):
             step: The step of the refresh.
 
         Returns:
-            The layers whose inverses could not be renewed although they saw rows.
+            The layers whose inverses could not be renewed although they saw rows. A layer is renewed if some of its
+            blocks are and the others saw only zeros: these have a gradient of 0, and keep what inverse they have.
         """
         self.refreshes += 1
         rows, traces, renewed = outcome[:3]
@@ -225,14 +226,15 @@ class Stack(ABC):
             record.rows_seen = int(max(rows[part]))
             if record.rows_seen == 0:
                 continue
-            if all(renewed[part]):
+            trace = sum(traces[part])
+            if any(renewed[part]) and all(new or of == 0 for new, of in zip(renewed[part], traces[part], strict=True)):
                 record.refreshed_at = step
                 record.failures_in_a_row = 0
                 self._current[index] = True
                 continue
             record.failures += 1
-            record.failures_in_a_row += 1
-            failed.append(Failure(self, layer, record, sum(traces[part])))
+            record.failures_in_a_row += trace != 0
+            failed.append(Failure(self, layer, record, trace))
         return failed
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

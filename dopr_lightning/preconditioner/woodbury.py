@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dopr_lightning.preconditioner.covariance import usable
 from dopr_lightning.preconditioner.exact import ExactStack
@@ -74,10 +75,24 @@ class WoodburyStack(Stack):
         failed = super().accept(outcome, step)
         for index, (factor, scale) in self._new.items():
             if self.records[index].refreshed_at == step:
-                self._factors[index] = factor
-                self._scale[self.slices[index]] = scale
+                part = self.slices[index]
+                self._renew(index, factor, scale, torch.tensor(outcome[2][part], dtype=torch.bool, device="cpu"))
         self._new.clear()
         return failed
+
+    def _renew(self, index: int, factor: Tensor, scale: Tensor, renewed: Tensor) -> None:
+        """Take over the new factor and scale of a layer's blocks where ``renewed`` (blocks,), which is on the host."""
+        part = self.slices[index]
+        if not renewed.all():
+            last = self._factors[index]
+            last = factor[:, :0] if last is None else last
+            rows = max(factor.shape[1], last.shape[1])  # rows of 0 change no product
+            factor, last = (pad(some, (0, 0, 0, rows - some.shape[1])) for some in (factor, last))
+            renewed = renewed.to(self.device)
+            factor = torch.where(renewed[:, None, None], factor, last)
+            scale = torch.where(renewed, scale, self._scale[part])
+        self._factors[index] = factor
+        self._scale[part] = scale
 
     def spectrum(self, index: int) -> Spectrum | None:
         factor = self._factors[index]
@@ -86,7 +101,7 @@ class WoodburyStack(Stack):
         # V V^T has the eigenvalues s / (s + lambda).
         shrunk = torch.linalg.eigvalsh(factor @ factor.mT).clamp(0, 1)
         eigenvalues = shrunk / ((1 - shrunk) * self._scale[self.slices[index], None])
-        return spectrum_of_eigenvalues(torch.nn.functional.pad(eigenvalues, (self.dim - eigenvalues.shape[1], 0)))
+        return spectrum_of_eigenvalues(pad(eigenvalues, (self.dim - eigenvalues.shape[1], 0)))
 
     def _allocate(self) -> None:
         self._nothing = torch.zeros(0, dtype=self.dtype, device=self.device)

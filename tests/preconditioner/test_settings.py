@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -449,12 +450,100 @@ def test_too_many_failures_in_a_row_are_an_error_that_names_the_layer(options: d
         poisoned_steps(ap, model, bad, 1, draw(1, 3, 8))
 
 
-def test_inputs_of_zero_are_a_failure_with_a_reason_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    model = mlp(8, 3)
-    ap = ActivationPreconditioner(model)
-    (found,) = poisoned_steps(ap, model, torch.zeros(20, 8, dtype=torch.double), 1, draw(1, 3, 8))
-    assert torch.equal(found, draw(1, 3, 8))
-    assert "0.weight: covariance is zero, every input of the layer was 0 (rows 20)" in caplog.text
+SOLVERS: list[dict[str, Any]] = [
+    {"n": 20},
+    {"n": 20, "update_every": 50},  # factors
+    {"n": 20, "ema": 0.5},
+    {"n": 2},  # Woodbury's case
+    {"n": 20, "solver": "lowrank", "max_error": 1e-9},
+    {"n": 20, "solver": "lowrank", "max_error": 1e-9, "ema": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", SOLVERS)
+def test_inputs_of_zero_are_told_once_and_never_end_the_training(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dict(options)
+    n = options.pop("n")
+    model, gradient, zeros = mlp(8, 3), draw(1, 3, 8), torch.zeros(n, 8, dtype=torch.double)
+    ap = ActivationPreconditioner(model, damping=GAMMA, max_failures=2, **options)
+    ap.update_every = 1
+    for found in poisoned_steps(ap, model, zeros, 4, gradient):
+        assert torch.equal(found, gradient)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"0.weight: covariance is zero, every input of the layer was 0 (rows {n}); left the gradient as it was"
+    ]
+    assert ap.summary()[0].condition_number is None
+    expected = rewritten(gradient, covariance(draw(0, n, 8)))
+    for x in (draw(0, n, 8), zeros):  # an inverse once there is one, which then stays
+        for found in poisoned_steps(ap, model, x, 3, gradient):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(caplog.records) == 1
+
+
+def test_zeros_in_between_do_not_excuse_what_fails(caplog: pytest.LogCaptureFixture) -> None:
+    model, bad = mlp(8, 3), torch.full((4, 8), torch.nan, dtype=torch.double)
+    ap = ActivationPreconditioner(model, max_failures=2)
+    for x in (bad, torch.zeros_like(bad), torch.zeros_like(bad)):
+        poisoned_steps(ap, model, x, 1, draw(1, 3, 8))
+    with pytest.raises(RuntimeError, match=r"has NaN or infinity .* 2 refreshes in a row"):
+        poisoned_steps(ap, model, bad, 1, draw(1, 3, 8))
+
+
+@pytest.mark.parametrize("options", SOLVERS)
+@pytest.mark.parametrize("kind", ["depthwise", "grouped"])
+def test_one_group_of_zeros_does_not_cost_the_others_their_inverses(
+    kind: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is dead at first, comes to life, and dies again."""
+    options = dict(options)
+    n, size = options.pop("n"), 1 if kind == "depthwise" else 6
+    if n == 2 and kind == "depthwise":
+        pytest.skip("no fewer rows than half of one dimension")
+    ema = options.get("ema", 0.0)
+    conv = nn.Conv1d(3 * size, 6, 1, groups=3, bias=False).double()
+    ap = ActivationPreconditioner(nn.Sequential(conv), damping=GAMMA, max_failures=2, **options)
+    ap.update_every = 1
+    averages: list[Tensor | None] = [None] * 3
+    weights = [0.0] * 3
+    for now in range(12):
+        rows = draw(now, n - now % 2, 3 * size)
+        dead = not 4 <= now < 8
+        rows[:, size : 2 * size] *= not dead
+        conv.zero_grad()
+        conv(rows.T[None]).square().sum().backward()
+        real = conv.weight.grad[..., 0].clone()
+        # Not its own, which is 0: what is kept shows in another.
+        gradient = draw(50 + now, 6, size)
+        conv.weight.grad = gradient[..., None].clone()
+        ap.step()
+        found = conv.weight.grad[..., 0]
+        assert found.isfinite().all()
+        for group in range(3):
+            part = slice(2 * group, 2 * group + 2)
+            if group != 1 or not dead:
+                weights[group] = ema * weights[group] + 1 - ema
+                sigma, past = covariance(rows[:, size * group : size * (group + 1)]), averages[group]
+                averages[group] = sigma if past is None else past.lerp(sigma, (1 - ema) / weights[group])
+            else:
+                assert not real[part].any()
+            of = averages[group]
+            expected = gradient[part] if of is None else rewritten(gradient[part], of)
+            torch.testing.assert_close(found[part], expected, rtol=1e-5, atol=1e-6)
+        row = ap.summary()[0]
+        assert row.failures == 0
+        assert row.effective_rank is not None
+        assert math.isfinite(row.effective_rank)
+        if options.get("solver") == "lowrank":
+            assert row.error is not None
+            assert row.error < 1e-9
+    assert not caplog.records
+    ap.remove()
+    resumed = ActivationPreconditioner(nn.Sequential(conv), damping=GAMMA, **options)
+    resumed.load_state_dict(ap.state_dict())
+    assert_same(resumed.state_dict(), ap.state_dict())
+    assert resumed.summary()[0].error == row.error
 
 
 @pytest.mark.parametrize("how", ["eval", "functional"])
