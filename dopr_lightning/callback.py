@@ -48,7 +48,7 @@ class DoPr(pl.Callback):
         max_error: Relative error that the low-rank solver's certificate may show.
         conv: ``"channel"`` or ``"patch"``.
         bias: Precondition each bias with its weight.
-        max_dim: Split larger covariances into blocks on the diagonal.
+        max_dim: Split larger covariances into blocks on the diagonal, which share their damping.
         max_rows: Use at most so many rows of each input.
         max_failures: Raise after so many failed refreshes of one layer in a row.
         include: Globs on module names to cover. None: all.

@@ -17,12 +17,12 @@ Numbers = TypeVar("Numbers", Tensor, NDArray[Any])
 """Per covariance, on a device or on the host."""
 
 
-def damping_values(trace: Numbers, dim: int | Numbers, gamma: float, scale: DampingScale) -> Numbers:
+def damping_values(trace: Tensor, dim: int, gamma: float, scale: DampingScale) -> Tensor:
     r"""The damping :math:`\lambda` per covariance.
 
     Args:
         trace: Traces of the covariances, any shape.
-        dim: Their size d, or each one's.
+        dim: Their size d.
         gamma: Relative damping.
         scale: ``"trace"`` for :math:`\gamma \operatorname{tr} \Sigma`, which grows like the largest eigenvalue as the
             layer widens, so that a gamma tuned narrow keeps its meaning wide; ``"mean"`` for

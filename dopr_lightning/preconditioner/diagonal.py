@@ -44,11 +44,11 @@ class DiagonalStack(Stack):
     def refresh(self, share: slice) -> Tensor:
         mean_over_rows(self._sums, self.counts)
         traces = self._sums.sum(-1)
-        valid = usable(traces, self._damping(traces), self.dtype)
+        valid = usable(traces, self.damping(traces), self.dtype)
         if self._running is not None:
             self._running.update(self._sums, valid)
             self._sums.copy_(self._running.value)
-        inverse = (self._sums + self._damping(self._sums.sum(-1))[:, None]).reciprocal()
+        inverse = (self._sums + self.damping(self._sums.sum(-1))[:, None]).reciprocal()
         good = valid & inverse.isfinite().all(-1)
         keep_last_good(inverse, self.inverse, good)
         return torch.stack([self.counts.double(), traces, good])

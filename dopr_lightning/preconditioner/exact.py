@@ -82,7 +82,7 @@ class ExactStack(Stack):
         # averaged.
         self._per_row = self.counts.clamp(min=1).to(self.dtype).reciprocal()
         traces = self._packed.trace() * self._per_row
-        damping = self._damping(traces)
+        damping = self.damping(traces)
         valid = usable(traces, damping, self.dtype)
         if self._running is not None:
             mean_over_rows(self._packed.flat, self.counts)
@@ -90,7 +90,7 @@ class ExactStack(Stack):
             self._packed.flat.copy_(self._running.value)
             self._per_row.fill_(1)
             # usable() need not be asked again: an average of usable covariances is usable.
-            damping = self._damping(self._packed.trace())
+            damping = self.damping(self._packed.trace())
         good = torch.zeros_like(valid)
         chunk = max(1, WORKSPACE.get(self.device.type, WORKSPACE["cuda"]) // self.dim**2)
         for start in range(share.start, share.stop, chunk):

@@ -8,7 +8,6 @@ from logging import getLogger
 
 import torch
 
-from dopr_lightning.preconditioner.covariance import damping_values
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.lowrank import LowRankStack
 from dopr_lightning.preconditioner.stack import Failure
@@ -63,16 +62,16 @@ def report(failure: Failure, most: int) -> None:
     But never for inputs that are all 0: the gradient is 0 then, so there is nothing to rewrite.
     """
     record, name = failure.record, failure.layer.name
-    if not math.isfinite(failure.trace):
+    if not all(map(math.isfinite, failure.traces)):
         problem = "has NaN or infinity"
-    elif failure.trace == 0:
+    elif not any(failure.traces):
         problem = "is zero, every input of the layer was 0"
     elif _overflows(failure):
         problem = "overflows with its damping, lower the damping"
     else:
         problem = "is not positive definite, raise the damping"
     problem = f"{name}: covariance {problem} (rows {record.rows_seen})"
-    if failure.trace != 0 and record.failures_in_a_row >= most:
+    if any(failure.traces) and record.failures_in_a_row >= most:
         raise RuntimeError(
             f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
         )
@@ -84,7 +83,5 @@ def report(failure: Failure, most: int) -> None:
 
 def _overflows(failure: Failure) -> bool:
     """Whether the dtype holds the covariance, but no longer with the damping on its diagonal."""
-    stack = failure.stack
-    trace = torch.tensor(failure.trace, dtype=stack.dtype)
-    damping = damping_values(trace, stack.dim, stack.options.damping, stack.options.damping_scale)
-    return not bool((trace + damping).isfinite())
+    traces = torch.tensor(failure.traces, dtype=failure.stack.dtype, device="cpu")
+    return not bool((traces + failure.stack.damping_of(failure.layer, traces)).isfinite().all())

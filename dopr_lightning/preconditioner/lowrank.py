@@ -191,7 +191,7 @@ class LowRankStack(Stack):
             image.baddbmm_((self._test @ self._basis).mul_(numbers[:, None, 2:]), self._left)
         return image, products(self._test.mT, image.mT)
 
-    def renew(self, image: Tensor, rotation: Tensor, known: Tensor, derived: Tensor, good: Tensor | None) -> None:
+    def renew(self, image: Tensor, rotation: Tensor, known: Tensor, derived: Tensor, resolved: Tensor | None) -> None:
         """Take over a new basis, :meth:`project`'s image rotated, and what is known of it.
 
         Args:
@@ -199,13 +199,13 @@ class LowRankStack(Stack):
             rotation: (B, k, k), in float64.
             known: Rows for :meth:`_know`.
             derived: :func:`~.renewal.multipliers` of them, on the device.
-            good: Which blocks are new, (B,), on the device; None for all.
+            resolved: Which bases are new, (B,), on the device; None for all.
         """
         basis = rotation.mT @ image.double()
-        if good is None:
+        if resolved is None:
             self._left.copy_(basis)
         else:
-            torch.where(good[:, None, None], basis.to(self.dtype), self._left, out=self._left)
+            torch.where(resolved[:, None, None], basis.to(self.dtype), self._left, out=self._left)
         self.known.copy_(known)
         self._derive(derived)
 

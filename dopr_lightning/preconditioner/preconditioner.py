@@ -84,7 +84,8 @@ class ActivationPreconditioner:
         conv: ``"channel"`` or ``"patch"`` covariance for convolutions, see
             :class:`~dopr_lightning.preconditioner.layers.Convolution`.
         bias: Precondition each bias with its weight, as the weight of a homogeneous coordinate 1.
-        max_dim: Split larger covariances into equal blocks on the diagonal, none larger than this. None: never.
+        max_dim: Split larger covariances into equal blocks on the diagonal, none larger than this, which share the
+            damping of the whole. None: never.
         max_rows: Use at most so many rows of each input, evenly spread over it. None: all. 16 times the width leaves
             little noise, whatever the batch.
         max_failures: Raise after so many failed refreshes of one layer in a row.

@@ -19,7 +19,7 @@ from dopr_lightning.preconditioner.certificate import (
     required_rank,
     tail_mean,
 )
-from dopr_lightning.preconditioner.covariance import collected, damping_values, usable
+from dopr_lightning.preconditioner.covariance import collected, usable
 from dopr_lightning.preconditioner.subspace import SHIFT, core_eigenpairs
 from dopr_lightning.preconditioner.threads import ToHost, in_background, pinned
 
@@ -111,14 +111,20 @@ class Renewal:
         options = self.options
         facts, core_and_gram = self._download.wait()
         rows, seen, trace = facts.numpy()
-        damping, fresh = (damping_values(of, self.dims, options.damping, options.damping_scale) for of in (trace, seen))
+        damping, fresh = self._damping(trace), self._damping(seen)
         valid = usable(trace, damping, self.dtype) & usable(seen, fresh, self.dtype)
-        found, rotation, trusted = core_eigenpairs(core_and_gram, torch.from_numpy(valid), workers=self.workers)
-        good = trusted.numpy()
+        # A piece that is nothing beside the others: its inverse is 1 / lambda, and it keeps the directions it has.
+        negligible = valid & (trace <= torch.finfo(self.dtype).eps * damping)
+        found, rotation, trusted = core_eigenpairs(
+            core_and_gram, torch.from_numpy(valid & ~negligible), workers=self.workers
+        )
+        resolved = trusted.numpy()
+        good = resolved | negligible
         # Any numbers will do where nothing can be trusted: such blocks keep what they have.
         trace, damping = np.where(good, trace, 1), np.where(good, damping, 1)
-        eigenvalues = np.where(good[:, None], found.numpy() * trace[:, None], 0)
-        error = relative_error(eigenvalues, trace, damping, self.dims)
+        eigenvalues = np.where(resolved[:, None], found.numpy() * trace[:, None], 0)
+        error = relative_error(eigenvalues, np.where(resolved, trace, 1), np.where(resolved, damping, 1), self.dims)
+        error[negligible] = 0
         needed = required_rank(error, options.max_error)
         # Directions are dropped only if the others do twice as well as they must, so that they do not come back.
         ample = required_rank(error, options.max_error / 2)
@@ -136,7 +142,7 @@ class Renewal:
             rotation=pinned(rotation, self.device),
             known=torch.from_numpy(known),
             derived=pinned(torch.from_numpy(derived), self.device),
-            good=None if good.all() else pinned(torch.from_numpy(good), self.device),
+            resolved=None if resolved.all() else pinned(trusted, self.device),
             outcome=torch.from_numpy(np.stack(outcome)),
         )
 
@@ -148,12 +154,18 @@ class Renewal:
             self._upload(solution.rotation).split(self.sizes),
             solution.known.split(self.sizes),
             self._upload(solution.derived).split(self.sizes),
-            [None] * len(self.stacks) if solution.good is None else self._upload(solution.good).split(self.sizes),
+            [None] * len(self.stacks)
+            if solution.resolved is None
+            else self._upload(solution.resolved).split(self.sizes),
             strict=True,
         )
         for stack, *part in parts:
             stack.renew(*part)
         return zip(self.stacks, solution.outcome.split(self.sizes, dim=1), strict=True)
+
+    def _damping(self, traces: Floats) -> Floats:
+        parts = zip(self.stacks, torch.from_numpy(traces).split(self.sizes), strict=True)
+        return torch.cat([stack.damping(part) for stack, part in parts]).numpy()
 
     def _upload(self, numbers: Tensor) -> Tensor:
         """To the device in one piece."""
@@ -168,14 +180,14 @@ class Solution:
         rotation: (B, k, k), see :meth:`LowRankStack.renew`, as for the next three.
         known: (B, 2 k + 4).
         derived: (B, k + 1).
-        good: (B,), or None where all are.
+        resolved: (B,), or None where all are.
         outcome: What :meth:`LowRankStack.accept` is told, (8, B).
     """
 
     rotation: Tensor
     known: Tensor
     derived: Tensor
-    good: Tensor | None
+    resolved: Tensor | None
     outcome: Tensor
 
 

@@ -92,6 +92,7 @@ class Stack(ABC):
         self.refreshes = 0
         self.mask_fits = False
         self._rows_added = [0] * len(self.layers)
+        self._in_pieces = any(layer.pieces > 1 for layer in self.layers)
         self.index_of = {layer: index for index, layer in enumerate(self.layers)}
         self._allocated = False
         self._open = False
@@ -226,15 +227,14 @@ class Stack(ABC):
             record.rows_seen = int(max(rows[part]))
             if record.rows_seen == 0:
                 continue
-            trace = sum(traces[part])
             if any(renewed[part]) and all(new or of == 0 for new, of in zip(renewed[part], traces[part], strict=True)):
                 record.refreshed_at = step
                 record.failures_in_a_row = 0
                 self._current[index] = True
                 continue
             record.failures += 1
-            record.failures_in_a_row += trace != 0
-            failed.append(Failure(self, layer, record, trace))
+            record.failures_in_a_row += any(traces[part])
+            failed.append(Failure(self, layer, record, traces[part]))
         return failed
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -351,18 +351,28 @@ class Stack(ABC):
             )
         return layer.positions(mask)
 
-    def _damping(self, traces: Tensor) -> Tensor:
-        return damping_values(traces, self.dim, self.options.damping, self.options.damping_scale)
+    def damping(self, traces: Tensor) -> Tensor:
+        """Each block's, of the covariances' traces, (blocks,)."""
+        if not self._in_pieces:
+            return self.damping_of(self.layers[0], traces)
+        parts = zip(self.layers, self.slices, strict=True)
+        return torch.cat([self.damping_of(layer, traces[part]) for layer, part in parts])
+
+    def damping_of(self, layer: Layer, traces: Tensor) -> Tensor:
+        """The same for the blocks of one layer, or of several that are not in pieces."""
+        if layer.pieces > 1:
+            traces = traces.unflatten(0, (-1, layer.pieces)).sum(-1, keepdim=True).expand(-1, layer.pieces).flatten()
+        return damping_values(traces, layer.whole_dim, self.options.damping, self.options.damping_scale)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A layer whose inverse could not be renewed; ``trace`` is that of its covariance."""
+    """A layer whose inverse could not be renewed; ``traces`` are those of its blocks' covariances."""
 
     stack: Stack
     layer: Layer
     record: LayerRecord
-    trace: float
+    traces: Sequence[float]
 
 
 def gradient_shape(layer: Layer) -> tuple[Any, ...]:

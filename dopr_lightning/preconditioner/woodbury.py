@@ -133,7 +133,7 @@ class WoodburyStack(Stack):
         """Trace and success per block, (2, blocks); the factor waits for :meth:`accept`."""
         rows = rows / counts.clamp(min=1).to(rows.dtype).sqrt()[:, None, None]
         trace = rows.square().sum((1, 2))
-        damping = self._damping(trace)
+        damping = self.damping_of(self.layers[index], trace)
         gram = rows @ rows.mT
         gram.diagonal(dim1=1, dim2=2).add_(damping[:, None])
         factor, info = torch.linalg.cholesky_ex(gram)

@@ -15,7 +15,7 @@ GAMMA = 0.03
 
 @pytest.fixture
 def precondition() -> Callable[[DenseLayer, Tensor], None]:
-    """What the preconditioner does with one layer and one input, after backward."""
+    """What the preconditioner does with one layer and one input, after backward; pieces with a damping of their own."""
 
     def run(layer: DenseLayer, x: Tensor) -> None:
         rows = layer.rows(x)

@@ -19,6 +19,16 @@ from dopr_lightning.preconditioner.stack import spread
 
 GAMMA = 0.1
 
+SOLVERS: list[dict[str, Any]] = [
+    {"n": 20},
+    {"n": 20, "update_every": 50},
+    {"n": 20, "ema": 0.5},
+    {"n": 2},
+    {"n": 20, "solver": "lowrank", "max_error": 1e-9},
+    {"n": 20, "solver": "lowrank", "max_error": 1e-9, "ema": 0.5},
+]
+"""By rows: Woodbury's where they are few. With factors where refreshes are rare."""
+
 
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
@@ -82,11 +92,8 @@ def test_nan_in_padding_does_not_reach_the_inverse(kind: str, solver: str) -> No
     model.weight.grad = gradient.view_as(model.weight).clone()  # the layer's own is NaN: 0 * NaN
     ap.step()
     assert rows(ap) == {"weight": 15}
-    sigma = covariance(x[MASK])
-    expected = rewritten(gradient, sigma)
-    if kind == "blocks":
-        pieces = (slice(0, 6), slice(6, 12))
-        expected = torch.cat([rewritten(gradient[:, part], sigma[part, part]) for part in pieces], 1)
+    piece = torch.arange(d) // (6 if kind == "blocks" else d)
+    expected = rewritten(gradient, covariance(x[MASK]) * (piece == piece[:, None]))
     torch.testing.assert_close(model.weight.grad.view_as(gradient), expected, rtol=1e-6, atol=1e-8)
 
 
@@ -229,26 +236,77 @@ def test_rows_are_spread_along_every_axis(grid: tuple[int, ...], limit: int) -> 
         assert share.max() < 1.6
 
 
-@pytest.mark.parametrize(("max_dim", "size"), [(12, 12), (11, 6), (6, 6), (5, 4), (1, 1)])
-def test_max_dim_splits_a_covariance_into_the_fewest_equal_blocks(max_dim: int, size: int) -> None:
-    d, x = 12, draw(0, 40, 12)
-    model = mlp(d, 3)
-    ap = ActivationPreconditioner(model, damping=GAMMA, max_dim=max_dim)
+@pytest.mark.parametrize("scale", ["trace", "mean"])
+@pytest.mark.parametrize(
+    ("d", "max_dim", "size"), [(12, 12, 12), (12, 11, 6), (12, 6, 6), (12, 5, 4), (12, 1, 1), (7, 4, 4)]
+)
+def test_max_dim_splits_a_covariance_into_the_fewest_equal_blocks(d: int, max_dim: int, size: int, scale: Any) -> None:
+    """With the damping of the whole covariance; 7 into 4 and 3, which are padded, is a covariance of 7."""
+    x, model = draw(0, 40, d), mlp(d, 3)
+    ap = ActivationPreconditioner(model, damping=GAMMA, damping_scale=scale, max_dim=max_dim)
     before, after = step(model, ap, model(x).square().sum())
-    pieces = [slice(start, start + size) for start in range(0, d, size)]
-    expected = [rewritten(before["0.weight"][:, part], covariance(x[:, part])) for part in pieces]
-    torch.testing.assert_close(after["0.weight"], torch.cat(expected, 1))
+    gamma = GAMMA / d if scale == "mean" else GAMMA
+    piece = torch.arange(d) // size
+    expected = rewritten(before["0.weight"], covariance(x) * (piece == piece[:, None]), gamma)
+    torch.testing.assert_close(after["0.weight"], expected)
     assert ap.summary()[0].d_in == size
 
 
-def test_max_dim_that_does_not_divide_the_width_covers_every_coordinate() -> None:
-    """7 into 4 and 3: the shorter block's trace, and so its damping, is that of its own coordinates."""
-    x, model = draw(0, 40, 7), mlp(7, 3)
-    ap = ActivationPreconditioner(model, damping=GAMMA, max_dim=4)
-    before, after = step(model, ap, model(x).square().sum())
-    pieces = slice(0, 4), slice(4, 7)
-    expected = [rewritten(before["0.weight"][:, part], covariance(x[:, part])) for part in pieces]
-    torch.testing.assert_close(after["0.weight"], torch.cat(expected, 1))
+def apart(seed: int, n: int, sizes: list[int], scales: list[float]) -> Tensor:
+    """Rows with entries in one piece each, so that their covariance is exactly block-diagonal; as many for each."""
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    x = torch.zeros(n, ends[-1], dtype=torch.double)
+    for index, (end, size, factor) in enumerate(zip(ends, sizes, scales, strict=True)):
+        rows = x[index :: len(sizes)]
+        rows[:, end - size : end] = factor * draw(seed + index, len(rows), size)
+    return x
+
+
+@pytest.mark.parametrize("scale", ["trace", "mean"])
+@pytest.mark.parametrize("scales", [[1.0, 1.0, 1.0], [1.0, 1e-2, 10.0], [1.0, 0.0, 1e-200]])
+@pytest.mark.parametrize("options", SOLVERS)
+def test_pieces_give_what_the_whole_layer_gives_where_its_covariance_is_block_diagonal(
+    options: dict[str, Any], scales: list[float], scale: Any
+) -> None:
+    """Also pieces that are 0, or nothing beside the others. A second layer is as large as a piece, and stays whole."""
+    options = dict(options)
+    n, d, ema = options.pop("n"), 23, options.get("ema", 0.0)
+    model = nn.ModuleDict({"split": nn.Linear(d, 3, bias=False), "whole": nn.Linear(8, 3, bias=False)}).double()
+    ap = ActivationPreconditioner(model, damping=GAMMA, damping_scale=scale, max_dim=8, **options)
+    ap.update_every = 1
+    averages: dict[str, Tensor] = {}
+    weight = 0.0
+    for now in range(4):
+        inputs = {"split": apart(3 * now, n, [8, 8, 7], scales), "whole": draw(now, n, 8)}
+        weight = ema * weight + 1 - ema
+        model.zero_grad()
+        for name, x in inputs.items():
+            model[name](x).sum().backward()
+            model[name].weight.grad = draw(now, 3, x.shape[1])
+        ap.step()
+        for name, x in inputs.items():
+            averages[name] = averages.get(name, covariance(x)).lerp(covariance(x), (1 - ema) / weight)
+            gamma = GAMMA / x.shape[1] if scale == "mean" else GAMMA
+            expected = rewritten(draw(now, 3, x.shape[1]), averages[name], gamma)
+            torch.testing.assert_close(model[name].weight.grad, expected, rtol=1e-5, atol=1e-6)
+    assert len(ap._stacks) == 1
+    assert {row.failures for row in ap.summary()} == {0}
+    assert {row.solver for row in ap.summary()} == {{2: "woodbury"}.get(n, options.get("solver", "exact"))}
+
+
+@pytest.mark.parametrize("solver", ["exact", "lowrank"])
+def test_groups_of_a_convolution_keep_a_damping_of_their_own(solver: Any) -> None:
+    conv = nn.Conv1d(14, 4, 1, groups=2, bias=False).double()
+    ap = ActivationPreconditioner(conv, damping=GAMMA, max_dim=4, solver=solver, max_error=1e-9)
+    x = torch.cat([draw(0, 30, 7), 1e3 * draw(1, 30, 7)], 1)
+    conv(x.T[None]).square().sum().backward()
+    before = conv.weight.grad[..., 0].clone()
+    ap.step()
+    piece = torch.arange(7) // 4
+    for group, rows in enumerate(x.split(7, 1)):
+        part = slice(2 * group, 2 * group + 2)
+        expected = rewritten(before[part], covariance(rows) * (piece == piece[:, None]))
+        torch.testing.assert_close(conv.weight.grad[part, :, 0], expected, rtol=1e-6, atol=1e-12)
 
 
 # Averages over refreshes
@@ -448,16 +506,6 @@ def test_too_many_failures_in_a_row_are_an_error_that_names_the_layer(options: d
     poisoned_steps(ap, model, bad, 2, draw(1, 3, 8))
     with pytest.raises(RuntimeError, match=r"^0\.weight: covariance has NaN .* 3 refreshes in a row\..*max_failures"):
         poisoned_steps(ap, model, bad, 1, draw(1, 3, 8))
-
-
-SOLVERS: list[dict[str, Any]] = [
-    {"n": 20},
-    {"n": 20, "update_every": 50},  # factors
-    {"n": 20, "ema": 0.5},
-    {"n": 2},  # Woodbury's case
-    {"n": 20, "solver": "lowrank", "max_error": 1e-9},
-    {"n": 20, "solver": "lowrank", "max_error": 1e-9, "ema": 0.5},
-]
 
 
 @pytest.mark.parametrize("options", SOLVERS)

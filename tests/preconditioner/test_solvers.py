@@ -281,6 +281,28 @@ def test_lowrank_keeps_to_its_certificate_on_a_decaying_spectrum() -> None:
     assert error(rescaled, found) > 10 * actual
 
 
+def test_lowrank_pieces_keep_to_the_certificate_of_the_whole_layer() -> None:
+    """Pieces of 1, 1/30 and 1/100000 of the inputs' size: of a small one no direction exceeds the damping."""
+    n, d = 900, 200
+    x = torch.zeros(n, 3 * d, dtype=torch.double)
+    for index, factor in enumerate((1.0, 1 / 30, 1e-5)):
+        x[index::3, index * d : (index + 1) * d] = factor * decaying(index, n // 3, d)
+    model = linear(3 * d, 30)
+    ap = ActivationPreconditioner(model, solver="lowrank", damping=GAMMA, max_dim=d, max_error=0.1)
+    for _ in range(6):
+        step(model, ap, x)
+    model.zero_grad()
+    (model(x) * draw(7, n, 30)).sum().backward()
+    gradient = model[0].weight.grad.clone()
+    ap.step()
+    (stack,) = ap._stacks
+    assert isinstance(stack, LowRankStack)
+    assert 0 < stack.errors[0] <= 0.1
+    used = stack._fields.coefficients.count_nonzero(-1).tolist()
+    assert used[0] > used[1] >= used[2] == 0
+    assert error(model[0].weight.grad, rewritten(gradient, covariance(x))) < 0.1
+
+
 def test_layers_of_one_size_use_the_directions_that_each_needs() -> None:
     """A steep spectrum and a flat one in one stack; what the summary says of either is what the exact spectrum says."""
     model = nn.ModuleDict({name: nn.Linear(200, 3, bias=False) for name in ("steep", "flat")}).double()

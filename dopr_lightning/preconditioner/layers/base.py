@@ -57,6 +57,7 @@ class Layer(ABC):
         modules: The modules that feed the weight: one, or several that share it.
         blocks: Number of independent covariances, all of one size.
         dim: Size of one covariance, d_in, with the homogeneous coordinate where there is one.
+        pieces: How many consecutive blocks are the diagonal of one larger covariance, and so have one damping.
         homogeneous: Whether there is one.
         key: What is covered: modules that share a weight have layers of equal key.
 
@@ -74,6 +75,7 @@ class Layer(ABC):
     modules: list[nn.Module]
     blocks: int = 1
     dim: int
+    pieces: int = 1
     homogeneous: bool
     key: Hashable
 
@@ -149,6 +151,11 @@ class Layer(ABC):
         """For a person to read, one per parameter; its name, with the :attr:`part` if the layer has but a span."""
         names = self.parameter_names
         return [name + self.name.removeprefix(names[0]) for name in names]
+
+    @property
+    def whole_dim(self) -> int:
+        """Size of the covariance that the :attr:`pieces` are of."""
+        return self.dim
 
     @property
     def rearrangement(self) -> Hashable:

@@ -18,6 +18,9 @@ class BlockDiagonal(DenseLayer):
     evenly, the last piece of each block ends with coordinates that are always 0: their covariance is 0, so damping
     keeps them apart from the others, and they add nothing to the trace.
 
+    The pieces of a block share the damping that it has as a whole, so where its covariance is block-diagonal nothing is
+    lost, and a piece of small inputs is whitened no more than it would be beside the others.
+
     Args:
         layer: The layer.
         max_dim: Largest size of a covariance, less than the layer's.
@@ -34,9 +37,13 @@ class BlockDiagonal(DenseLayer):
         self.key = layer.key
         self._prefix, self._weight, self._bias = layer._prefix, layer._weight, layer._bias
         self._weight_span = layer._weight_span
-        self._pieces = -(-layer.dim // max_dim)
-        self.dim = -(-layer.dim // self._pieces)
-        self.blocks = layer.blocks * self._pieces
+        self.pieces = -(-layer.dim // max_dim)
+        self.dim = -(-layer.dim // self.pieces)
+        self.blocks = layer.blocks * self.pieces
+
+    @property
+    def whole_dim(self) -> int:
+        return self.layer.dim
 
     @property
     def rearrangement(self) -> Hashable:
@@ -64,12 +71,12 @@ class BlockDiagonal(DenseLayer):
         return self._split(self.layer.gradient())
 
     def write(self, matrix: Tensor) -> None:
-        matrix = matrix.unflatten(0, (self.layer.blocks, self._pieces)).transpose(1, 2).flatten(2)
+        matrix = matrix.unflatten(0, (self.layer.blocks, self.pieces)).transpose(1, 2).flatten(2)
         self.layer.write(matrix[..., : self.layer.dim])
 
     def _split(self, matrix: Tensor) -> Tensor:
         """(blocks, n, d) -> (blocks * pieces, n, size)."""
-        padding = self._pieces * self.dim - self.layer.dim
+        padding = self.pieces * self.dim - self.layer.dim
         if padding:
             matrix = F.pad(matrix, (0, padding))
-        return matrix.unflatten(2, (self._pieces, self.dim)).transpose(1, 2).flatten(0, 1)
+        return matrix.unflatten(2, (self.pieces, self.dim)).transpose(1, 2).flatten(0, 1)
