@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from dopr_lightning.preconditioner.exact import ExactStack
 from dopr_lightning.preconditioner.layers import Layer
 from dopr_lightning.preconditioner.layers.together import gradients, one_shape, write
-from dopr_lightning.preconditioner.renewal import NUMBERS, Renewal, above_tail, known_fields, multipliers
+from dopr_lightning.preconditioner.renewal import NUMBERS, Known, Renewal, above_tail, known_fields, multipliers
 from dopr_lightning.preconditioner.spectrum import Spectrum, spectrum_of_eigenvalues
 from dopr_lightning.preconditioner.stack import Failure, Stack, StackOptions, subtract_low_rank
 from dopr_lightning.preconditioner.subspace import probe, products, random_basis
@@ -39,7 +40,7 @@ class LowRankStack(Stack):
 
     Attributes:
         tracked: Directions k.
-        trace_sums: Sums of the rows' squares, (blocks,), part of :attr:`sums`.
+        known: What is known of the covariances, on the host: :class:`~.renewal.Known` side by side, (B, 2 k + 4).
         ranks: Directions in use, per layer.
         errors: Certified relative error of M with them, per layer (see
             :func:`~dopr_lightning.preconditioner.certificate.relative_error`); NaN before the first refresh.
@@ -60,9 +61,30 @@ class LowRankStack(Stack):
         self._scales: list[float] = [1.0] * self.blocks
         self._updates: list[tuple[Tensor, Tensor, Tensor | float]] = []  # made once per refresh, used at every step
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_updates": []}  # pickled views would come back as tensors of their own
+
     @property
     def sums(self) -> Tensor:
         return self._sums
+
+    @property
+    def trace_sums(self) -> Tensor:
+        """Sums of the rows' squares, (blocks,), part of :attr:`sums`."""
+        return self._sums[-self.blocks :]
+
+    @property
+    def _image(self) -> Tensor:
+        """That of the test vectors, transposed, (blocks, k, d), the other part."""
+        return self._sums[: -self.blocks].view(self.blocks, self.tracked, self.dim)
+
+    @property
+    def _basis(self) -> Tensor:
+        return self._left.mT
+
+    @property
+    def _fields(self) -> Known:
+        return known_fields(self.known, self.tracked)
 
     def to_exact(self) -> ExactStack:
         """A stack with full covariances for the same layers, with the inverses and the average of this one."""
@@ -87,6 +109,8 @@ class LowRankStack(Stack):
         return self._left.data_ptr(), self._right.data_ptr(), self._inverse_floor.data_ptr(), self.tracked
 
     def apply(self, *, fixed: bool = False) -> None:
+        if not (fixed or self._updates):
+            self._updates = [self._update(index) for index in range(len(self.layers))]
         for run in self.runs if fixed else [[index] for index in range(len(self.layers))]:
             present = [i for i in run if self.layers[i].has_gradient and self.records[i].refreshed_at is not None]
             layers = [self._dense(i) for i in present]
@@ -126,7 +150,7 @@ class LowRankStack(Stack):
                 most, enough = max(most, int(max(needed[part]))), max(enough, int(max(ample[part])))
         if self.refreshes >= WARM_UP:
             self._fit_tracked(most, enough)
-        self._updates = [self._update(index) for index in range(len(self.layers))]
+        self._updates = []
         return failed
 
     def spectrum(self, index: int) -> Spectrum | None:
@@ -139,31 +163,22 @@ class LowRankStack(Stack):
     def _allocate(self) -> None:
         basis = random_basis(self.blocks, self.dim, self.tracked, seed=self.dim, device=self.device, dtype=self.dtype)
         # Until a first refresh succeeds no direction counts and the gradient stays as it is.
-        known = torch.zeros(self.blocks, 2 * self.tracked + NUMBERS, dtype=self.dtype, device="cpu")
-        fields = known_fields(known, self.tracked)
+        self.known = torch.zeros(self.blocks, 2 * self.tracked + NUMBERS, dtype=self.dtype, device="cpu")
+        fields = self._fields
         fields.floor.fill_(1)
         fields.error.fill_(math.nan)
         self._inverse_floor = torch.ones(self.blocks, dtype=self.dtype, device=self.device)
-        self._know(known)
         self._make_sums()
         self._make_factors(basis)
 
-    def _know(self, known: Tensor) -> None:
-        """Take over what is known of the covariances, on the host: :class:`Known` side by side, (B, 2 k + 4)."""
-        self.known = known
-        self._fields = known_fields(known, self.tracked)
-
     def _make_sums(self) -> None:
         """One buffer for image and trace, so that they are one message between ranks."""
-        size = self.blocks * self.dim * self.tracked
-        self._sums = torch.zeros(size + self.blocks, dtype=self.dtype, device=self.device)
-        self._image = self._sums[:size].view(self.blocks, self.tracked, self.dim)  # transposed
-        self.trace_sums = self._sums[size:]
+        size = self.blocks * (self.dim * self.tracked + 1)
+        self._sums = torch.zeros(size, dtype=self.dtype, device=self.device)
 
     def _make_factors(self, basis: Tensor) -> None:
         # Directions as contiguous rows: products with few of them take two thirds of the time (measured, CPU).
         self._left = basis.mT.contiguous()
-        self._basis = self._left.mT
         self._right = torch.empty_like(self._left)
         self._rederive()
 
@@ -197,7 +212,7 @@ class LowRankStack(Stack):
         Args:
             image: (B, k, d).
             rotation: (B, k, k), in float64.
-            known: Rows for :meth:`_know`.
+            known: For :attr:`known`.
             derived: :func:`~.renewal.multipliers` of them, on the device.
             resolved: Which bases are new, (B,), on the device; None for all.
         """
@@ -245,7 +260,7 @@ class LowRankStack(Stack):
             eigenvalues = torch.cat([eigenvalues, tail.expand(-1, missing)], -1)
             coefficients = torch.nn.functional.pad(coefficients, (0, missing))
         self.tracked = count
-        self._know(torch.cat([eigenvalues, coefficients, self.known[:, -NUMBERS:]], -1))
+        self.known = torch.cat([eigenvalues, coefficients, self.known[:, -NUMBERS:]], -1)
         self._make_sums()
         self._make_factors(basis)
 
@@ -262,7 +277,7 @@ class LowRankStack(Stack):
         self.errors = [worst(errors[part]) for part in self.slices]
         ranks = self._fields.coefficients.count_nonzero(-1).tolist()
         self.ranks = [max(ranks[part]) for part in self.slices]
-        self._updates = [self._update(index) for index in range(len(self.layers))]
+        self._updates = []
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
         part = self.slices[index]

@@ -7,6 +7,9 @@ than its lower half (what a ``syrk`` does, which torch lacks), is kept once, and
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,10 +39,19 @@ class PackedSymmetric:
 
     def __init__(self, count: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dim = dim
-        sizes = [(dim - start) * width for start, width in panels(dim)]
-        self.flat = torch.zeros(count, sum(sizes), dtype=dtype, device=device)
-        parts = zip(panels(dim), self.flat.split(sizes, dim=1), strict=True)
-        self._panels = [(start, width, part.unflatten(1, (dim - start, width))) for (start, width), part in parts]
+        size = sum((dim - start) * width for start, width in panels(dim))
+        self.flat = torch.zeros(count, size, dtype=dtype, device=device)
+
+    @cached_property
+    def _panels(self) -> list[tuple[int, int, Tensor]]:
+        """First column, width, and entries, (count, d - start, width); views of :attr:`flat`."""
+        sizes = [(self.dim - start) * width for start, width in panels(self.dim)]
+        parts = zip(panels(self.dim), self.flat.split(sizes, dim=1), strict=True)
+        return [(start, width, part.unflatten(1, (self.dim - start, width))) for (start, width), part in parts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plain pickle would give the views entries of their own.
+        return {name: value for name, value in vars(self).items() if name != "_panels"}
 
     def add_gram(self, blocks: slice, rows: Tensor) -> None:
         r"""Add :math:`Z^\top Z` of ``rows`` (blocks, n, d) to the matrices ``blocks``."""
