@@ -265,7 +265,8 @@ class Stack(ABC):
                     found = "missing" if value is None else f"of shape {tuple(value.shape)}"
                     raise ValueError(
                         f"{layer.name}: the preconditioner's saved {name} is {found}, the model's has shape "
-                        f"{tuple(tensor.shape)}; were conv, bias, ema or max_dim different?"
+                        f"{tuple(tensor.shape)}; were conv, bias, ema or max_dim different, or the layers' dtypes or "
+                        "devices?"
                     )
                 tensor.copy_(value)
 

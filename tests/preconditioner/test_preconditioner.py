@@ -445,6 +445,23 @@ def test_state_of_another_model_is_refused() -> None:
         small.load_state_dict(wider.state_dict())
 
 
+def test_a_state_of_layers_that_did_not_go_together_is_refused_with_the_reason() -> None:
+    """Layers of different dtypes track directions apart from each other."""
+
+    def made(*dtypes: torch.dtype) -> tuple[list[nn.Module], ActivationPreconditioner]:
+        model = nn.ModuleList(nn.Linear(80, 3, bias=False, dtype=dtype) for dtype in dtypes)
+        return list(model), ActivationPreconditioner(model, solver="lowrank", damping=1e-3)
+
+    layers, ap = made(torch.double, torch.float)
+    for step in range(5):
+        for layer, scale in zip(layers, (torch.arange(1, 81) ** -0.5, torch.arange(1, 81) ** -4.0), strict=True):
+            layer(batch(step, 200, 80).to(layer.weight.dtype) * scale.to(layer.weight.dtype)).square().sum().backward()
+        ap.step()
+    _, other = made(torch.float, torch.float)
+    with pytest.raises(ValueError, match=r"saved basis is of shape .* or the layers' dtypes or devices\?"):
+        other.load_state_dict(ap.state_dict())
+
+
 def test_copies_of_the_model_carry_no_live_hook() -> None:
     model = mlp(5, 3)
     ap = ActivationPreconditioner(model)
