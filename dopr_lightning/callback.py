@@ -200,7 +200,8 @@ class DoPr(pl.Callback):
             if not self._made:
                 raise ValueError("nothing to precondition: no optimizer holds the weight of a layer that DoPr covers")
             self._made[0].share_masks(self._made[1:])
-        for optimizer, preconditioner in zip(trainer.optimizers, self.preconditioners, strict=True):
+        # A module may have no optimizer at all.
+        for optimizer, preconditioner in zip(trainer.optimizers, self.preconditioners, strict=False):
             if preconditioner is not None and needs_closure(type(optimizer)):
                 raise ValueError(
                     f"{type(optimizer).__name__} evaluates the loss several times in a step, and would be given M in "
