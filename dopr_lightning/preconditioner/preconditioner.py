@@ -76,7 +76,7 @@ class ActivationPreconditioner:
             0.9 goes well with ``update_every=10``.
         overlap: Finish a refresh in the next step, so that host and GPU need not wait for each other: low-rank layers
             (and Woodbury's) have new inverses a step later. Ignored where every step refreshes, in the first steps, and
-            where a layer with a gradient has no inverse yet. The same on every device, but only GPUs gain.
+            where a layer with a gradient waits for its first inverse. The same on every device, but only GPUs gain.
         solver: ``"exact"``; ``"lowrank"``, whose share of a step does not grow with the width; or ``"auto"``, per size
             of layer the cheaper of the two that keeps to ``max_error``.
         max_error: Relative error of M that the low-rank solver's certificate may show; it takes as many directions as
@@ -427,14 +427,15 @@ class ActivationPreconditioner:
         """A layer first used between refreshes must not wait for the next one."""
         if self.steps % self.update_every == 0:
             self._unused.clear()
-        without = [
-            layer
-            for layer, record in self._records()
-            if record.refreshed_at is None and record.failures == 0 and layer.has_gradient
-        ]
+        without = [layer for layer, record in self._records() if self._waits(layer, record)]
         if refreshed:  # in vain: a gradient of zeros, which some wrappers give to unused layers
             self._unused.update(layer.name for layer in without)
         self._due = any(layer.name not in self._unused for layer in without)
+
+    @staticmethod
+    def _waits(layer: Layer, record: LayerRecord) -> bool:
+        """Whether a layer has a gradient and no inverse yet, and not for want of a usable covariance."""
+        return record.refreshed_at is None and record.failures == 0 and layer.has_gradient
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of every gradient that is rewritten, by the parameter's public name."""
@@ -526,7 +527,7 @@ class ActivationPreconditioner:
         """Whether this refresh may be finished in the next step, which is none itself."""
         if not self._overlap or self._due or self.update_every == 1 or self.steps < WARM_UP:
             return False
-        return not any(record.refreshed_at is None and layer.has_gradient for layer, record in self._records())
+        return not any(self._waits(layer, record) for layer, record in self._records())
 
     def _accept(self, outcomes: Mapping[Stack, Tensor], step: int) -> None:
         self._replay.forget()

@@ -322,3 +322,18 @@ def test_failures_are_counted_once_and_the_last_good_inverse_kept() -> None:
         ap.step()
         assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())
     assert [row.failures for row in ap.summary() if row.covered] == [1] * 4
+
+
+def test_an_input_that_is_always_zero_does_not_end_the_overlap() -> None:
+    """Its layer never has an inverse, and needs none."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"seen": nn.Linear(24, 256), "unused": nn.Linear(8, 256), "out": nn.Linear(256, 3)})
+    ap = ActivationPreconditioner(model, update_every=EVERY, overlap=True, solver="lowrank")
+    overlapped = []
+    for _ in range(STEPS):
+        model.zero_grad()
+        hidden = model["seen"](torch.randn(90, 24)) + model["unused"](torch.zeros(90, 8))
+        model["out"](hidden.tanh()).square().sum().backward()
+        ap.step()
+        overlapped.append(ap._pending is not None)
+    assert overlapped == [step >= WARM_UP and step % EVERY == 0 for step in range(STEPS)]
