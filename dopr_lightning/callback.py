@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dopr_lightning.internals import is_lightnings, skips_backward, steps_logged, will_skip
-from dopr_lightning.optim.bases import BASES, needs_closure
 from dopr_lightning.preconditioner import ActivationPreconditioner
 from dopr_lightning.preconditioner.covariance import DampingScale
 from dopr_lightning.preconditioner.coverage import NothingToPreconditionError, check_still_frozen
@@ -191,8 +190,7 @@ class DoPr(pl.Callback):
         """Now that the optimizers are there: one preconditioner each. Go on from a checkpoint.
 
         Raises:
-            ValueError: No optimizer holds the weight of a layer that is covered, or one that does evaluates the loss
-                several times in a step.
+            ValueError: No optimizer holds the weight of a layer that is covered, or one is LBFGS.
         """
         if len(trainer.optimizers) > 1 or any(_leaves_some_out(o, pl_module) for o in trainer.optimizers):
             self._remove()
@@ -200,14 +198,11 @@ class DoPr(pl.Callback):
             if not self._made:
                 raise ValueError("nothing to precondition: no optimizer holds the weight of a layer that DoPr covers")
             self._made[0].share_masks(self._made[1:])
-        # A module may have no optimizer at all.
-        for optimizer, preconditioner in zip(trainer.optimizers, self.preconditioners, strict=False):
-            if preconditioner is not None and needs_closure(type(optimizer)):
-                raise ValueError(
-                    f"{type(optimizer).__name__} evaluates the loss several times in a step, and would be given M in "
-                    "place of the gradients that it compares with it; take an optimizer whose step goes without a "
-                    f"closure, {', '.join(BASES)} say, or leave DoPr out"
-                )
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "LBFGS evaluates the loss several times in a step, and would be given M in place of the gradients that "
+                "it compares; take adamw, muon or another optimizer, or leave DoPr out"
+            )
         if self._state:
             self._load(self._state["preconditioners"])
         self._state = None

@@ -14,8 +14,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopr_lightning.mup.shapes import DELTA, Shape
 
-_KEEPING = frozenset({"clone", "_to_copy", "add", "sub", "clamp", "erfinv"})
-"""Operators whose result has the spread of their first tensor, but for a factor that is the same at every width."""
+_KEEPING = frozenset(
+    [
+        "clone",
+        "_to_copy",
+        "add",
+        "sub",
+        "neg",
+        "clamp",
+        "erfinv",
+        "masked_fill",
+        "index_fill",
+        "index_put",
+        "scatter",
+        "cat",
+        "stack",
+    ]
+)
+"""Operators whose result has the spread of their first tensors, but for a factor that is the same at every width."""
+
+_NORMS = frozenset({"norm", "norm_except_dim", "linalg_vector_norm"})
 
 _EXACT = 1e-6
 """Of ratios of spreads, which are found by a few operations on numbers."""
@@ -24,8 +42,8 @@ _EXACT = 1e-6
 class Draws(TorchDispatchMode):
     """Within this, the spread of random values is noted, up to a factor that is the same at every width.
 
-    Followed are draws, copies of them, and products with numbers: ``torch.nn.init``, ``0.02 * torch.randn(...)``. Not
-    ``orthogonal_``, which does nothing on the meta device: values that it replaces stand for its own.
+    Followed are draws, copies and parts of them, products with numbers, and norms: ``torch.nn.init``, ``0.02 *
+    torch.randn(...)``, ``weight_norm``.
     """
 
     def __init__(self) -> None:
@@ -34,79 +52,114 @@ class Draws(TorchDispatchMode):
 
     def spread(self, tensor: Tensor) -> float | None:
         """Of a tensor, or of the one that it is a view of; None where it is not known, of constants for example."""
-        return self._spreads.get(tensor.untyped_storage()._cdata, (None, None))[1]
+        storage = _storage(tensor)
+        return None if storage is None else self._spreads.get(storage._cdata, (None, None))[1]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
-            self._note(result, self._spread_of(func._schema.name.removeprefix("aten::").removesuffix("_"), args))
+        name = func._schema.name.removeprefix("aten::")
+        if isinstance(result, Tensor) and not func.is_view and name != "set_":
+            spread = self._spread_of(name, args, result)
+            self._note(result, spread if isinstance(spread, int | float) else None)
         return result
 
-    def _spread_of(self, operator: str, args: Sequence[Any]) -> float | None:
+    def _spread_of(self, name: str, args: Sequence[Any], result: Tensor) -> Any:
         """Of what an operator gives, in place or not."""
+        operator = name.removesuffix("_")
         if operator == "uniform":
             return (args[2] if len(args) > 2 else 1.0) - (args[1] if len(args) > 1 else 0.0)
-        if operator == "normal":
-            return args[2] if len(args) > 2 else 1.0
+        if operator == "normal":  # in place its first argument is the tensor
+            given = args[1 if operator == name else 2 :]
+            return given[0] if given else 1.0
         if operator in ("rand", "randn", "rand_like", "randn_like"):
             return 1.0
-        spreads = [self.spread(arg) for arg in args[:2] if isinstance(arg, Tensor)]
+        first = args[0] if args and isinstance(args[0], list | tuple) else args[:1]
+        spreads = {self.spread(arg) for arg in first if isinstance(arg, Tensor)}
         if operator == "copy":
-            return spreads[-1]
-        if not spreads or spreads[0] is None:
+            return self.spread(args[1])
+        if len(spreads) != 1 or None in spreads:
             return None
-        if operator in ("mul", "div") and isinstance(args[1], int | float):
-            return spreads[0] * args[1] if operator == "mul" else spreads[0] / args[1]
-        return spreads[0] if operator in _KEEPING else None
+        (spread,) = spreads
+        assert spread is not None
+        if operator in ("mul", "div"):
+            number = args[1] if isinstance(args[1], int | float) else math.nan
+            return None if math.isnan(number) else spread * number if operator == "mul" else spread / number
+        if operator in _NORMS:
+            return spread * math.sqrt(args[0].numel() / max(result.numel(), 1))
+        return spread if operator in _KEEPING else None
 
     def _note(self, tensor: Tensor, spread: float | None) -> None:
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
+        if storage is None or (spread is None and storage._cdata not in self._spreads):
+            return
         if spread is not None or tensor.nbytes >= storage.nbytes():  # entries beside those that are set stay drawn
             self._spreads[storage._cdata] = storage, spread
 
 
+def _storage(tensor: Tensor) -> UntypedStorage | None:
+    """What the entries of a tensor are in; a sparse one, and some others, have no such thing."""
+    return tensor.untyped_storage() if tensor.layout is torch.strided and torch._C._has_storage(tensor) else None
+
+
 @contextmanager
 def noted_draws() -> Iterator[Draws]:
-    """Note draws, those of ``nn.init.trunc_normal_`` too, which else does nothing on the meta device."""
+    """Note draws, also by functions of ``torch.nn.init`` that do nothing on the meta device."""
 
     def truncated(tensor: Tensor, mean: float, std: float, *others: Any, **also: Any) -> Tensor:
         # The bounds of a truncated draw are far from it, as in the usual calls, or fall like its spread.
         with torch.no_grad():
             return tensor.normal_(mean, std)
 
-    original = nn.init._no_grad_trunc_normal_
-    nn.init._no_grad_trunc_normal_ = truncated
+    def orthogonal(tensor: Tensor, gain: float = 1, generator: Any = None) -> Tensor:
+        rows = tensor.shape[0]
+        with torch.no_grad():
+            return tensor.normal_(0, gain * max(rows, tensor.numel() // max(rows, 1), 1) ** -0.5)
+
+    originals = nn.init._no_grad_trunc_normal_, nn.init.orthogonal_
+    nn.init._no_grad_trunc_normal_, nn.init.orthogonal_ = truncated, orthogonal
     try:
         with Draws() as draws:
             yield draws
     finally:
-        nn.init._no_grad_trunc_normal_ = original
+        nn.init._no_grad_trunc_normal_, nn.init.orthogonal_ = originals
 
 
-def as_drawn(name: str, shape: Shape, wide: Sequence[int], ratio: float) -> Shape:
+def as_drawn(name: str, shape: Shape, base: Sequence[int], wide: Sequence[int], ratio: float) -> Shape:
     """What the spread of initial values says of the dimensions that they follow.
 
     Args:
         name: The parameter's.
         shape: What the layer it belongs to says of it.
-        wide: Its sizes in the wider model.
+        base: Its sizes; or those of the weight that it is drawn like.
+        wide: The same in the wider model.
         ratio: The spread there over that in the base model.
 
     Raises:
         ValueError: It follows none.
     """
-    if shape.drawn_like is not None and shape.fan_in is None:
-        stays = math.isclose(ratio, 1, rel_tol=_EXACT)  # not as torch draws biases
-        return replace(shape, drawn_like=None, drawn_by=()) if stays else shape
-    if shape.fan_in is None or shape.role == "fixed":
-        return shape
-    fans = tuple(sorted((shape.fan_out, shape.fan_in)))
-    for dims in (shape.drawn_by, (), (shape.fan_in,), (shape.fan_out,), fans):
-        growth = sum(wide[dim] for dim in dims) / sum(shape.base[dim] for dim in dims) if dims else 1.0
-        if math.isclose(ratio, growth**-0.5, rel_tol=_EXACT):
-            return replace(shape, drawn_by=dims)
+
+    def explains(dims: tuple[int, ...], factor: float = 1.0) -> bool:
+        growth = sum(wide[dim] for dim in dims) / sum(base[dim] for dim in dims) if dims else 1.0
+        return math.isclose(ratio, factor * growth**-0.5, rel_tol=_EXACT)
+
+    if shape.fan_in is None:
+        if explains(shape.drawn_by):
+            return shape
+        if explains(()):
+            return replace(shape, drawn_like=None, drawn_by=())
+        if any(shape.scales) and math.isclose(ratio, DELTA**-0.5, rel_tol=_EXACT):
+            return replace(shape, drawn_like=None, drawn_by=(shape.scales.index(True),))
+    else:
+        factor = 1.0
+        if shape.drawn_like is not None:  # a magnitude of weight_norm: the norm of what feeds an output
+            per_output = [math.prod(sizes) / sizes[shape.fan_out] for sizes in (base, wide)]
+            factor = math.sqrt(per_output[1] / per_output[0])
+        fans = tuple(dim for dim in sorted((shape.fan_out, shape.fan_in)) if dim < len(base))  # a vector has but one
+        for dims in (shape.drawn_by, (), *((dim,) for dim in fans), fans):
+            if explains(dims, factor):
+                return replace(shape, drawn_by=dims)
     raise ValueError(
         f"{name}: its initial values are drawn {ratio:.3g} times as large at {DELTA} times the base width. muP takes "
         "over what stays as large, or falls like the inverse square root of the inputs, of the outputs or of their "

@@ -55,7 +55,7 @@ class MupSpec:
 
         How the spread of initial values follows the width is seen as the factory draws them: by any of
         ``torch.nn.init``, or with a spread of one's own that stays (``std=0.02``) or falls like an inverse square root.
-        What is drawn later, outside the factory, is not seen; a coordinate check tells if muP then goes wrong.
+        What is drawn later, or computed, is taken for torch's own draw; a coordinate check tells if that is wrong.
 
         Args:
             factory: Builds a model; called with ``base`` and with every number in it doubled.
@@ -91,6 +91,7 @@ class MupSpec:
         for name, module in narrow.named_modules():
             check_module(name, module, wider.get(name, module))
         check_group_norms(narrow, wide)
+        by_plain_name = {public_name(name): name for name, _ in narrow.named_parameters()}
         shapes = {}
         for name, infshape in zip_infshapes(narrow, wide).items():
             sizes = tuple(narrow.get_parameter(name).shape)
@@ -107,7 +108,9 @@ class MupSpec:
             shape = read_shape(narrow, wide, name, sizes, scales, (roles or {}).get(plain))
             base_spread, spread = (draws.spread(model.get_parameter(name)) for model in (narrow, wide))
             if base_spread and spread:
-                shape = as_drawn(name, shape, tuple(wide.get_parameter(name).shape), spread / base_spread)
+                like = by_plain_name[shape.drawn_like or plain]
+                ours, theirs = (tuple(model.get_parameter(like).shape) for model in (narrow, wide))
+                shape = as_drawn(name, shape, ours, theirs, spread / base_spread)
             shapes[plain] = shape
         if unknown := [name for name in roles or {} if name not in shapes]:
             raise ValueError(f"roles name {_some(unknown)}, which {type(narrow).__name__} does not have")
@@ -248,19 +251,14 @@ class MupSpec:
 
     def _initial(self, name: str, parameters: Mapping[str, Tensor]) -> float:
         shape = self.shapes[name]
-        if shape.drawn_like is not None and shape.fan_in is not None:
-            return self._initial(shape.drawn_like, parameters)  # a magnitude: as its weight
-        if shape.drawn_like is not None:
-            like = shape.drawn_like
-            return rules.initial_bias(self._drawn(like, parameters[like], shape.drawn_by))
+        like = shape.drawn_like or name
+        drawn = self._drawn(like, parameters[like], shape.drawn_by)
         if shape.fan_in is None:
-            return 1.0  # as large in the base model: norms
-        parameter = parameters[name]
-        return rules.initial_weight(
-            1.0 if shape.role == "embedding" else self._grown(name, parameter, shape.fan_in),
-            self._drawn(name, parameter, shape.drawn_by),
-            readout=shape.role == "readout",
-        )
+            return rules.initial_bias(drawn)
+        weight = self.shapes[like]  # of a magnitude the weight, which it is the size of
+        assert weight.fan_in is not None
+        fan_in = 1.0 if weight.role == "embedding" else self._grown(like, parameters[like], weight.fan_in)
+        return rules.initial_weight(fan_in, drawn, readout=weight.role == "readout")
 
     def _match(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
         """The model's parameter names to ours, wherever in it the family's model sits."""

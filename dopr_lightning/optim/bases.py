@@ -118,15 +118,10 @@ def resolve(base: Choice) -> Base:
         raise ValueError(
             "torch.optim.Muon takes matrices only; base='muon' gives it the hidden ones, and AdamW the rest"
         )
-    if needs_closure(algorithm):
+    closure = inspect.signature(algorithm.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"{algorithm.__name__} evaluates the loss several times in a step, and needs a closure that does; take an "
             f"optimizer whose step goes without, {', '.join(BASES)} say"
         )
     return Base(algorithm, options)
-
-
-def needs_closure(algorithm: type[Optimizer]) -> bool:
-    """Whether its steps evaluate the loss themselves, by a closure, LBFGS's line search say."""
-    closure = inspect.signature(algorithm.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty

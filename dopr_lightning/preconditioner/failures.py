@@ -30,7 +30,8 @@ def unseen(layer: Layer, others: Sequence[Layer], *, masked: bool, before: bool)
         cause = "Did the mask leave all of its rows out? It must keep those of which the loss is made."
     elif before:
         cause = (
-            "Earlier ones were: is this a second step() after one backward, without zero_grad()? Was the model "
+            "Earlier ones were: is this a second step() after one backward, without zero_grad()? Did a backward fail "
+            "in between, for want of memory say (then zero_grad() and discard() begin anew)? Was the model "
             "compiled and run before DoPr was imported (torch._dynamo.reset() forgets that)? Or is the gradient of "
             "torch.func or a functional call on the weight?"
         )

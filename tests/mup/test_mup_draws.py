@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from dopr_lightning import MupSpec
 from dopr_lightning.mup.draws import noted_draws
@@ -30,6 +31,25 @@ def chained(weight: Tensor) -> None:
         weight[:half].normal_(0, 0.1 / math.sqrt(12))
 
 
+def functional(weight: Tensor) -> None:
+    weight.data = torch.normal(0.0, 0.02, weight.shape, device=weight.device)
+
+
+def about_means(weight: Tensor) -> None:
+    weight.data = torch.normal(torch.zeros(weight.shape), weight[0].numel() ** -0.5)
+
+
+def masked(weight: Tensor) -> None:
+    nn.init.normal_(weight, std=0.02)
+    with torch.no_grad():
+        weight.masked_fill_(torch.zeros_like(weight, dtype=torch.bool), 0)
+
+
+def put_together(weight: Tensor) -> None:
+    half = (weight.shape[0] // 2, *weight.shape[1:])
+    weight.data = torch.cat([0.1 * torch.randn(half), 0.1 * torch.randn(half)])
+
+
 def with_half_of_zeros(weight: Tensor) -> None:
     nn.init.normal_(weight, std=0.1)
     with torch.no_grad():
@@ -50,6 +70,11 @@ DRAWS: dict[str, Draw] = {
     "randn": scaled_randn,
     "chained": chained,
     "half": with_half_of_zeros,
+    "functional": functional,
+    "about means": about_means,
+    "masked": masked,
+    "put together": put_together,
+    "orthogonal": lambda weight: nn.init.orthogonal_(weight, 2**0.5),
 }
 
 
@@ -79,12 +104,76 @@ def test_initial_values_are_the_base_models_scaled_as_mup_has_it(draw: Draw) -> 
         assert float(ours / narrow) == pytest.approx(expected, rel=0.12)  # as far as a few hundred entries tell it
 
 
-def test_the_same_spread_is_noted_as_values_have() -> None:
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 512), (512, 64)])
+def test_spreads_are_in_the_ratio_of_those_of_values(draw: Draw, inputs: int, outputs: int) -> None:
+    def layers() -> list[nn.Linear]:
+        pair = [nn.Linear(64, 64), nn.Linear(inputs, outputs)]
+        for layer in pair:
+            draw(layer.weight)
+        return pair
+
     with noted_draws() as draws, torch.device("meta"):
-        weights = {name: nn.Linear(40, 30).weight for name in DRAWS}
-        for name, draw in DRAWS.items():
-            draw(weights[name])
-    assert {name: draws.spread(weight) is not None for name, weight in weights.items()} == dict.fromkeys(DRAWS, True)
+        noted = [draws.spread(layer.weight) for layer in layers()]
+    torch.manual_seed(0)
+    narrow, wide = (float(layer.weight.detach().square().mean().sqrt()) for layer in layers())
+    assert None not in noted
+    assert noted[1] / noted[0] == pytest.approx(wide / narrow, rel=0.05)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["parametrized", "hook"])
+@pytest.mark.parametrize("redrawn", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_rows_of_a_weight_norm_keep_the_size_that_mup_wants(old: bool, redrawn: bool) -> None:
+    """Also where the direction is drawn anew behind it, which says nothing of the weight."""
+
+    def make(width: int) -> nn.Module:
+        layers = nn.Linear(8, width), nn.Linear(width, width)
+        wrap = nn.utils.weight_norm if old else parametrizations.weight_norm
+        model = nn.Sequential(*(wrap(layer) for layer in layers), nn.Linear(width, 3))
+        for name, parameter in model.named_parameters():
+            if redrawn and name.endswith(("weight_v", "original1")):
+                nn.init.normal_(parameter, std=0.01)
+        return model
+
+    spec = MupSpec.from_factory(make, width=BASE)
+    torch.manual_seed(0)
+    base, wide = make(BASE), spec.initialize(make(WIDE))
+    for model in (base, wide):
+        model(torch.zeros(1, 8))  # the hook computes the weight in the forward
+    for layer in (0, 1):  # of a row's entries the sum of squares: that of a hidden layer stays as the width grows
+        rows = [model[layer].weight.detach().square().sum(1).mean().sqrt() for model in (wide, base)]
+        assert float(rows[0] / rows[1]) == pytest.approx(1, rel=0.05)
+
+
+def test_what_has_no_storage_is_passed_over() -> None:
+    class Graph(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, width)
+            self.register_buffer("laplacian", torch.eye(4, device="cpu").to_sparse())
+
+    assert MupSpec.from_factory(Graph, width=BASE).shapes["layer.weight"].role == "input"
+
+
+def test_temporary_values_are_not_held() -> None:
+    with noted_draws() as draws:
+        for _ in range(3):
+            torch.zeros(10) * 2.0
+    assert not draws._spreads
+
+
+def test_a_vector_keeps_the_size_that_it_has_in_the_base_model() -> None:
+    class Token(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, width)
+            nn.init.uniform_(self.layer.bias, -(width**-0.5), width**-0.5)
+            self.token = nn.Parameter(width**-0.5 * torch.randn(width))
+
+    factors = MupSpec.from_factory(Token, width=BASE).multiplier_of_initial_values(Token(WIDE))
+    expected = pytest.approx(math.sqrt(WIDE / BASE))
+    assert (factors["token"], factors["layer.bias"], factors["layer.weight"]) == (expected, expected, 1)
 
 
 def test_an_embedding_keeps_the_size_that_it_has_in_the_base_model() -> None:
@@ -133,7 +222,7 @@ def test_what_the_factory_does_not_draw_is_as_torchs_layers_draw_it() -> None:
     def make(width: int) -> nn.Module:
         model = nn.Sequential(nn.Linear(8, width), nn.Linear(width, width), nn.Linear(width, 4))
         nn.init.zeros_(model[1].weight)
-        nn.init.orthogonal_(model[2].weight)
+        nn.init.eye_(model[2].weight)
         return model
 
     factors = MupSpec.from_factory(make, width=BASE).multiplier_of_initial_values(make(WIDE))
@@ -142,7 +231,7 @@ def test_what_the_factory_does_not_draw_is_as_torchs_layers_draw_it() -> None:
 
 
 def test_torchs_own_initialisation_is_as_before_afterwards() -> None:
-    original = nn.init._no_grad_trunc_normal_  # type: ignore[attr-defined]
+    originals = nn.init._no_grad_trunc_normal_, nn.init.orthogonal_  # type: ignore[attr-defined]
     with pytest.raises(ZeroDivisionError), noted_draws():
         raise ZeroDivisionError
-    assert nn.init._no_grad_trunc_normal_ is original  # type: ignore[attr-defined]
+    assert (nn.init._no_grad_trunc_normal_, nn.init.orthogonal_) == originals  # type: ignore[attr-defined]
