@@ -14,24 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dopr_lightning.mup.shapes import DELTA, Shape
 
-_KEEPING = frozenset(
-    [
-        "clone",
-        "_to_copy",
-        "add",
-        "sub",
-        "neg",
-        "clamp",
-        "erfinv",
-        "masked_fill",
-        "index_fill",
-        "index_put",
-        "scatter",
-        "cat",
-        "stack",
-    ]
-)
+_KEEPING = frozenset({"clone", "_to_copy", "cat", "stack", "neg", "add", "sub", "clamp", "erfinv"})
 """Operators whose result has the spread of their first tensors, but for a factor that is the same at every width."""
+
+_SETTING = frozenset({"masked_fill", "index_fill", "index_put", "scatter"})
+"""Operators that set some entries and leave the others as they were drawn."""
 
 _NORMS = frozenset({"norm", "norm_except_dim", "linalg_vector_norm"})
 
@@ -83,12 +70,11 @@ class Draws(TorchDispatchMode):
             return None
         (spread,) = spreads
         assert spread is not None
-        if operator in ("mul", "div"):
-            number = args[1] if isinstance(args[1], int | float) else math.nan
-            return None if math.isnan(number) else spread * number if operator == "mul" else spread / number
+        if operator in ("mul", "div") and isinstance(args[1], int | float) and args[1]:
+            return spread * args[1] if operator == "mul" else spread / args[1]
         if operator in _NORMS:
             return spread * math.sqrt(args[0].numel() / max(result.numel(), 1))
-        return spread if operator in _KEEPING else None
+        return spread if operator in _KEEPING | _SETTING else None
 
     def _note(self, tensor: Tensor, spread: float | None) -> None:
         storage = _storage(tensor)
