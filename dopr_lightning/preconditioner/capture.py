@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dopr_lightning.preconditioner.engine import (
     ORDERED,
+    drop_modes,
     gets_gradient,
     hooks_numbered_from,
     keep_out_of_cuda_graphs,
@@ -78,6 +79,8 @@ class Capture:
         if not wanted:
             for handle in self._handles:
                 handle.remove()
+            if self._handles:
+                drop_modes(lambda mode: isinstance(mode, _TapFunctionalLinear) and mode.tap.capture is self)
             self._handles.clear()
         elif not self._handles:
             for module, taps in self._taps.items():
@@ -294,9 +297,14 @@ class _WatchFunctional(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         mode = None
         if self.tap is not None and self.tap.wanted(module):
+            if not torch.compiler.is_compiling() and drop_modes(self._left_on):
+                self.modes.clear()
             mode = _TapFunctionalLinear(self.tap)
             mode.__enter__()
         self.modes.append(mode)
+
+    def _left_on(self, mode: TorchFunctionMode) -> bool:
+        return isinstance(mode, _TapFunctionalLinear) and mode.tap is self.tap
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, called after an exception too: stop watching."""

@@ -12,6 +12,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch._library.effects import EffectType
 from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 ORDERED = EffectType.ORDERED
@@ -65,6 +66,22 @@ def is_batched(gradient: Tensor) -> bool:
 def within_torch_func() -> bool:
     """Whether tensors are wrapped by a transform of ``torch.func``."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def drop_modes(unwanted: Callable[[TorchFunctionMode], bool]) -> bool:
+    """Take modes off this thread's stack that nothing will take off any more; returns whether there were some.
+
+    After KeyboardInterrupt, and whatever else is no Exception, torch does not even call hooks of ``always_call=True``.
+    """
+    stack = _get_current_function_mode_stack()
+    if not any(map(unwanted, stack)):
+        return False
+    for _ in stack:
+        _pop_mode()
+    for mode in stack:
+        if not unwanted(mode):
+            _push_mode(mode)
+    return True
 
 
 @contextmanager

@@ -472,6 +472,48 @@ def test_attention_survives_exceptions_and_keeps_its_fast_path() -> None:
     assert not rows.calls
 
 
+class Interrupted(nn.MultiheadAttention):
+    """Ctrl-C may come anywhere in a forward."""
+
+    interrupt = True
+
+    def forward(self, *args: Tensor, **kwargs: bool) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        output = super().forward(*args, **kwargs)
+        if self.interrupt:
+            raise KeyboardInterrupt
+        return output
+
+
+@pytest.mark.parametrize("then", ["a forward", "a step", "remove"])
+def test_an_interrupted_attention_leaves_nothing_on(then: str) -> None:
+    """In a notebook Ctrl-C is no end: what comes next is taken for what it is, and other modes stay."""
+    torch.manual_seed(0)
+    model = Interrupted(4, 2, batch_first=True)
+    plain = copy.deepcopy(model)
+    x, modes = torch.randn(2, 3, 4), torch.overrides._get_current_function_mode_stack
+    ap, reference = (ActivationPreconditioner(each, solver="exact", update_every=2) for each in (model, plain))
+    outside = torch.device("cpu")
+    with outside:
+        before = modes()
+        with pytest.raises(KeyboardInterrupt):
+            model(x, x, x)
+        assert len(modes()) == len(before) + 1  # else this test is of nothing
+        if then == "remove":
+            ap.remove()
+        elif then == "a step":
+            ap.discard()
+            ap.step()
+        else:
+            model.interrupt = plain.interrupt = False
+            for each, its in ((model, ap), (plain, reference)):
+                each(x, x, x)[0].square().sum().backward()
+                its.step()
+            assert torch.equal(model.out_proj.weight.grad, plain.out_proj.weight.grad)
+            rows = {row.parameter: row.rows for row in ap.summary() if row.covered}
+            assert rows["out_proj.weight"] == 6
+        assert modes() == before
+
+
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
