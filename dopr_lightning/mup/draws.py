@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dopr_lightning.mup.shapes import DELTA, Shape
 
 _KEEPING = frozenset({"clone", "_to_copy", "cat", "stack", "neg", "add", "sub", "clamp", "erfinv"})
-"""Operators whose result has the spread of their first tensors, but for a factor that is the same at every width."""
+"""Operators whose result has the one spread of their terms, but for a factor that is the same at every width."""
 
 _SETTING = frozenset({"masked_fill", "index_fill", "index_put", "scatter"})
 """Operators that set some entries and leave the others as they were drawn."""
@@ -62,8 +62,10 @@ class Draws(TorchDispatchMode):
             return given[0] if given else 1.0
         if operator in ("rand", "randn", "rand_like", "randn_like"):
             return 1.0
-        first = args[0] if args and isinstance(args[0], list | tuple) else args[:1]
-        spreads = {self.spread(arg) for arg in first if isinstance(arg, Tensor)}
+        terms = (
+            args[0] if args and isinstance(args[0], list | tuple) else args[: 2 if operator in ("add", "sub") else 1]
+        )
+        spreads = {self.spread(term) for term in terms if isinstance(term, Tensor)}
         if operator == "copy":
             return self.spread(args[1])
         if len(spreads) != 1 or None in spreads:

@@ -230,6 +230,18 @@ def test_what_the_factory_does_not_draw_is_as_torchs_layers_draw_it() -> None:
     assert factors["2.weight"] == pytest.approx((WIDE / BASE) ** -0.5)
 
 
+def test_a_sum_with_a_constant_is_no_draw_of_that_spread() -> None:
+    """An identity with a little noise, which no factor for the noise may shrink."""
+
+    def make(width: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, width), nn.Linear(width, width))
+        model[1].weight.data = torch.eye(width) + 0.01 * torch.randn(width, width)
+        return model
+
+    factors = MupSpec.from_factory(make, width=BASE).multiplier_of_initial_values(make(WIDE))
+    assert factors["1.weight"] == pytest.approx(1)
+
+
 def test_torchs_own_initialisation_is_as_before_afterwards() -> None:
     originals = nn.init._no_grad_trunc_normal_, nn.init.orthogonal_  # type: ignore[attr-defined]
     with pytest.raises(ZeroDivisionError), noted_draws():
