@@ -58,7 +58,7 @@ def too_inexact(stack: LowRankStack, consequence: str) -> str:
 
 
 def report(failure: Failure, most: int) -> None:
-    """Warn of a refresh that gave no inverse, once per layer; raise RuntimeError after ``most`` in a row.
+    """Warn of a refresh that gave no inverse, once per layer and cause; raise RuntimeError after ``most`` in a row.
 
     But never for inputs that are all 0: the gradient is 0 then, so there is nothing to rewrite.
     """
@@ -71,12 +71,14 @@ def report(failure: Failure, most: int) -> None:
         problem = "overflows with its damping, lower the damping"
     else:
         problem = "is not positive definite, raise the damping"
+    new = (failure.layer, problem) not in failure.stack.told
+    failure.stack.told.add((failure.layer, problem))
     problem = f"{name}: covariance {problem} (rows {record.rows_seen})"
     if any(failure.traces) and record.failures_in_a_row >= most:
         raise RuntimeError(
             f"{problem}, {most} refreshes in a row. Mend the layer's inputs, exclude the module, or raise max_failures."
         )
-    if record.failures == 1:
+    if new:
         step = record.refreshed_at
         kept = "left the gradient as it was" if step is None else f"kept the inverse of step {step}"
         log.warning("%s; %s", problem, kept)

@@ -76,6 +76,7 @@ class Stack(ABC):
         records: What refreshes came to, per layer.
         refreshes: How many there were.
         mask_fits: Whether the latest mask had as many positions as the layer saw rows.
+        told: Layers of which a warning has told that they failed, and why.
     """
 
     solver: ClassVar[str]
@@ -91,6 +92,7 @@ class Stack(ABC):
         self.records = [LayerRecord() for _ in self.layers]
         self.refreshes = 0
         self.mask_fits = False
+        self.told: set[tuple[Layer, str]] = set()
         self._rows_added = [0] * len(self.layers)
         self._in_pieces = any(layer.pieces > 1 for layer in self.layers)
         self.index_of = {layer: index for index, layer in enumerate(self.layers)}

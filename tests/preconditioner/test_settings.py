@@ -530,6 +530,17 @@ def test_inputs_of_zero_are_told_once_and_never_end_the_training(
     assert len(caplog.records) == 1
 
 
+def test_a_layer_that_was_told_of_zeros_is_told_of_nan(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(8, 3)
+    ap = ActivationPreconditioner(model, max_failures=9)
+    for value in (0, torch.nan, 0, torch.nan, torch.nan):
+        poisoned_steps(ap, model, torch.full((4, 8), value, dtype=torch.double), 1, draw(1, 3, 8))
+    assert [message.split(" (rows")[0] for message in caplog.messages] == [
+        "0.weight: covariance is zero, every input of the layer was 0",
+        "0.weight: covariance has NaN or infinity",
+    ]
+
+
 def test_zeros_in_between_do_not_excuse_what_fails(caplog: pytest.LogCaptureFixture) -> None:
     model, bad = mlp(8, 3), torch.full((4, 8), torch.nan, dtype=torch.double)
     ap = ActivationPreconditioner(model, max_failures=2)
