@@ -246,7 +246,7 @@ def _turn(device: Any, every: int, host_share: float) -> int:
 
 def _goal_bytes(planned: Sequence[Any]) -> int:
     """One packed copy of all covariances, one copy of their inverses."""
-    from dopr_lightning.preconditioner.cost import packed_size
+    from dopr_lightning.preconditioner.packed import packed_size
 
     dense = [layer.size for layer in planned if layer.method.solver != "diagonal"]
     return sum(4 * shape.blocks * (packed_size(shape.dim) + shape.dim**2) for shape in dense)

@@ -114,6 +114,11 @@ def noted_draws() -> Iterator[Draws]:
         nn.init._no_grad_trunc_normal_, nn.init.orthogonal_ = originals
 
 
+def drawn_growth(base: Sequence[int], wide: Sequence[int], dims: Sequence[int]) -> float:
+    """By how much the sum of some dimensions is larger in the wider model; 1 for none."""
+    return sum(wide[dim] for dim in dims) / sum(base[dim] for dim in dims) if dims else 1.0
+
+
 def as_drawn(name: str, shape: Shape, base: Sequence[int], wide: Sequence[int], ratio: float) -> Shape:
     """What the spread of initial values says of the dimensions that they follow.
 
@@ -129,8 +134,7 @@ def as_drawn(name: str, shape: Shape, base: Sequence[int], wide: Sequence[int], 
     """
 
     def explains(dims: tuple[int, ...], factor: float = 1.0) -> bool:
-        growth = sum(wide[dim] for dim in dims) / sum(base[dim] for dim in dims) if dims else 1.0
-        return math.isclose(ratio, factor * growth**-0.5, rel_tol=_EXACT)
+        return math.isclose(ratio, factor * drawn_growth(base, wide, dims) ** -0.5, rel_tol=_EXACT)
 
     if shape.fan_in is None:
         if explains(shape.drawn_by):

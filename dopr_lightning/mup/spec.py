@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from dopr_lightning.mup import rules
 from dopr_lightning.mup.declared import declared_roles
-from dopr_lightning.mup.draws import as_drawn, noted_draws
+from dopr_lightning.mup.draws import as_drawn, drawn_growth, noted_draws
 from dopr_lightning.mup.rules import MatrixGrowth
 from dopr_lightning.mup.shapes import DELTA, Kind, Shape, check_group_norms, check_module, read_shape
 from dopr_lightning.preconditioner.layers import public_name
@@ -238,10 +238,6 @@ class MupSpec:
         shape = self.shapes[name]
         return parameter.shape[dim] / shape.base[dim] if dim < len(shape.scales) and shape.scales[dim] else 1.0
 
-    def _drawn(self, name: str, parameter: Tensor, dims: Sequence[int]) -> float:
-        base = self.shapes[name].base
-        return sum(parameter.shape[dim] for dim in dims) / sum(base[dim] for dim in dims) if dims else 1.0
-
     def _drawn_bias(self, name: str, bias: Tensor, weight: Tensor) -> Tensor:
         """Which entries of a bias may be from torch's draw, within the inverse square root of some size."""
         # Of recurrent layers it is the hidden state's, of which the rows are up to four times as many.
@@ -252,7 +248,7 @@ class MupSpec:
     def _initial(self, name: str, parameters: Mapping[str, Tensor]) -> float:
         shape = self.shapes[name]
         like = shape.drawn_like or name
-        drawn = self._drawn(like, parameters[like], shape.drawn_by)
+        drawn = drawn_growth(self.shapes[like].base, parameters[like].shape, shape.drawn_by)
         if shape.fan_in is None:
             return rules.initial_bias(drawn)
         weight = self.shapes[like]  # of a magnitude the weight, which it is the size of

@@ -80,7 +80,7 @@ class Capture:
             for handle in self._handles:
                 handle.remove()
             if self._handles:
-                drop_modes(lambda mode: isinstance(mode, _TapFunctionalLinear) and mode.tap.capture is self)
+                _stop_watching(lambda tap: tap.capture is self)
             self._handles.clear()
         elif not self._handles:
             for module, taps in self._taps.items():
@@ -297,14 +297,11 @@ class _WatchFunctional(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         mode = None
         if self.tap is not None and self.tap.wanted(module):
-            if not torch.compiler.is_compiling() and drop_modes(self._left_on):
+            if not torch.compiler.is_compiling() and _stop_watching(lambda tap: tap is self.tap):
                 self.modes.clear()
             mode = _TapFunctionalLinear(self.tap)
             mode.__enter__()
         self.modes.append(mode)
-
-    def _left_on(self, mode: TorchFunctionMode) -> bool:
-        return isinstance(mode, _TapFunctionalLinear) and mode.tap is self.tap
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, called after an exception too: stop watching."""
@@ -333,6 +330,11 @@ class _TapFunctionalLinear(TorchFunctionMode):
             if weight is self.tap.layer.weight:
                 return self.tap(output, x)
         return output
+
+
+def _stop_watching(which: Callable[[_Tap], bool]) -> bool:
+    """Take off what interrupted forwards have left on for some taps; returns whether there was anything."""
+    return drop_modes(lambda mode: isinstance(mode, _TapFunctionalLinear) and which(mode.tap))
 
 
 # The same function, but for its own question whether a mode wants the call: that would come back here, without end. It

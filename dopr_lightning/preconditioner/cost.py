@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from dopr_lightning.preconditioner.packed import panels
+from dopr_lightning.preconditioner.packed import packed_size
 
 NUMBER = 4
 """Bytes of a number of the statistics, float32 under any autocast."""
@@ -135,11 +135,6 @@ def _block_cost(size: LayerSize, method: Method) -> Cost:
         held, summed = NUMBER * 2 * d + COUNT, NUMBER * d + COUNT
         return Cost(statistics=n, solve=2.0 * d, apply=m * d, held=held, summed=summed, gathered=0)
     raise ValueError(f"no cost is known for solver {method.solver!r}")
-
-
-def packed_size(dim: int) -> int:
-    """Numbers in one packed covariance: about d^2 (1/2 + 1/(2p)) in p panels."""
-    return sum((dim - start) * width for start, width in panels(dim))
 
 
 def apply_flops(m: int, dim: int, rank: int | None) -> float:

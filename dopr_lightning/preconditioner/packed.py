@@ -24,6 +24,11 @@ def panels(dim: int) -> list[tuple[int, int]]:
     return [(start, min(width, dim - start)) for start in range(0, dim, width)]
 
 
+def packed_size(dim: int) -> int:
+    """Numbers in one packed covariance: about d^2 (1/2 + 1/(2p)) in p panels."""
+    return sum((dim - start) * width for start, width in panels(dim))
+
+
 class PackedSymmetric:
     """``count`` symmetric matrices of size ``dim``.
 
@@ -39,8 +44,7 @@ class PackedSymmetric:
 
     def __init__(self, count: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dim = dim
-        size = sum((dim - start) * width for start, width in panels(dim))
-        self.flat = torch.zeros(count, size, dtype=dtype, device=device)
+        self.flat = torch.zeros(count, packed_size(dim), dtype=dtype, device=device)
 
     @cached_property
     def _panels(self) -> list[tuple[int, int, Tensor]]:
